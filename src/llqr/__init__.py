@@ -1,0 +1,32 @@
+"""llqr: geometry-aware, sharpness-aware training for PyTorch.
+
+Learn a structured inverse preconditioner U from the layerwise LQR objective, probe the loss in its
+metric, and transport the update by it, around any torch.optim optimizer.
+"""
+
+# The optimizer
+from ._optimizer import Optimizer as Optimizer
+
+# Where the loss is probed
+from ._perturbations import ASAM as ASAM
+from ._perturbations import SAM as SAM
+from ._perturbations import FisherSAM as FisherSAM
+from ._perturbations import FriendlySAM as FriendlySAM
+from ._perturbations import Perturbation as Perturbation
+
+# What the curvature is
+from .curvature import Curvature as Curvature
+from .curvature import Divergence as Divergence
+from .curvature import Fisher as Fisher
+from .curvature import Newton as Newton
+from .curvature import QuadraticModel as QuadraticModel
+from .curvature import quadratic_model as quadratic_model
+
+# The metric U
+from .geometry import LLQR as LLQR
+from .geometry import FixedGeometry as FixedGeometry
+from .geometry import Geometry as Geometry
+from .geometry import RefreshError as RefreshError
+from .geometry import RefreshReport as RefreshReport
+
+__version__ = "0.1.0"

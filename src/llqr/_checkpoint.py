@@ -1,0 +1,153 @@
+"""One state dict for the base, the geometry, the perturbation and the counters.
+
+torch.distributed.checkpoint keeps only what is per parameter or an option of a parameter group, so
+everything of ours is in one of the two, under keys that begin with "llqr.".
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._optimizer import Optimizer
+
+__all__ = ["load_state_dict", "state_dict"]
+
+PREFIX = "llqr."
+VERSION = 1
+PARTS = ("geometry", "perturbation")
+
+
+def state_dict(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the base's state dict with ours in it."""
+    for pre in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre(optimizer)
+    whole = optimizer.base.state_dict()
+    state = {key: dict(entry) for key, entry in whole["state"].items()}  # the base's dicts live on
+    groups = [dict(group) for group in whole["param_groups"]]
+    ids = _ids(optimizer, groups)
+    for part in PARTS:
+        source = getattr(optimizer, part)
+        for name, entries in ({} if source is None else source.state()).items():
+            for key, value in entries.items():
+                own = state.setdefault(ids[name], {})
+                own[f"{PREFIX}{part}.{key}"] = value.detach()
+    counters = {"version": VERSION, "step": optimizer._step, **_skips(optimizer)}
+    if optimizer.geometry is not None:
+        counters.update({f"geometry.{k}": v for k, v in optimizer.geometry.counters().items()})
+    for group in groups:
+        group.update({PREFIX + k: v for k, v in counters.items()})
+    result = {**whole, "state": state, "param_groups": groups}
+    for post in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = post(optimizer, result)
+        result = result if changed is None else changed
+    return result
+
+
+@torch.no_grad()
+def load_state_dict(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
+    """Take over a state dict; nothing is changed if it does not fit."""
+    given = dict(given)
+    for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre(optimizer, given)
+        given = given if changed is None else dict(changed)
+    names = {i: n for n, i in _ids(optimizer, given["param_groups"]).items()}
+    own: dict[str, dict[str, dict[str, Tensor]]] = {part: {} for part in PARTS}
+    state: dict[Any, Any] = {}
+    for key, entry in given["state"].items():
+        state[key] = {k: v for k, v in entry.items() if not str(k).startswith(PREFIX)}
+        for k, v in entry.items():
+            if str(k).startswith(PREFIX):
+                part, _, rest = str(k)[len(PREFIX) :].partition(".")
+                own.setdefault(part, {}).setdefault(names[key], {})[rest] = v
+    groups = [
+        {k: v for k, v in group.items() if not str(k).startswith(PREFIX)}
+        for group in given["param_groups"]
+    ]
+    counters = {
+        k[len(PREFIX) :]: v
+        for k, v in given["param_groups"][0].items()
+        if str(k).startswith(PREFIX)
+    }
+    base = {**given, "state": {k: v for k, v in state.items() if v}, "param_groups": groups}
+    if not counters:
+        warnings.warn(
+            "load_state_dict: the state was saved by a plain optimizer; the base takes it over, "
+            "the geometry and the perturbation start anew",
+            stacklevel=3,
+        )
+        optimizer.base.load_state_dict(base)
+    else:
+        _check_version(counters["version"])
+        _load_parts(optimizer, own, counters, base)
+    for post in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post(optimizer)
+
+
+def _load_parts(
+    optimizer: Optimizer,
+    own: dict[str, dict[str, dict[str, Tensor]]],
+    counters: dict[str, Any],
+    base: dict[str, Any],
+) -> None:
+    geometry, perturbation = optimizer.geometry, optimizer.perturbation
+    kept = None if geometry is None else _copy(geometry.state())
+    # Both parts check before they take over, so a state that does not fit leaves all as it was.
+    if geometry is not None:
+        geometry.load_state(own["geometry"])
+    try:
+        if perturbation is not None:
+            perturbation.load_state(own["perturbation"])
+        optimizer.base.load_state_dict(base)
+    except Exception:
+        if geometry is not None and kept is not None:
+            geometry.load_state(kept)
+        raise
+    if geometry is not None:
+        prefix = "geometry."
+        numbers = {k[len(prefix) :]: int(v) for k, v in counters.items() if k.startswith(prefix)}
+        if numbers:
+            geometry.load_counters(numbers)
+    optimizer._step = int(counters["step"])
+    for key in _skips(optimizer):
+        setattr(optimizer, key, int(counters[key]))
+
+
+def _check_version(version: Any) -> None:
+    if int(version) != VERSION:
+        raise ValueError(
+            f"state_dict: written in format {version} of llqr, this is format {VERSION}; load it "
+            "with the llqr that wrote it"
+        )
+
+
+def _ids(optimizer: Optimizer, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Map names to the identifiers that a state dict uses, through the order in the groups."""
+    own = optimizer.param_groups
+    sizes, expected = ([len(g["params"]) for g in gs] for gs in (groups, own))
+    if sizes != expected:
+        raise ValueError(
+            f"state_dict: has parameter groups of sizes {sizes}, this optimizer of {expected}"
+        )
+    names = {id(p): name for name, p in optimizer._parameters.named.items()}
+    return {
+        names[id(p)]: key
+        for theirs, ours in zip(groups, own, strict=True)
+        for key, p in zip(theirs["params"], ours["params"], strict=True)
+    }
+
+
+def _skips(optimizer: Optimizer) -> dict[str, int]:
+    return {
+        "skipped_steps": optimizer.skipped_steps,
+        "skipped_probes": optimizer.skipped_probes,
+    }
+
+
+def _copy(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {n: {k: v.clone() for k, v in e.items()} for n, e in state.items()}

@@ -1,0 +1,52 @@
+"""Checks of argument values: errors name the argument, the value and what is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Schedule", "at", "check_choice", "check_integer", "check_number"]
+
+Schedule = float | Callable[[int], float]
+
+
+def at(value: Schedule, step: int) -> float:
+    """Return a setting's value at an optimizer step: a number, or a function of the step."""
+    return value(step) if callable(value) else value
+
+
+def check_integer(name: str, value: Any, *, low: int) -> None:
+    """Refuse what is not an integer >= low."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    schedule: bool = False,
+) -> None:
+    """Refuse what is not a number in [low, high), or in (low, high) with ``open_low``.
+
+    With ``schedule`` a function of the step passes; its values are not known yet.
+    """
+    if schedule and callable(value):
+        return
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = good and (low < value if open_low else low <= value) and value < high
+    if not good:
+        sign = ">" if open_low else ">="
+        limit = "" if high == math.inf else f" and < {high}"
+        also = " or a function of the step" if schedule else ""
+        raise ValueError(f"{name}: expected a number {sign} {low}{limit}{also}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse what is not one of the allowed strings."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,68 @@
+"""What a second pass or a refresh must not leave behind in a module: buffers, modes, randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Buffers", "RandomState", "undisturbed"]
+
+
+class Buffers:
+    """The values of all buffers of a module at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._entries: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = [
+            (module, name, buffer, None if buffer is None else buffer.detach().clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the values back, into the very tensors that held them."""
+        for module, name, buffer, value in self._entries:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+
+
+class RandomState:
+    """The random number generators of the CPU and of one accelerator at one moment."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._cpu = torch.get_rng_state()
+        on_device = device is not None and device.type not in ("cpu", "meta")
+        self._device = device if on_device else None
+        if self._device is not None:
+            self._state = torch.get_device_module(self._device).get_rng_state(self._device)
+
+    def restore(self) -> None:
+        """Set the generators back."""
+        torch.set_rng_state(self._cpu)
+        if self._device is not None:
+            torch.get_device_module(self._device).set_rng_state(self._state, self._device)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluate a module without a trace: evaluation mode, buffers and random state put back.
+
+    Autocast that surrounds the call is switched off, since curvature products in bfloat16 are
+    wrong in the third digit.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers, random = Buffers(model), RandomState(device)
+    model.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        buffers.restore()
+        random.restore()

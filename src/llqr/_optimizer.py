@@ -1,0 +1,480 @@
+"""llqr.Optimizer: two passes and a metric around any torch.optim optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checkpoint import load_state_dict, state_dict
+from ._module_state import undisturbed
+from ._parameters import NamedParameters
+from ._passes import Passes
+from ._perturbations import Perturbation
+from .curvature._quadratic_model import check_forward, normalised
+from .geometry import Geometry, RefreshReport
+
+__all__ = ["Optimizer"]
+
+log = logging.getLogger("llqr")
+Forward = Callable[[], Any]
+RefreshHook = Callable[["Optimizer", RefreshReport], None]
+
+
+class Optimizer(torch.optim.Optimizer):
+    r"""Wrap a torch.optim optimizer with a learned metric and a sharpness-aware second pass.
+
+    .. math::
+        \begin{aligned}
+        &g \leftarrow \nabla L(\theta), \qquad
+         \epsilon \leftarrow \text{perturbation}(g; U, \rho), \qquad
+         \tilde g \leftarrow \nabla L(\theta + \epsilon) \\
+        &\theta \text{ restored}, \qquad \texttt{p.grad} \leftarrow U \tilde g, \qquad
+         \texttt{base.step()}
+        \end{aligned}
+
+    Without a perturbation there is one pass and ``p.grad`` becomes U g; without a geometry U = I;
+    without both this is the base optimizer (paper, algorithm 1). Four ways in: :meth:`minimize`,
+    :meth:`step` with a closure, :meth:`passes`, :meth:`perturbed`.
+
+    ``param_groups`` and ``state`` are those of the base, so schedulers, GradScaler and hooks work
+    as on any optimizer. After :meth:`step`, ``p.grad`` is what the backward pass computed. A step
+    whose gradients are not finite is skipped and counts nowhere.
+
+    Args:
+        base: any torch.optim optimizer but LBFGS and SparseAdam. It may hold fewer parameters
+            than the model.
+        model: the network; its parameters' names, layers, buffers and mode are used.
+        geometry: a :class:`llqr.Geometry` such as :class:`llqr.LLQR`, or None for U = I.
+        perturbation: a :class:`llqr.SAM` or relative, or None for one pass.
+        transport: whether the update goes through U; False keeps U for the probe alone.
+        graft: rescale U g~ to the length of g~ (one global norm), so the base's learning rate
+            keeps its scale.
+        buffers: "clean": buffers such as BatchNorm statistics advance as in the first pass alone;
+            "perturbed": as in the second (the paper's choice).
+        replay_rng: give the second pass the random numbers of the first.
+        refresh_forward: a function that returns (loss, outputs) on a refresh minibatch, used when
+            a refresh is due and none was handed over; ``step(closure)`` needs it.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a parameter of the base is not in the model, or is sparse or complex; an option
+            of the base that is not supported.
+
+    Example:
+        >>> import torch, llqr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> optimizer = llqr.Optimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        ...     model,
+        ...     geometry=llqr.LLQR("kfac", every=10),
+        ...     perturbation=llqr.SAM(rho=0.05),
+        ... )
+        >>> def forward():
+        ...     z = model(x)
+        ...     return torch.nn.functional.cross_entropy(z, y), z
+        >>> losses = [float(optimizer.minimize(forward)) for _ in range(20)]
+        >>> losses[-1] < losses[0]
+        True
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        geometry: Geometry | None = None,
+        perturbation: Perturbation | None = None,
+        transport: bool = True,
+        graft: bool = False,
+        buffers: str = "clean",
+        replay_rng: bool = True,
+        refresh_forward: Forward | None = None,
+    ) -> None:
+        if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Optimizer):
+            raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
+        if isinstance(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+            raise TypeError(f"base: {type(base).__name__} is not supported")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if geometry is not None and not isinstance(geometry, Geometry):
+            raise TypeError(f"geometry: expected a llqr.Geometry or None, got {geometry!r}")
+        if perturbation is not None and not isinstance(perturbation, Perturbation):
+            raise TypeError(
+                f"perturbation: expected one like llqr.SAM or None, got {perturbation!r}"
+            )
+        if buffers not in ("clean", "perturbed"):
+            raise ValueError(f"buffers: expected 'clean' or 'perturbed', got {buffers!r}")
+        if refresh_forward is not None and not callable(refresh_forward):
+            raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
+        # torch's own path for an optimizer that is not built from parameters (unpickling): it
+        # sets up the hooks and leaves state and param_groups to us.
+        super().__setstate__({"base": base, "model": model})
+        self.geometry, self.perturbation = geometry, perturbation
+        self.transport, self.graft = bool(transport), bool(graft)
+        self.refresh_forward = refresh_forward
+        self.last_report: RefreshReport | None = None
+        self.skipped_steps = self.skipped_probes = 0
+        self._step = 0
+        self._refresh_hooks: list[RefreshHook] = []
+        self._warned: set[str] = set()
+        self._parameters = NamedParameters(base, model)
+        self._bind()
+        self._passes = Passes(self, buffers, bool(replay_rng))
+
+    def _bind(self) -> None:
+        named = self._parameters.named
+        if self.geometry is not None:
+            self.geometry.bind(self.model, named)
+        if self.perturbation is not None:
+            self.perturbation.bind(named)
+
+    # -- what is shared with the base ----------------------------------------------------------
+
+    base: torch.optim.Optimizer
+    model: nn.Module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups, the very list."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state, the very mapping."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's default options."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the base's parameters."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base; their blocks of U start at the identity."""
+        groups = len(self.base.param_groups)
+        self.base.add_param_group(param_group)
+        try:
+            self._parameters = NamedParameters(self.base, self.model)
+        except (TypeError, ValueError):
+            del self.base.param_groups[groups:]
+            raise
+        self._bind()
+
+    def __repr__(self) -> str:
+        lines = [f"geometry: {self.geometry!r}", f"perturbation: {self.perturbation!r}"]
+        if self.geometry is not None:
+            lines.append(f"transport: {self.transport}, graft: {self.graft}")
+        body = "".join(f"\n{line}" for line in [*lines, repr(self.base)])
+        return f"{type(self).__name__} ({body}\n)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Like torch's: hooks and what schedulers put on `step` stay behind.
+        kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
+        kept.pop("step", None)
+        return {**kept, "_refresh_hooks": []}
+
+    # -- the step ------------------------------------------------------------------------------
+
+    @property
+    def needs_second_pass(self) -> bool:
+        """Whether the next step probes: a perturbation, its start reached, rho not 0."""
+        return self._passes.needed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters: p.grad -> U p.grad -> base.step().
+
+        Args:
+            closure: clears the gradients, runs a backward pass and returns the loss, as torch
+                defines it; run once or, with a perturbation, twice. Without it the gradients are
+                taken from ``p.grad``.
+
+        Returns:
+            The loss of the first run of the closure, else None.
+        """
+        loss = None
+        if closure is not None:
+            if self.refresh_due and self.refresh_forward is not None:
+                self.refresh(self.refresh_forward)
+            for _ in self._passes.run(None):
+                with torch.enable_grad():
+                    value = closure()
+                loss = value if loss is None else loss
+        self._passes.close()
+        gradients = self._parameters.gradients()
+        if not gradients or self._idle(gradients):
+            self.base.step()
+            return loss
+        if not finite(gradients.values()):
+            self._skip()
+            return loss
+        self._warn_of_omissions()
+        self._update(gradients)
+        if self.perturbation is not None:
+            if not self._passes.observed:  # one pass of the user's own, without passes()
+                self.perturbation.observe(widened(gradients))
+            self.perturbation.commit()
+        self._passes.forget()
+        self._step += 1
+        return loss
+
+    def _idle(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Tell a step that changes nothing, as torch.distributed.checkpoint makes to build state."""
+        if any(bool(group["lr"] != 0) for group in self.param_groups):
+            return False
+        return not any(bool(g.any()) for g in gradients.values())
+
+    def _update(self, gradients: dict[str, Tensor]) -> None:
+        if self.geometry is None or not self.transport:
+            self.base.step()
+            return
+        moved = self.geometry.apply(gradients)
+        if self.graft:
+            moved = _rescaled(moved, gradients)
+        named = self._parameters.named
+        try:
+            for name, value in moved.items():
+                named[name].grad = value
+            self.base.step()
+        finally:
+            for name, gradient in gradients.items():
+                named[name].grad = gradient
+
+    def _skip(self) -> None:
+        self.skipped_steps += 1
+        self._passes.undo()
+        self._warn_once(
+            "a step was skipped because its gradients are not finite; weights, buffers and "
+            "counters are as before it (optimizer.skipped_steps counts)"
+        )
+
+    def _warn_of_omissions(self) -> None:
+        if self.needs_second_pass and not self._passes.probed:
+            self._warn_once(
+                "step() ran without a perturbed pass although a perturbation is set: use "
+                "minimize, step(closure), passes or perturbed"
+            )
+        if self.refresh_due:
+            self._warn_once(
+                "step() ran although a refresh of the geometry is due, so U is not learned: call "
+                "optimizer.refresh_if_due(forward) before it, use minimize, or pass "
+                "refresh_forward to llqr.Optimizer"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        key = message[:40]
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    def passes(self, scaler: Any = None) -> Iterator[int]:
+        """Yield once, or twice when a perturbation is active; run forward and backward in the body.
+
+        Before each pass the gradients are cleared; before the second the weights move to
+        theta + eps, and after it they come back bit for bit, also when the body raises or breaks
+        out. The second pass sees the random numbers of the first and leaves no trace in buffers.
+
+        Args:
+            scaler: the GradScaler that the body scales the loss with.
+
+        Example:
+            >>> import torch, llqr
+            >>> model = torch.nn.Linear(2, 1)
+            >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> optimizer = llqr.Optimizer(base, model, perturbation=llqr.SAM())
+            >>> for _ in optimizer.passes():
+            ...     model(torch.ones(3, 2)).square().mean().backward()
+            >>> optimizer.step()
+        """
+        return self._passes.run(scaler)
+
+    def perturbed(self, scaler: Any = None) -> AbstractContextManager[None]:
+        """Move the weights to theta + eps for the body, from the clean gradients in p.grad.
+
+        Gradients are cleared on entry; on exit the weights are back bit for bit and the buffers as
+        on entry. The random state before the clean backward is not known here, so dropout draws
+        new masks: :meth:`passes` replays them.
+
+        Args:
+            scaler: the GradScaler that scaled the clean backward; gradients are divided by its
+                scale, ``unscale_`` is not called.
+        """
+        return self._passes.perturbed(scaler)
+
+    def minimize(
+        self,
+        forward: Forward | Sequence[Forward],
+        *,
+        refresh: Forward | Sequence[Forward] | None = None,
+        weights: Sequence[float] | None = None,
+        scaler: Any = None,
+        before_step: Callable[[], Any] | None = None,
+    ) -> Tensor:
+        """Do a whole step: refresh when due, two passes, update.
+
+        Args:
+            forward: returns the loss, or (loss, outputs); or a list of such functions, one a
+                micro-batch, for the step of the joined batch (plain mean of the losses).
+            refresh: forwards on their own minibatch for a refresh; default the same as forward.
+            weights: how much each micro-batch counts; equal by default.
+            scaler: a torch.amp.GradScaler; scaling, unscaling and its update are done here.
+            before_step: called when p.grad holds g~ (unscaled), before U: for clipping.
+
+        Returns:
+            The clean loss (of the first pass), a detached scalar.
+        """
+        forwards = as_list(forward)
+        shares = normalised(weights, len(forwards))
+        if self.refresh_due:
+            own = refresh if refresh is not None else (self.refresh_forward or forwards)
+            self.refresh(own, weights=weights if own is forwards else None)
+        clean: Tensor | None = None
+        with torch.enable_grad():
+            for _ in self._passes.run(scaler):
+                losses = []
+                for share, run in zip(shares, forwards, strict=True):
+                    loss, _outputs = check_forward(run())
+                    joined = loss if len(forwards) == 1 else share * loss
+                    (joined if scaler is None else scaler.scale(joined)).backward()
+                    losses.append(joined.detach())
+                if clean is None:
+                    clean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        if scaler is None:
+            if before_step is not None:
+                before_step()
+            self.step()
+        else:
+            scaler.unscale_(self)
+            if before_step is not None:
+                before_step()
+            scaler.step(self)
+            scaler.update()
+        assert clean is not None
+        return clean
+
+    # -- the geometry --------------------------------------------------------------------------
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the geometry wants a refresh before the next step."""
+        return self.geometry is not None and self.geometry.due(self._step)
+
+    def refresh(
+        self,
+        forward: Forward | Sequence[Forward] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport:
+        """Refresh the geometry now, due or not.
+
+        The model is in evaluation mode meanwhile; buffers, random state and p.grad stay untouched.
+
+        Args:
+            forward: as in :meth:`minimize`; default ``refresh_forward``.
+            weights: how much each forward counts.
+
+        Returns:
+            The report, also kept as ``last_report`` and handed to the refresh hooks.
+        """
+        if self.geometry is None:
+            raise RuntimeError("refresh: this optimizer has no geometry (geometry=None)")
+        forward = self.refresh_forward if forward is None else forward
+        if forward is None:
+            raise ValueError(
+                "refresh: no forward; hand one over, or pass refresh_forward to llqr.Optimizer"
+            )
+        self._passes.close()
+        forwards = as_list(forward)
+        with undisturbed(self.model, self._parameters.device):
+            report = self.geometry.refresh(forwards, step=self._step, weights=weights)
+        self.last_report = report
+        for hook in list(self._refresh_hooks):
+            hook(self, report)
+        return report
+
+    def refresh_if_due(
+        self,
+        forward: Forward | Sequence[Forward] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport | None:
+        """Refresh the geometry if it is due; return the report or None."""
+        return self.refresh(forward, weights=weights) if self.refresh_due else None
+
+    def register_refresh_hook(self, hook: RefreshHook) -> Callable[[], None]:
+        """Call ``hook(optimizer, report)`` after every refresh; return a function that removes it."""
+        self._refresh_hooks.append(hook)
+        return lambda: self._refresh_hooks.remove(hook)
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return one object to checkpoint, in the standard {"state", "param_groups"} form.
+
+        The base's state is in it, and under ``llqr.*`` keys the geometry's, the perturbation's and
+        the counters. It loads with ``torch.load(weights_only=True)``.
+        """
+        self._passes.close()
+        return state_dict(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Take over what :meth:`state_dict` returned; training goes on bitwise.
+
+        Raises:
+            ValueError: the state does not fit this geometry or perturbation; nothing is changed.
+        """
+        self._passes.close()
+        load_state_dict(self, state_dict)
+
+
+def as_list(forward: Forward | Sequence[Forward]) -> list[Forward]:
+    """Return one forward or several as a list; refuse what is not callable."""
+    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
+    if not forwards or not all(callable(f) for f in forwards):
+        raise TypeError(
+            f"forward: expected a function without arguments or a list of them, got {forward!r}"
+        )
+    return forwards
+
+
+def finite(tensors: Any) -> bool:
+    """Tell whether all entries are finite, with one read from the device."""
+    norms = torch._foreach_norm(list(tensors), ord=float("inf"))
+    return bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())
+
+
+def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return gradients in at least float32."""
+    return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
+
+
+def _rescaled(moved: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rescale to the global norm of ``like``."""
+    old, new = (
+        torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gs.values()]))
+        for gs in (like, moved)
+    )
+    factor = old / new.clamp(min=torch.finfo(torch.float64).tiny)
+    return {n: (g * factor).to(g.dtype) for n, g in moved.items()}

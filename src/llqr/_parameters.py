@@ -1,0 +1,76 @@
+"""The base optimizer's parameters by name, and what of them is not supported."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .geometry._layers import layers_of, unwrap
+
+__all__ = ["NamedParameters"]
+
+REFUSED_OPTIONS = {
+    "maximize": "negate the loss instead",
+    "differentiable": "leave it out",
+    "capturable": "leave it out",
+}
+
+
+class NamedParameters:
+    """Names, layers and groups of the parameters that a base optimizer holds.
+
+    Attributes:
+        named: {name: parameter}, in model order.
+        layers: {name: layer}.
+        group_of: {name: index of the parameter group}.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
+        inner = unwrap(model)
+        groups: dict[int, int] = {}
+        for index, group in enumerate(base.param_groups):
+            for option, remedy in REFUSED_OPTIONS.items():
+                if group.get(option, False):
+                    raise ValueError(f"base: {option}=True is not supported; {remedy}")
+            for parameter in group["params"]:
+                groups[id(parameter)] = index
+        self.named: dict[str, nn.Parameter] = {
+            name: p for name, p in inner.named_parameters() if id(p) in groups
+        }
+        known = {id(p) for p in self.named.values()}
+        for index, group in enumerate(base.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) not in known:
+                    raise ValueError(
+                        f"base: a parameter of shape {tuple(parameter.shape)} in group {index} is "
+                        "not a parameter of the model; llqr.Optimizer takes names and layers from "
+                        "the model, so build the base from model.parameters()"
+                    )
+        for name, parameter in self.named.items():
+            if parameter.layout != torch.strided or parameter.is_complex():
+                kind = "complex" if parameter.is_complex() else "sparse"
+                raise ValueError(f"base: parameter {name!r} is {kind}, which is not supported")
+            if not parameter.is_floating_point():
+                raise ValueError(f"base: parameter {name!r} has dtype {parameter.dtype}")
+        layers, _ = layers_of(inner)
+        self.layers = {name: layers[name] for name in self.named}
+        self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(iter(self.named.values())).device
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return p.grad of all parameters that have one; refuse sparse ones."""
+        found = {}
+        for name, parameter in self.named.items():
+            if parameter.grad is None:
+                continue
+            if parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse, which is not supported; build the "
+                    "embedding with sparse=False"
+                )
+            found[name] = parameter.grad
+        return found

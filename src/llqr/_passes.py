@@ -1,0 +1,202 @@
+"""The two passes of a step: clean, then perturbed, with everything put back in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._checks import at
+from ._module_state import Buffers, RandomState
+
+if TYPE_CHECKING:
+    from ._optimizer import Optimizer
+
+__all__ = ["Passes"]
+
+
+class Passes:
+    """Run the passes of one step for an optimizer.
+
+    Attributes:
+        probed: whether a perturbed pass ran since the last step that counted.
+        observed: whether the perturbation saw the clean gradients of the coming step.
+    """
+
+    def __init__(self, optimizer: Optimizer, buffers: str, replay_rng: bool) -> None:
+        self._optimizer = optimizer
+        self._keep_clean = buffers == "clean"
+        self._replay_rng = replay_rng
+        self.probed = self.observed = False
+        self._start: Buffers | None = None
+        self._away: list[tuple[Tensor, Tensor]] = []  # (parameter, its clean value)
+
+    # -- what is needed ------------------------------------------------------------------------
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radius of each parameter at the coming step; 0 where it is not perturbed."""
+        opt = self._optimizer
+        perturbation, named = opt.perturbation, opt._parameters
+        if perturbation is None or opt._step < perturbation.start:
+            return dict.fromkeys(named.named, 0.0)
+        groups = []
+        for index, group in enumerate(opt.param_groups):
+            rho = at(group.get("rho", perturbation.rho), opt._step)
+            if not (0 <= rho < float("inf")):
+                raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
+            groups.append(float(rho))
+        return {name: groups[i] for name, i in named.group_of.items()}
+
+    @property
+    def needed(self) -> bool:
+        """Whether the coming step has a second pass."""
+        return any(self.radii.values())
+
+    # -- the passes ----------------------------------------------------------------------------
+
+    def run(self, scaler: Any) -> Iterator[int]:
+        """Yield once for the clean pass and, if needed, once for the perturbed pass."""
+        self.close()
+        self.forget()
+        opt = self._optimizer
+        self._start = Buffers(opt.model)
+        random = RandomState(opt._parameters.device) if self._replay_rng else None
+        opt.zero_grad()
+        yield 0
+        clean = self._clean_gradients("the first pass")
+        if not self.needed:
+            self._observe(clean, scaler)
+            if scaler is not None and not _finite(clean):
+                self.undo()  # the scaler will skip: the step is not ours to restore then
+            return
+        with self._displaced(clean, scaler, start=self._start, random=random):
+            yield 1
+
+    @contextmanager
+    def perturbed(self, scaler: Any) -> Iterator[None]:
+        """Run the body at theta + eps, from the gradients that are there."""
+        self.close()
+        self.forget()
+        clean = self._clean_gradients("the clean backward")
+        with self._displaced(clean, scaler, start=None, random=None):
+            yield
+
+    @contextmanager
+    def _displaced(
+        self,
+        clean: dict[str, Tensor],
+        scaler: Any,
+        start: Buffers | None,
+        random: RandomState | None,
+    ) -> Iterator[None]:
+        opt = self._optimizer
+        healthy = _finite(clean)
+        eps = self._displacement(clean, scaler) if healthy else {}
+        advanced = Buffers(opt.model)
+        if start is not None and not self._keep_clean:
+            start.restore()
+        opt.zero_grad()
+        self._move(eps)
+        if random is not None:
+            random.restore()
+        try:
+            yield
+        finally:
+            self.close()
+            if self._keep_clean or start is None:
+                advanced.restore()
+        self.probed = True
+        second = self._clean_gradients("the second pass")
+        if not healthy:
+            # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
+            for gradient in second.values():
+                gradient.fill_(float("nan"))
+        if start is not None and (not healthy or not _finite(second)):
+            start.restore()
+
+    @torch.no_grad()
+    def _displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+        opt = self._optimizer
+        perturbation, geometry = opt.perturbation, opt.geometry
+        wide = self._observe(clean, scaler)
+        if perturbation is None:
+            return {}
+        rho = self.radii
+        chosen = {n: g for n, g in wide.items() if rho[n] > 0}
+        if not chosen:
+            return {}
+        eps = perturbation.displacement(
+            chosen,
+            opt._parameters.named,
+            rho,
+            dict if geometry is None else geometry.apply,
+            opt._parameters.layers,
+        )
+        if eps is None:
+            opt.skipped_probes += 1
+            return {}
+        if not _finite(eps):
+            raise RuntimeError(
+                f"{type(perturbation).__name__} gave a displacement that is not finite although "
+                f"the gradients are; rho = {max(rho.values())}"
+            )
+        return eps
+
+    @torch.no_grad()
+    def _observe(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+        """Show the perturbation the clean gradients, unscaled and in at least float32."""
+        wide = {n: g if g.dtype == torch.float64 else g.float() for n, g in clean.items()}
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        if scale != 1.0:
+            wide = {n: g / scale for n, g in wide.items()}
+        if self._optimizer.perturbation is not None:
+            self._optimizer.perturbation.observe(wide)
+            self.observed = True
+        return wide
+
+    def _clean_gradients(self, where: str) -> dict[str, Tensor]:
+        gradients = self._optimizer._parameters.gradients()
+        if not gradients:
+            raise RuntimeError(
+                f"no parameter has a gradient after {where}: call backward() in it, on a loss "
+                "that depends on the optimizer's parameters"
+            )
+        return gradients
+
+    # -- weights and buffers -------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _move(self, eps: dict[str, Tensor]) -> None:
+        """Add eps to the weights, keeping copies: subtraction would not give the bits back."""
+        named = self._optimizer._parameters.named
+        moved = [(named[n], e) for n, e in eps.items()]
+        self._away = [(p, p.detach().clone()) for p, _ in moved]
+        for p, e in moved:
+            p.add_(e.to(p.dtype))
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Bring the weights back, if a pass was left open."""
+        away, self._away = self._away, []
+        for p, value in away:
+            p.copy_(value)
+
+    def undo(self) -> None:
+        """Put the buffers back to the start of the skipped step."""
+        if self._start is not None:
+            self._start.restore()
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over: nothing was probed or observed for the coming step."""
+        self.probed = self.observed = False
+        self._start = None
+
+
+def _finite(tensors: dict[str, Tensor]) -> bool:
+    norms = torch._foreach_norm(list(tensors.values()), ord=float("inf")) if tensors else ()
+    return not norms or bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())

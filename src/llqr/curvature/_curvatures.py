@@ -1,0 +1,115 @@
+"""Which matrix C is: the curvature of the loss that the geometry is learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Curvature", "Divergence", "Fisher", "Newton", "as_curvature"]
+
+
+class Curvature:
+    r"""Name the curvature :math:`C` of the quadratic model (base class).
+
+    A curvature of the Gauss-Newton form :math:`C = J^\top H J` (:math:`J` the Jacobian of the
+    outputs in the parameters) says what scalar of the outputs has :math:`H` as its second
+    derivative; :meth:`objective` returns it. :class:`Newton` is the one that is not of this form.
+    """
+
+    #: True when C is J' H J, and so needs the outputs of the network.
+    gauss_newton: bool = True
+
+    def objective(self, loss: Tensor, outputs: Any, outputs0: Any) -> Tensor | None:
+        """Return a scalar of ``outputs`` whose second derivative is H, or None for the loss itself.
+
+        Args:
+            loss: the scalar loss, computed from the outputs.
+            outputs: what the forward handed over (a tensor, or nested tuples, lists, dicts).
+            outputs0: the same values, detached: the expansion point.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Fisher(Curvature):
+    r"""Use the second derivative of the loss in the outputs: :math:`C = J^\top \ell''(z) J`.
+
+    For a cross-entropy on logits this is the Fisher information (the paper's NGD geometry): labels
+    and label smoothing drop out; class weights, ``ignore_index`` and masks stay in.
+
+    Example:
+        >>> import llqr
+        >>> llqr.LLQR("diagonal", curvature=llqr.Fisher()).curvature
+        Fisher()
+    """
+
+    def objective(self, loss: Tensor, outputs: Any, outputs0: Any) -> Tensor | None:
+        """Return None: H is the second derivative of the loss itself."""
+        return None
+
+
+class Newton(Curvature):
+    r"""Use the Hessian of the whole loss, :math:`C = \nabla^2 L(\theta)` (indefinite in general)."""
+
+    gauss_newton = False
+
+
+class Divergence(Curvature):
+    r"""Use the second derivative of a divergence of the outputs from where they are.
+
+    .. math:: C = J^\top H J, \qquad H = \partial_z^2 D(z, z_0) \big|_{z = z_0}
+
+    Kullback-Leibler in either direction gives the Fisher, a Renyi divergence of order a gives a
+    times it, and a divergence that looks at intermediate features gives an intermediate-layer
+    metric (paper, appendix A).
+
+    Args:
+        divergence: ``divergence(outputs, outputs0) -> scalar``, twice differentiable in
+            ``outputs``. Average over the batch if the loss does.
+
+    Example:
+        >>> import torch, llqr
+        >>> def squared(z, z0):
+        ...     return 0.5 * (z - z0).square().sum(-1).mean()
+        >>> llqr.LLQR("diagonal", curvature=llqr.Divergence(squared)).curvature
+        Divergence(squared)
+    """
+
+    def __init__(self, divergence: Callable[[Any, Any], Tensor]) -> None:
+        if not callable(divergence):
+            raise TypeError(
+                "divergence: expected a callable (outputs, outputs0) -> scalar, "
+                f"got {divergence!r}"
+            )
+        self.divergence = divergence
+
+    def objective(self, loss: Tensor, outputs: Any, outputs0: Any) -> Tensor | None:
+        """Return D(outputs, outputs0)."""
+        value = self.divergence(outputs, outputs0)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                "divergence: expected a scalar tensor, got "
+                + (f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value))
+                + "; reduce it over the batch as the loss is reduced"
+            )
+        return value
+
+    def __repr__(self) -> str:
+        return f"Divergence({getattr(self.divergence, '__name__', self.divergence)})"
+
+
+def as_curvature(curvature: str | Curvature) -> Curvature:
+    """Turn ``"fisher"`` and ``"newton"`` into their objects; pass objects through."""
+    if isinstance(curvature, Curvature):
+        return curvature
+    if curvature == "fisher":
+        return Fisher()
+    if curvature == "newton":
+        return Newton()
+    raise ValueError(
+        f"curvature: expected 'fisher', 'newton' or a llqr.Curvature, got {curvature!r}"
+    )

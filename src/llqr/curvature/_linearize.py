@@ -1,0 +1,31 @@
+"""The surroundings of the one forward whose graph is kept and differentiated twice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Choose kernels that have a double backward, for the duration of one forward.
+
+    Flash and memory-efficient attention, the fast path of ``nn.MultiheadAttention`` in evaluation
+    mode and compiled graphs have none: use the math attention, the slow path and eager code.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # set_stance imports the compiler (seconds); nothing is compiled where it never was loaded.
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -1,0 +1,129 @@
+"""U as a whole: the structures of all groups of a layout, acting on one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ._layers import Layout
+from ._structures import Bounds, State, Structure, make_structure
+
+__all__ = ["BlockDiagonal", "States"]
+
+States = list[State]
+Exported = dict[str, dict[str, Tensor]]
+
+
+class BlockDiagonal:
+    """The block-diagonal structure of U: one :class:`Structure` a group of the layout."""
+
+    def __init__(self, layout: Layout, *, learned: bool = True, square: bool = False) -> None:
+        self.layout = layout
+        self.parts: list[Structure] = [
+            make_structure(group, learned=learned, square=square) for group in layout.groups
+        ]
+
+    @property
+    def linear(self) -> bool:
+        """True when U is linear in its trainable entries."""
+        return all(part.linear for part in self.parts)
+
+    def identity(self, device: torch.device) -> States:
+        """Return the states at which U is the identity."""
+        return [part.identity(device) for part in self.parts]
+
+    def trainable(self, states: States) -> States:
+        """Return the entries that the inner solve changes."""
+        return [{k: s[k] for k in p.trainable} for p, s in zip(self.parts, states, strict=True)]
+
+    def apply(self, states: States, flat: Tensor) -> Tensor:
+        """Return U x as a new flat vector."""
+        out = torch.empty_like(flat)
+        for part, state in zip(self.parts, states, strict=True):
+            x = part.group.view(flat).to(part.group.dtype)
+            part.group.view(out).copy_(part.apply(state, x))
+        return out
+
+    def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
+        """Return the gradient of <r, U x> in the trainable entries."""
+        return [
+            part.pullback(
+                state,
+                part.group.view(x).to(part.group.dtype),
+                part.group.view(r).to(part.group.dtype),
+            )
+            for part, state in zip(self.parts, states, strict=True)
+        ]
+
+    def project(self, states: States, bounds: Bounds) -> States:
+        """Return the states with every block's eigenvalues inside the bounds."""
+        return [p.project(s, bounds) for p, s in zip(self.parts, states, strict=True)]
+
+    def average(self, old: States, new: States, beta: float) -> States:
+        """Return beta old + (1 - beta) new of the trainable entries (factors, not operators)."""
+        return [
+            {**n, **{k: beta * o[k] + (1 - beta) * n[k] for k in part.trainable}}
+            for part, o, n in zip(self.parts, old, new, strict=True)
+        ]
+
+    def leaves(self, entries: States) -> list[Tensor]:
+        """Return one view a leaf, the unit of the inner solver's gradient clip."""
+        return [leaf for part, e in zip(self.parts, entries, strict=True) for leaf in part.leaves(e)]
+
+    def extremes(self, states: States, exact: bool) -> dict[str, tuple[float, float]]:
+        """Return the smallest and largest eigenvalue of each layer."""
+        spectrum: dict[str, tuple[float, float]] = {}
+        for part, state in zip(self.parts, states, strict=True):
+            lows, highs = (t.tolist() for t in part.extremes(state, exact))
+            for block, low, high in zip(part.group.blocks, lows, highs, strict=True):
+                a, b = spectrum.get(block.layer, (low, high))
+                spectrum[block.layer] = (min(a, low), max(b, high))
+        return spectrum
+
+    def export(self, states: States) -> Exported:
+        """Return the states per parameter: {name: {key: tensor}} (views, canonical order).
+
+        Elementwise states have the parameter's shape under "U"; a block's other states are on the
+        first parameter that the block touches, under "<entry>.<number of the block there>".
+        """
+        exported: Exported = {name: {} for name in self.layout.structures}
+        self._walk(states, lambda name, key, view, shape: exported[name].update({key: view}))
+        return exported
+
+    def load(self, states: States, exported: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+        """Copy exported states in; return what was missing or of another shape."""
+        wrong: list[str] = []
+
+        def copy(name: str, key: str, view: Tensor, shape: tuple[int, ...]) -> None:
+            value = exported.get(name, {}).get(key)
+            if value is None:
+                wrong.append(f"{name}: no {key!r}")
+            elif tuple(value.shape) != shape:
+                wrong.append(f"{name}: {key!r} has shape {tuple(value.shape)}, expected {shape}")
+            else:
+                view.copy_(value)
+
+        self._walk(states, copy)
+        return wrong
+
+    def _walk(
+        self, states: States, visit: Callable[[str, str, Tensor, tuple[int, ...]], object]
+    ) -> None:
+        counts: dict[str, int] = {}
+        for part, state in zip(self.parts, states, strict=True):
+            for block, entries in zip(part.group.blocks, part.blockwise(state), strict=True):
+                if part.group.structure in ("diagonal", "vector"):
+                    ends = list(accumulate(piece.numel for piece in block.pieces))
+                    for piece, end in zip(block.pieces, ends, strict=True):
+                        shape = self.layout.views[piece.name].shape
+                        run = entries["U"][end - piece.numel : end].view(shape)
+                        visit(piece.name, "U", run, shape)
+                    continue
+                owner = block.pieces[0].name
+                number = counts.get(owner, 0)
+                counts[owner] = number + 1
+                for key, value in entries.items():
+                    visit(owner, f"{key}.{number}", value, tuple(value.shape))

@@ -1,0 +1,463 @@
+"""LLQR: when U is learned, how it is averaged, and whether the result is kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import Schedule, at
+from ..curvature import Curvature, QuadraticModel, as_curvature, quadratic_model
+from ..curvature._recycling import RecycledProduct
+from ._base import Geometry, Gradients
+from ._blocks import BlockDiagonal, States
+from ._layers import Layout, layers_of, unwrap
+from ._report import RefreshError, RefreshReport
+from ._settings import StructureOf, check_settings, check_structure
+from ._solver import Objective, SolverOptions, solve
+from ._structures import EKfac
+
+__all__ = ["LLQR"]
+
+log = logging.getLogger("llqr")
+
+
+class LLQR(Geometry):
+    r"""Learn a structured inverse preconditioner U from the layerwise LQR objective.
+
+    .. math::
+        \begin{aligned}
+        &\textbf{refresh, every } n \textbf{ steps, on one minibatch:} \\
+        &\quad g \leftarrow \nabla L(\theta), \quad C \leftarrow \text{curvature of } L \\
+        &\quad J(U) = g^\top u + \tfrac12 u^\top C u + \tfrac12 \lambda |u|^2, \qquad u = -U g \\
+        &\quad U_T \leftarrow T \text{ steps of momentum on } J \text{ from the current } U \\
+        &\quad U \leftarrow \beta U + (1 - \beta)\, U_T, \quad
+              u_{\min} I \preceq U \preceq u_{\max} I
+        \end{aligned}
+
+    U is block diagonal, one block a layer (the parameters one module owns); C is the full
+    curvature with all terms across layers. Defaults are for users; :meth:`paper` gives the
+    paper's settings (paper, equation 9, algorithm 2 and appendix C).
+
+    Args:
+        structure: "diagonal", "kfac", "e-kfac", "diag-kfac", "dense", "scalar", "identity", or a
+            callable (name, parameter) -> name. 1-D parameters are elementwise in all Kronecker
+            structures.
+        curvature: "fisher" (the paper's NGD; the forward must return outputs), "newton", or a
+            :class:`llqr.Curvature`.
+        every: optimizer steps between refreshes; a number or a function of the step.
+        steps: inner steps T.
+        lr: inner learning rate; a number or a function of the step.
+        momentum: inner momentum, in [0, 1).
+        clip: each leaf's inner gradient is clipped to this norm; None: not clipped.
+        ema: beta, in [0, 1); a number or a function of the step. It averages the factors, which
+            is not the average of the operators.
+        damping: lambda, added to C.
+        scale: factor on C: "mean" (1), "sum" (the number of output rows), or a number.
+        bases: of e-kfac: "learned" with the eigenvalues, or "gradient": eigenvectors of running
+            averages of X X' and X'X of the refresh gradients, renewed every ``renew_every``
+            refreshes.
+        constraint: "positive" keeps U within ``bounds``; "none" is the authors' arithmetic, in
+            which U may become indefinite; "square" (e-kfac only) their psd-e-kfac.
+        bounds: (u_min, u_max), eigenvalues of U under "positive".
+        block_size: sides of matrices wider than this are cut into blocks; None: whole.
+        tolerance: relative error at which a curvature product is answered from earlier ones;
+            0 computes every product.
+        solver: "momentum", "sgd", "adam" or "lbfgs" (then at most ``steps`` evaluations).
+        start: first optimizer step before which a refresh is due.
+        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        renew_every: refreshes between new bases (``bases="gradient"``).
+
+    Raises:
+        ValueError: a value out of range; the message names argument and value.
+
+    Example:
+        >>> import torch, llqr
+        >>> model = torch.nn.Linear(3, 2)
+        >>> geometry = llqr.LLQR("kfac", every=100)
+        >>> geometry.bind(model)
+        >>> geometry.numel()  # 3 x 3, 2 x 2, and the bias
+        15
+        >>> geometry.spectrum()
+        {'': (1.0, 1.0)}
+    """
+
+    def __init__(
+        self,
+        structure: StructureOf = "diagonal",
+        *,
+        curvature: str | Curvature = "fisher",
+        every: Schedule = 500,
+        steps: int = 50,
+        lr: Schedule = 1e-2,
+        momentum: float = 0.9,
+        clip: float | None = 5.0,
+        ema: Schedule = 0.95,
+        damping: float = 0.0,
+        scale: str | float = "mean",
+        bases: str = "learned",
+        constraint: str = "positive",
+        bounds: tuple[float, float] = (1e-3, 1e3),
+        block_size: int | None = 512,
+        tolerance: float = 1e-2,
+        solver: str = "momentum",
+        start: int = 0,
+        max_failures: int = 3,
+        renew_every: int = 5,
+    ) -> None:
+        settings: dict[str, Any] = {
+            "every": every,
+            "steps": steps,
+            "lr": lr,
+            "momentum": momentum,
+            "clip": clip,
+            "ema": ema,
+            "damping": damping,
+            "scale": scale,
+            "bases": bases,
+            "constraint": constraint,
+            "bounds": tuple(bounds) if isinstance(bounds, (tuple, list)) else (bounds,),
+            "block_size": block_size,
+            "tolerance": tolerance,
+            "solver": solver,
+            "start": start,
+            "max_failures": max_failures,
+            "renew_every": renew_every,
+        }
+        check_structure(structure)
+        check_settings(**settings)
+        self.structure = structure
+        self.curvature = as_curvature(curvature)
+        self.settings = settings
+        self._refreshes = self._refused = self._failures = 0
+        self._last = -1
+        self._warned: set[str] = set()
+
+    @classmethod
+    def paper(
+        cls, structure: StructureOf = "e-kfac", curvature: str = "fisher", **changes: Any
+    ) -> LLQR:
+        """Return the paper's settings: lr 1e-3, no bounds, no splitting, all products computed.
+
+        Fisher is summed over the batch with EMA 0.95; Newton is the Hessian of the mean loss with
+        EMA 0.9 (paper, appendix C). ``changes`` replace single settings.
+        """
+        settings: dict[str, Any] = {
+            "lr": 1e-3,
+            "ema": 0.9 if curvature == "newton" else 0.95,
+            "scale": "mean" if curvature == "newton" else "sum",
+            "constraint": "none",
+            "block_size": None,
+            "tolerance": 0,
+        }
+        return cls(structure, curvature=curvature, **{**settings, **changes})
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+        return f"LLQR({self.structure!r}, curvature={self.curvature!r}, {shown})"
+
+    # -- binding ------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """Lay out the parameters in blocks; new ones start at the identity."""
+        kept = self.state() if hasattr(self, "_states") else {}
+        super().bind(model, parameters)
+        devices = {p.device for p in self.parameters.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"model: LLQR needs all parameters on one device, got {sorted(map(str, devices))}"
+            )
+        layers, transposed = layers_of(unwrap(model))
+        structure = self.structure
+        self.layout = Layout(
+            self.parameters,
+            layers,
+            structure if callable(structure) else lambda name, parameter: str(structure),
+            self.settings["block_size"],
+            transposed,
+        )
+        square = self.settings["constraint"] == "square"
+        others = set(self.layout.structures.values()) - {"e-kfac", "identity"}
+        if square and others:
+            raise ValueError(
+                "constraint: 'square' is the authors' psd-e-kfac and defined for 'e-kfac' alone, "
+                f"got structure {sorted(others)}"
+            )
+        learned = self.settings["bases"] == "learned"
+        self._blocks = BlockDiagonal(self.layout, learned=learned, square=square)
+        self._states = self._blocks.identity(next(iter(devices), torch.device("cpu")))
+        if kept:
+            self._blocks.load(self._states, kept)
+
+    # -- using U ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply(self, gradients: Gradients) -> dict[str, Tensor]:
+        """Return U g as {name: tensor}, each in its gradient's dtype."""
+        self._require_bound()
+        unknown = [n for n in gradients if n not in self.parameters]
+        if unknown:
+            raise KeyError(f"gradients: {unknown[0]!r} is not a parameter that U knows")
+        flat = self.layout.pack(gradients)
+        self._follow(flat.device)
+        result = self.layout.unpack(self._blocks.apply(self._states, flat), list(gradients))
+        return {name: result[name].to(g.dtype) for name, g in gradients.items()}
+
+    def _follow(self, device: torch.device) -> None:
+        """Move U to where the gradients are, if the model was moved."""
+        if any(v.device != device for s in self._states for v in s.values()):
+            self._states = [{k: v.to(device) for k, v in s.items()} for s in self._states]
+
+    def spectrum(self) -> dict[str, tuple[float, float]]:
+        """Return the smallest and largest eigenvalue of U for each layer (decomposed)."""
+        self._require_bound()
+        return self._blocks.extremes(self._states, exact=True)
+
+    def numel(self) -> int:
+        """Return the number of stored scalars of U."""
+        self._require_bound()
+        return sum(v.numel() for s in self._states for v in s.values())
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes: of U ("preconditioner"), and at most of a refresh beside its graph."""
+        self._require_bound()
+        own = sum(v.numel() * v.element_size() for s in self._states for v in s.values())
+        vector = self.layout.numel * self.layout.dtype.itemsize
+        recycled = 2 * int(self.settings["steps"]) * vector if self.settings["tolerance"] else 0
+        # The new state, its gradient and its momentum, and six flat work vectors.
+        return {"preconditioner": own, "refresh": 3 * own + 6 * vector + recycled}
+
+    def summary(self) -> str:
+        """Return a table: which parameter got which structure, blocks and stored scalars."""
+        self._require_bound()
+        stored = {n: sum(v.numel() for v in e.values()) for n, e in self.state().items()}
+        rows = [("parameter", "shape", "structure", "blocks", "stored")]
+        for name, parameter in self.parameters.items():
+            view, structure = self.layout.views[name], self.layout.structures[name]
+            if view.matrix is None and structure.endswith("kfac"):
+                structure = "diagonal"
+            shape = "x".join(map(str, parameter.shape)) or "scalar"
+            pieces = len(self.layout.pieces(name))
+            rows.append((name, shape, structure, str(pieces), f"{stored[name]:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        total = sum(p.numel() for p in self.parameters.values())
+        return "\n".join([*(line.rstrip() for line in lines),
+                          f"{total:,} parameters, {self.numel():,} scalars in U"])  # fmt: skip
+
+    # -- learning U ---------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Tell whether ``every`` steps have passed since the last refresh (first at start)."""
+        if step < self.settings["start"]:
+            return False
+        return self._last < 0 or step - self._last >= at(self.settings["every"], step)
+
+    def refresh(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        *,
+        step: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport:
+        """Minimise J on the forwards' minibatch from the current U; average; keep or refuse.
+
+        Args:
+            forwards: functions that return (loss, outputs), or the loss alone for "newton".
+            step: the optimizer step, for schedules and the report.
+            weights: how much each forward counts; equal by default.
+
+        Returns:
+            The report; a refused refresh leaves U as it was and warns once.
+
+        Raises:
+            RefreshError: more than ``max_failures`` refreshes in a row were refused.
+        """
+        self._require_bound()
+        began = time.perf_counter()
+        parameters = list(self.parameters.values())
+        model = quadratic_model(
+            forwards, parameters, self.curvature, scale=self.settings["scale"], weights=weights
+        )
+        with torch.no_grad():
+            flat = _Flat(model, self.layout, list(self.parameters))
+            self._follow(flat.gradient.device)
+            states, before, after, reason = self._solve(flat, step)
+            del flat
+            if reason is None:
+                self._states = states
+            report = self._report(model, step, before, after, reason, began)
+        self._settle(report)
+        return report
+
+    def _solve(self, flat: _Flat, step: int) -> tuple[States, float, float, str | None]:
+        """Return the new states, J at the old and at the new ones, and why to refuse, if so."""
+        s, g, old = self.settings, flat.gradient, self._states
+        nan = float("nan")
+        if not bool(torch.isfinite(g).all()):
+            return old, nan, nan, "the gradient is not finite"
+        product = flat.product
+        if s["tolerance"]:
+            product = RecycledProduct(flat.product, g, s["tolerance"], capacity=s["steps"])
+        objective = Objective(self._blocks, g, product, s["damping"])
+        exact = Objective(self._blocks, g, flat.product, s["damping"])
+        started = self._renew_bases(g)
+        options = SolverOptions(s["solver"], s["steps"], at(s["lr"], step), s["momentum"], s["clip"])
+        with torch.enable_grad() if s["solver"] == "lbfgs" else torch.no_grad():
+            solved, first = solve(objective, started, options)
+        before = float(first) if started is old else float(exact.value(old))
+        if not all(bool(torch.isfinite(v).all()) for e in solved for v in e.values()):
+            return old, before, nan, "the inner solve left entries that are not finite"
+        positive = s["constraint"] == "positive"
+        if positive:
+            solved = self._blocks.project(solved, s["bounds"])
+        new = self._blocks.average(started, solved, at(s["ema"], step))
+        new = self._blocks.project(new, s["bounds"]) if positive else self._floor(new)
+        after = float(exact.value(new))
+        if not (math.isfinite(before) and math.isfinite(after)):
+            return old, before, after, "J is not finite"
+        if positive and after > before:
+            return old, before, after, "J did not go down"
+        return new, before, after, None
+
+    def _renew_bases(self, gradient: Tensor) -> States:
+        """Let e-kfac bases that follow the gradient take in this one."""
+        if self.settings["bases"] == "learned":
+            return self._states
+        rotate = self._refreshes % self.settings["renew_every"] == 0
+        return [
+            part.renew(
+                state,
+                part.group.view(gradient).to(part.group.dtype),
+                first=self._refreshes == 0,
+                rotate=rotate,
+            )
+            if isinstance(part, EKfac)
+            else state
+            for part, state in zip(self._blocks.parts, self._states, strict=True)
+        ]
+
+    def _floor(self, states: States) -> States:
+        """Keep unconstrained diagonals and scalars above 1e-8, as the authors' code does."""
+        return [
+            {"U": state["U"].clamp(min=1e-8)} if part.group.structure in ("diagonal", "scalar") else state
+            for part, state in zip(self._blocks.parts, states, strict=True)
+        ]
+
+    def _report(
+        self,
+        model: QuadraticModel,
+        step: int,
+        before: float,
+        after: float,
+        reason: str | None,
+        began: float,
+    ) -> RefreshReport:
+        g = self.layout.pack(dict(zip(self.parameters, model.gradient, strict=True)))
+        ug = self._blocks.apply(self._states, g)
+        norm, length, change = (float(v.norm()) for v in (g, ug, ug - g))
+        cosine = float(torch.dot(g, ug)) / (norm * length) if norm * length > 0 else float("nan")
+        spectrum = self._blocks.extremes(self._states, exact=False).values()
+        return RefreshReport(
+            step=step,
+            accepted=reason is None,
+            reason=reason,
+            J_before=before,
+            J_after=after,
+            gradient_norm=norm,
+            ratio=length / norm if norm > 0 else float("nan"),
+            change=change / norm if norm > 0 else float("nan"),
+            cosine=cosine,
+            eigenvalue_min=min((low for low, _ in spectrum), default=1.0),
+            eigenvalue_max=max((high for _, high in spectrum), default=1.0),
+            products=model.products,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _settle(self, report: RefreshReport) -> None:
+        """Count the refresh, and say what the user should know of it."""
+        self._last = report.step
+        self._refreshes += 1
+        log.info("%s", report)
+        if report.accepted:
+            self._failures = 0
+            if report.eigenvalue_min < 0:
+                self._warn_once(
+                    "U has a negative eigenvalue (constraint='none'): g'Ug can be negative, and "
+                    "then the probe is skipped; constraint='positive' keeps U positive definite"
+                )
+            return
+        self._refused += 1
+        self._failures += 1
+        if self._failures > self.settings["max_failures"]:
+            raise RefreshError(
+                f"{self._failures} refreshes in a row were refused, the last one because "
+                f"{report.reason} ({report}). U is unchanged. A smaller inner lr (now "
+                f"{at(self.settings['lr'], report.step)}), a larger refresh batch or more damping "
+                "helps; max_failures sets how many are tolerated"
+            )
+        self._warn_once(
+            f"a refresh was refused because {report.reason}; U is kept as it was (see "
+            "optimizer.last_report; later refusals are only counted)"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        key = message[:32]
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return U per parameter: elementwise "U" in its shape, blocks as "A.0", "B.0", ..."""
+        self._require_bound()
+        return self._blocks.export(self._states)
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state` returned; raise if anything is missing or misshapen."""
+        self._require_bound()
+        states = [{k: v.clone() for k, v in s.items()} for s in self._states]
+        wrong = self._blocks.load(states, state)
+        if wrong:
+            raise ValueError(
+                f"state: does not fit this geometry ({self.structure!r}, block_size "
+                f"{self.settings['block_size']}): {'; '.join(wrong[:3])}"
+            )
+        self._states = states
+
+    def counters(self) -> dict[str, int]:
+        """Return how many refreshes ran, were refused (in all, in a row), and when the last was."""
+        return {
+            "refreshes": self._refreshes,
+            "refused": self._refused,
+            "failures": self._failures,
+            "last": self._last,
+        }
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Take over what :meth:`counters` returned."""
+        self._refreshes, self._refused = counters["refreshes"], counters["refused"]
+        self._failures, self._last = counters["failures"], counters["last"]
+
+
+class _Flat:
+    """A quadratic model in the flat order of a layout."""
+
+    def __init__(self, model: QuadraticModel, layout: Layout, names: list[str]) -> None:
+        self._model, self._layout, self._names = model, layout, names
+        self.gradient = self._pack(model.gradient)
+
+    def _pack(self, values: Sequence[Tensor]) -> Tensor:
+        return self._layout.pack(dict(zip(self._names, values, strict=True)))
+
+    def product(self, d: Tensor) -> Tensor:
+        """Return C d."""
+        parts = self._layout.unpack(d)
+        return self._pack(self._model.product([parts[n] for n in self._names]))

@@ -1,0 +1,107 @@
+"""Eigenvalues of blocks: extremes, clipping, and the nearest orthogonal matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["clip_eigenvalues", "extreme_eigenvalues", "operator_extremes", "polar"]
+
+EXACT_BELOW = 64
+
+
+def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
+    """Symmetrise (b, n, n) matrices and move their eigenvalues into [low, high].
+
+    Two Cholesky factorisations tell which matrices already comply; only the others are
+    decomposed. Those are moved a rounding error inside, so that the result complies too.
+    """
+    matrices = 0.5 * (matrices + matrices.mT)
+    n = matrices.shape[-1]
+    eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
+    below = torch.linalg.cholesky_ex(matrices - low * eye).info != 0
+    above = torch.linalg.cholesky_ex(high * eye - matrices).info != 0
+    bad = below | above
+    if not bool(bad.any()):
+        return matrices
+    values, vectors = torch.linalg.eigh(matrices[bad])
+    margin = min(8 * n * torch.finfo(matrices.dtype).eps * high, 0.25 * (high - low))
+    values = values.clamp(low + margin, high - margin)
+    clipped = (vectors * values[:, None, :]) @ vectors.mT
+    result = matrices.clone()
+    result[bad] = 0.5 * (clipped + clipped.mT)
+    return result
+
+
+def polar(matrices: Tensor) -> Tensor:
+    """Return the nearest orthogonal matrix to each of (b, n, n) matrices."""
+    u, _, vh = torch.linalg.svd(matrices)
+    return u @ vh
+
+
+def extreme_eigenvalues(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Return the smallest and largest eigenvalue of the symmetric part of (b, n, n) matrices.
+
+    Args:
+        matrices: (b, n, n).
+        exact: decompose; otherwise matrices wider than 64 get a Lanczos estimate, which lies
+            inside the true interval.
+    """
+    matrices = 0.5 * (matrices + matrices.mT)
+    if exact or matrices.shape[-1] <= EXACT_BELOW:
+        values = torch.linalg.eigvalsh(matrices)
+        return values[:, 0], values[:, -1]
+    return _lanczos(lambda v: (matrices @ v[:, :, None])[:, :, 0], matrices[:, 0, :])
+
+
+def operator_extremes(
+    apply: Callable[[Tensor], Tensor], like: Tensor, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the extreme eigenvalues of symmetric operators on (b, m, n) matrices.
+
+    Args:
+        apply: the operators, on a batch shaped like ``like``.
+        like: gives shape, dtype and device.
+        exact: form the operators as matrices (mn <= 2048); otherwise a Lanczos estimate.
+    """
+    b, m, n = like.shape
+    if m * n <= EXACT_BELOW or (exact and m * n <= 2048):
+        columns = []
+        for i in range(m * n):
+            unit = torch.zeros_like(like).view(b, -1)
+            unit[:, i] = 1
+            columns.append(apply(unit.view(b, m, n)).reshape(b, -1))
+        return extreme_eigenvalues(torch.stack(columns, -1), exact=True)
+    return _lanczos(lambda v: apply(v.view(b, m, n)).reshape(b, -1), like.reshape(b, -1))
+
+
+def _lanczos(
+    apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 24
+) -> tuple[Tensor, Tensor]:
+    """Estimate extreme eigenvalues by Lanczos with full reorthogonalisation (batched)."""
+    noise = torch.Generator().manual_seed(0)
+    start = torch.randn(like.shape, generator=noise, dtype=torch.float32).to(like)
+    basis = [start / start.norm(dim=1, keepdim=True)]
+    image = apply(basis[0])
+    tiny = torch.finfo(like.dtype).tiny
+    for _ in range(min(steps, like.shape[1]) - 1):
+        v = image
+        for _ in range(2):
+            for q in basis:
+                v = v - (q * v).sum(1, keepdim=True) * q
+        norm = v.norm(dim=1, keepdim=True)
+        # A block whose Krylov space is exhausted adds zero vectors; they are dropped below.
+        alive = norm > 100 * torch.finfo(like.dtype).eps * image.norm(dim=1, keepdim=True)
+        basis.append(torch.where(alive, v / norm.clamp(min=tiny), torch.zeros_like(v)))
+        image = apply(basis[-1])
+    q = torch.stack(basis, 1)  # (b, k, n)
+    images = torch.stack([apply(v) for v in basis], 1)
+    small = q @ images.mT
+    dead = q.norm(dim=2) < 0.5
+    small = 0.5 * (small + small.mT)
+    # Give an exhausted direction the value of the first one, which is inside the interval.
+    filler = small[:, :1, 0] * dead
+    values = torch.linalg.eigvalsh(small + torch.diag_embed(filler))
+    return values[:, 0], values[:, -1]
