@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
 from ._module_state import undisturbed
-from ._parameters import NamedParameters
+from ._parameters import NamedParameters, finite, widened
 from ._passes import Passes
 from ._perturbations import Perturbation
+from ._shared import SharedOptimizer
 from .curvature._quadratic_model import check_forward, normalised
 from .geometry import Geometry, RefreshReport
 
@@ -26,7 +27,7 @@ Forward = Callable[[], Any]
 RefreshHook = Callable[["Optimizer", RefreshReport], None]
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(SharedOptimizer):
     r"""Wrap a torch.optim optimizer with a learned metric and a sharpness-aware second pass.
 
     .. math::
@@ -68,7 +69,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Example:
         >>> import torch, llqr
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> nn = torch.nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> optimizer = llqr.Optimizer(
         ...     torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
@@ -78,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         ... )
         >>> def forward():
         ...     z = model(x)
-        ...     return torch.nn.functional.cross_entropy(z, y), z
+        ...     return nn.functional.cross_entropy(z, y), z
         >>> losses = [float(optimizer.minimize(forward)) for _ in range(20)]
         >>> losses[-1] < losses[0]
         True
@@ -113,9 +115,8 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"buffers: expected 'clean' or 'perturbed', got {buffers!r}")
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
-        # torch's own path for an optimizer that is not built from parameters (unpickling): it
-        # sets up the hooks and leaves state and param_groups to us.
-        super().__setstate__({"base": base, "model": model})
+        super().__init__(base)
+        self.model = model
         self.geometry, self.perturbation = geometry, perturbation
         self.transport, self.graft = bool(transport), bool(graft)
         self.refresh_forward = refresh_forward
@@ -134,42 +135,6 @@ class Optimizer(torch.optim.Optimizer):
             self.geometry.bind(self.model, named)
         if self.perturbation is not None:
             self.perturbation.bind(named)
-
-    # -- what is shared with the base ----------------------------------------------------------
-
-    base: torch.optim.Optimizer
-    model: nn.Module
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's parameter groups, the very list."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's state, the very mapping."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's default options."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the base's parameters."""
-        self.base.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; their blocks of U start at the identity."""
@@ -190,10 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         return f"{type(self).__name__} ({body}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Like torch's: hooks and what schedulers put on `step` stay behind.
-        kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        kept.pop("step", None)
-        return {**kept, "_refresh_hooks": []}
+        return {**super().__getstate__(), "_refresh_hooks": []}
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -203,7 +165,7 @@ class Optimizer(torch.optim.Optimizer):
         return self._passes.needed
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters: p.grad -> U p.grad -> base.step().
 
         Args:
@@ -227,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         if not gradients or self._idle(gradients):
             self.base.step()
             return loss
-        if not finite(gradients.values()):
+        if not finite(gradients):
             self._skip()
             return loss
         self._warn_of_omissions()
@@ -241,7 +203,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _idle(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Tell a step that changes nothing, as torch.distributed.checkpoint makes to build state."""
+        """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
         if any(bool(group["lr"] != 0) for group in self.param_groups):
             return False
         return not any(bool(g.any()) for g in gradients.values())
@@ -424,7 +386,7 @@ class Optimizer(torch.optim.Optimizer):
         return self.refresh(forward, weights=weights) if self.refresh_due else None
 
     def register_refresh_hook(self, hook: RefreshHook) -> Callable[[], None]:
-        """Call ``hook(optimizer, report)`` after every refresh; return a function that removes it."""
+        """Call ``hook(optimizer, report)`` after every refresh; return what removes it again."""
         self._refresh_hooks.append(hook)
         return lambda: self._refresh_hooks.remove(hook)
 
@@ -439,7 +401,7 @@ class Optimizer(torch.optim.Optimizer):
         self._passes.close()
         return state_dict(self)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; training goes on bitwise.
 
         Raises:
@@ -457,17 +419,6 @@ def as_list(forward: Forward | Sequence[Forward]) -> list[Forward]:
             f"forward: expected a function without arguments or a list of them, got {forward!r}"
         )
     return forwards
-
-
-def finite(tensors: Any) -> bool:
-    """Tell whether all entries are finite, with one read from the device."""
-    norms = torch._foreach_norm(list(tensors), ord=float("inf"))
-    return bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())
-
-
-def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return gradients in at least float32."""
-    return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
 
 
 def _rescaled(moved: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from .geometry._layers import layers_of, unwrap
 
-__all__ = ["NamedParameters"]
+__all__ = ["NamedParameters", "finite", "widened"]
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
@@ -74,3 +76,16 @@ class NamedParameters:
                 )
             found[name] = parameter.grad
         return found
+
+
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether all entries are finite, with one read from the device."""
+    if not tensors:
+        return True
+    norms = torch._foreach_norm(list(tensors.values()), ord=float("inf"))
+    return bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())
+
+
+def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return gradients in at least float32."""
+    return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}

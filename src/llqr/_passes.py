@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import at
 from ._module_state import Buffers, RandomState
+from ._parameters import finite, widened
 
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
@@ -70,7 +71,7 @@ class Passes:
         clean = self._clean_gradients("the first pass")
         if not self.needed:
             self._observe(clean, scaler)
-            if scaler is not None and not _finite(clean):
+            if scaler is not None and not finite(clean):
                 self.undo()  # the scaler will skip: the step is not ours to restore then
             return
         with self._displaced(clean, scaler, start=self._start, random=random):
@@ -94,7 +95,7 @@ class Passes:
         random: RandomState | None,
     ) -> Iterator[None]:
         opt = self._optimizer
-        healthy = _finite(clean)
+        healthy = finite(clean)
         eps = self._displacement(clean, scaler) if healthy else {}
         advanced = Buffers(opt.model)
         if start is not None and not self._keep_clean:
@@ -115,7 +116,7 @@ class Passes:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             for gradient in second.values():
                 gradient.fill_(float("nan"))
-        if start is not None and (not healthy or not _finite(second)):
+        if start is not None and (not healthy or not finite(second)):
             start.restore()
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class Passes:
         if eps is None:
             opt.skipped_probes += 1
             return {}
-        if not _finite(eps):
+        if not finite(eps):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(rho.values())}"
@@ -149,7 +150,7 @@ class Passes:
     @torch.no_grad()
     def _observe(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
         """Show the perturbation the clean gradients, unscaled and in at least float32."""
-        wide = {n: g if g.dtype == torch.float64 else g.float() for n, g in clean.items()}
+        wide = widened(clean)
         scale = 1.0 if scaler is None else scaler.get_scale()
         if scale != 1.0:
             wide = {n: g / scale for n, g in wide.items()}
@@ -173,10 +174,9 @@ class Passes:
     def _move(self, eps: dict[str, Tensor]) -> None:
         """Add eps to the weights, keeping copies: subtraction would not give the bits back."""
         named = self._optimizer._parameters.named
-        moved = [(named[n], e) for n, e in eps.items()]
-        self._away = [(p, p.detach().clone()) for p, _ in moved]
-        for p, e in moved:
-            p.add_(e.to(p.dtype))
+        self._away = [(named[n], named[n].detach().clone()) for n in eps]
+        for name, e in eps.items():
+            named[name].add_(e.to(named[name].dtype))
 
     @torch.no_grad()
     def close(self) -> None:
@@ -195,8 +195,3 @@ class Passes:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed = self.observed = False
         self._start = None
-
-
-def _finite(tensors: dict[str, Tensor]) -> bool:
-    norms = torch._foreach_norm(list(tensors.values()), ord=float("inf")) if tensors else ()
-    return not norms or bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())

@@ -53,7 +53,7 @@ class Fisher(Curvature):
 
 
 class Newton(Curvature):
-    r"""Use the Hessian of the whole loss, :math:`C = \nabla^2 L(\theta)` (indefinite in general)."""
+    r"""Use the Hessian of the whole loss, :math:`C = \nabla^2 L(\theta)`; it may be indefinite."""
 
     gauss_newton = False
 
@@ -82,8 +82,7 @@ class Divergence(Curvature):
     def __init__(self, divergence: Callable[[Any, Any], Tensor]) -> None:
         if not callable(divergence):
             raise TypeError(
-                "divergence: expected a callable (outputs, outputs0) -> scalar, "
-                f"got {divergence!r}"
+                f"divergence: expected a callable (outputs, outputs0) -> scalar, got {divergence!r}"
             )
         self.divergence = divergence
 

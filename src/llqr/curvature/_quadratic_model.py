@@ -130,9 +130,7 @@ class QuadraticModel:
     def value(self, u: Sequence[Tensor]) -> Tensor:
         """Return g'u + u'Cu / 2, a scalar tensor."""
         cu = self.product(u)
-        terms = [
-            (a * (g + 0.5 * c)).sum() for a, g, c in zip(u, self.gradient, cu, strict=True)
-        ]
+        terms = [(a * (g + 0.5 * c)).sum() for a, g, c in zip(u, self.gradient, cu, strict=True)]
         return torch.stack(terms).sum()
 
 
@@ -253,18 +251,19 @@ class _Term:
 
     def _select(self, d: Sequence[Tensor]) -> list[Tensor]:
         if len(d) != len(self._like):
-            raise ValueError(f"d: expected {len(self._like)} tensors, one a parameter, got {len(d)}")
+            raise ValueError(
+                f"d: expected {len(self._like)} tensors, one a parameter, got {len(d)}"
+            )
         return [d[i].to(self._like[i].dtype) for i in self._active]
 
     def _full(self, values: Sequence[Tensor | None]) -> list[Tensor]:
         """Spread values of the active parameters over all, zeros elsewhere."""
-        full: list[Tensor | None] = [None] * len(self._like)
-        for i, v in zip(self._active, values, strict=True):
-            full[i] = v
-        return [
-            torch.zeros_like(p, requires_grad=False) if v is None else v
-            for v, p in zip(full, self._like, strict=True)
-        ]
+        known = dict(zip(self._active, values, strict=True))
+        full = []
+        for i, parameter in enumerate(self._like):
+            value = known.get(i)
+            full.append(torch.zeros_like(parameter).detach() if value is None else value)
+        return full
 
 
 def _grad(
@@ -313,9 +312,7 @@ def check_forward(result: Any) -> tuple[Tensor, Any]:
 
 def _differentiable(outputs: Any) -> list[Tensor]:
     """Return the tensors of ``outputs`` that carry a graph."""
-    zs = [
-        z for z in pytree.tree_leaves(outputs) if isinstance(z, Tensor) and z.requires_grad
-    ]
+    zs = [z for z in pytree.tree_leaves(outputs) if isinstance(z, Tensor) and z.requires_grad]
     if not zs:
         raise ValueError(
             "forward: no tensor in `outputs` has a graph; return the logits themselves, "

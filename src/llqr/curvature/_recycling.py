@@ -61,7 +61,7 @@ class RecycledProduct:
         self._largest = max(self._largest, float(image.norm()))
         if self._size < self._capacity:
             self._append(direction, image)
-        return known + norm * image
+        return torch.add(known, image, alpha=norm)
 
     def _append(self, direction: Tensor, image: Tensor) -> None:
         if self._size == len(self._q):

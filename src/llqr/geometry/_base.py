@@ -176,7 +176,8 @@ class FixedGeometry(Geometry):
                     for n, p in self.parameters.items()
                 ]
             )
-            parts = (self.U.to(flat) @ flat).split([p.numel() for p in self.parameters.values()])
+            sizes = [p.numel() for p in self.parameters.values()]
+            parts = torch.split(torch.mv(self.U.to(flat), flat), sizes)
             whole = dict(zip(self.parameters, parts, strict=True))
             return {n: whole[n].view_as(g) for n, g in gradients.items()}
         return {n: self._apply_one(n, g) for n, g in gradients.items()}

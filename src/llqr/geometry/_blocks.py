@@ -71,7 +71,9 @@ class BlockDiagonal:
 
     def leaves(self, entries: States) -> list[Tensor]:
         """Return one view a leaf, the unit of the inner solver's gradient clip."""
-        return [leaf for part, e in zip(self.parts, entries, strict=True) for leaf in part.leaves(e)]
+        return [
+            leaf for part, e in zip(self.parts, entries, strict=True) for leaf in part.leaves(e)
+        ]
 
     def extremes(self, states: States, exact: bool) -> dict[str, tuple[float, float]]:
         """Return the smallest and largest eigenvalue of each layer."""

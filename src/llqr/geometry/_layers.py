@@ -190,7 +190,9 @@ class Layout:
         self.block_size = block_size
         self.structures: dict[str, str] = {}
         self.views = {
-            name: View(tuple(p.shape), matrix_shape(p.shape, name in transposed), name in transposed)
+            name: View(
+                tuple(p.shape), matrix_shape(p.shape, name in transposed), name in transposed
+            )
             for name, p in parameters.items()
         }
         self._dtypes = {name: _state_dtype(p) for name, p in parameters.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import Schedule, at
-from ..curvature import Curvature, QuadraticModel, as_curvature, quadratic_model
-from ..curvature._recycling import RecycledProduct
+from ..curvature import Curvature, as_curvature, quadratic_model
 from ._base import Geometry, Gradients
-from ._blocks import BlockDiagonal, States
+from ._blocks import BlockDiagonal
 from ._layers import Layout, layers_of, unwrap
+from ._refresh import FlatModel, relearn
 from ._report import RefreshError, RefreshReport
 from ._settings import StructureOf, check_settings, check_structure
-from ._solver import Objective, SolverOptions, solve
-from ._structures import EKfac
 
 __all__ = ["LLQR"]
 
@@ -286,99 +283,16 @@ class LLQR(Geometry):
             forwards, parameters, self.curvature, scale=self.settings["scale"], weights=weights
         )
         with torch.no_grad():
-            flat = _Flat(model, self.layout, list(self.parameters))
+            flat = FlatModel(model, self.layout, list(self.parameters))
             self._follow(flat.gradient.device)
-            states, before, after, reason = self._solve(flat, step)
-            del flat
-            if reason is None:
-                self._states = states
-            report = self._report(model, step, before, after, reason, began)
+            outcome = relearn(
+                flat, self._blocks, self._states, self.settings, step, self._refreshes
+            )
+            if outcome.reason is None:
+                self._states = outcome.states
+            report = outcome.report(flat, self._blocks, self._states, step, began)
         self._settle(report)
         return report
-
-    def _solve(self, flat: _Flat, step: int) -> tuple[States, float, float, str | None]:
-        """Return the new states, J at the old and at the new ones, and why to refuse, if so."""
-        s, g, old = self.settings, flat.gradient, self._states
-        nan = float("nan")
-        if not bool(torch.isfinite(g).all()):
-            return old, nan, nan, "the gradient is not finite"
-        product = flat.product
-        if s["tolerance"]:
-            product = RecycledProduct(flat.product, g, s["tolerance"], capacity=s["steps"])
-        objective = Objective(self._blocks, g, product, s["damping"])
-        exact = Objective(self._blocks, g, flat.product, s["damping"])
-        started = self._renew_bases(g)
-        options = SolverOptions(s["solver"], s["steps"], at(s["lr"], step), s["momentum"], s["clip"])
-        with torch.enable_grad() if s["solver"] == "lbfgs" else torch.no_grad():
-            solved, first = solve(objective, started, options)
-        before = float(first) if started is old else float(exact.value(old))
-        if not all(bool(torch.isfinite(v).all()) for e in solved for v in e.values()):
-            return old, before, nan, "the inner solve left entries that are not finite"
-        positive = s["constraint"] == "positive"
-        if positive:
-            solved = self._blocks.project(solved, s["bounds"])
-        new = self._blocks.average(started, solved, at(s["ema"], step))
-        new = self._blocks.project(new, s["bounds"]) if positive else self._floor(new)
-        after = float(exact.value(new))
-        if not (math.isfinite(before) and math.isfinite(after)):
-            return old, before, after, "J is not finite"
-        if positive and after > before:
-            return old, before, after, "J did not go down"
-        return new, before, after, None
-
-    def _renew_bases(self, gradient: Tensor) -> States:
-        """Let e-kfac bases that follow the gradient take in this one."""
-        if self.settings["bases"] == "learned":
-            return self._states
-        rotate = self._refreshes % self.settings["renew_every"] == 0
-        return [
-            part.renew(
-                state,
-                part.group.view(gradient).to(part.group.dtype),
-                first=self._refreshes == 0,
-                rotate=rotate,
-            )
-            if isinstance(part, EKfac)
-            else state
-            for part, state in zip(self._blocks.parts, self._states, strict=True)
-        ]
-
-    def _floor(self, states: States) -> States:
-        """Keep unconstrained diagonals and scalars above 1e-8, as the authors' code does."""
-        return [
-            {"U": state["U"].clamp(min=1e-8)} if part.group.structure in ("diagonal", "scalar") else state
-            for part, state in zip(self._blocks.parts, states, strict=True)
-        ]
-
-    def _report(
-        self,
-        model: QuadraticModel,
-        step: int,
-        before: float,
-        after: float,
-        reason: str | None,
-        began: float,
-    ) -> RefreshReport:
-        g = self.layout.pack(dict(zip(self.parameters, model.gradient, strict=True)))
-        ug = self._blocks.apply(self._states, g)
-        norm, length, change = (float(v.norm()) for v in (g, ug, ug - g))
-        cosine = float(torch.dot(g, ug)) / (norm * length) if norm * length > 0 else float("nan")
-        spectrum = self._blocks.extremes(self._states, exact=False).values()
-        return RefreshReport(
-            step=step,
-            accepted=reason is None,
-            reason=reason,
-            J_before=before,
-            J_after=after,
-            gradient_norm=norm,
-            ratio=length / norm if norm > 0 else float("nan"),
-            change=change / norm if norm > 0 else float("nan"),
-            cosine=cosine,
-            eigenvalue_min=min((low for low, _ in spectrum), default=1.0),
-            eigenvalue_max=max((high for _, high in spectrum), default=1.0),
-            products=model.products,
-            seconds=time.perf_counter() - began,
-        )
 
     def _settle(self, report: RefreshReport) -> None:
         """Count the refresh, and say what the user should know of it."""
@@ -445,19 +359,3 @@ class LLQR(Geometry):
         """Take over what :meth:`counters` returned."""
         self._refreshes, self._refused = counters["refreshes"], counters["refused"]
         self._failures, self._last = counters["failures"], counters["last"]
-
-
-class _Flat:
-    """A quadratic model in the flat order of a layout."""
-
-    def __init__(self, model: QuadraticModel, layout: Layout, names: list[str]) -> None:
-        self._model, self._layout, self._names = model, layout, names
-        self.gradient = self._pack(model.gradient)
-
-    def _pack(self, values: Sequence[Tensor]) -> Tensor:
-        return self._layout.pack(dict(zip(self._names, values, strict=True)))
-
-    def product(self, d: Tensor) -> Tensor:
-        """Return C d."""
-        parts = self._layout.unpack(d)
-        return self._pack(self._model.product([parts[n] for n in self._names]))

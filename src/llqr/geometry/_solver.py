@@ -8,23 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ._blocks import BlockDiagonal, States
 
-__all__ = ["FlatModel", "Objective", "SOLVERS", "SolverOptions", "solve"]
-
-
-class FlatModel(Protocol):
-    """A quadratic model on one flat vector."""
-
-    gradient: Tensor
-
-    def product(self, d: Tensor) -> Tensor:
-        """Return C d."""
+__all__ = ["Objective", "SOLVERS", "SolverOptions", "solve"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,9 @@ def solve(objective: Objective, states: States, options: SolverOptions) -> tuple
     def closure() -> Tensor:
         value, gradient = objective.value_and_gradient(states)
         clip_(blocks.leaves(gradient), options.clip)
-        entries = [g[k] for g, part in zip(gradient, blocks.parts, strict=True) for k in part.trainable]
+        entries = [
+            g[k] for g, part in zip(gradient, blocks.parts, strict=True) for k in part.trainable
+        ]
         for (state, key), entry in zip(names, entries, strict=True):
             state[key].grad = entry
         values.append(value)

@@ -38,7 +38,7 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
 def polar(matrices: Tensor) -> Tensor:
     """Return the nearest orthogonal matrix to each of (b, n, n) matrices."""
     u, _, vh = torch.linalg.svd(matrices)
-    return u @ vh
+    return torch.matmul(u, vh)
 
 
 def extreme_eigenvalues(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

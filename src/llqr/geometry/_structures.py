@@ -98,7 +98,7 @@ class Diagonal(Structure):
 
     def leaves(self, entries: State) -> list[Tensor]:
         """Return the run of each block."""
-        return list(entries["U"].split(self.group.lengths))
+        return list(torch.split(entries["U"], self.group.lengths))
 
     def blockwise(self, state: State) -> list[State]:
         """Return the run of each block."""
@@ -116,12 +116,13 @@ class Scalar(Structure):
 
     def apply(self, state: State, x: Tensor) -> Tensor:
         """Return s x, block by block."""
-        parts = x.split(self.group.lengths)
+        parts = torch.split(x, self.group.lengths)
         return torch.cat(torch._foreach_mul(list(parts), list(state["U"].unbind(0))))
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return <r, x>, block by block."""
-        return {"U": torch.stack([part.sum() for part in (r * x).split(self.group.lengths)])}
+        parts = torch.split(r * x, self.group.lengths)
+        return {"U": torch.stack([part.sum() for part in parts])}
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp every number."""

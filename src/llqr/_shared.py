@@ -1,0 +1,61 @@
+"""A torch optimizer whose parameter groups and state are those of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["SharedOptimizer"]
+
+
+class SharedOptimizer(torch.optim.Optimizer):
+    """Share the parameter groups, state and defaults of a base optimizer (base class).
+
+    The objects are the base's own, looked up anew each time, since ``load_state_dict`` of the base
+    replaces them. Hooks are kept here.
+    """
+
+    base: torch.optim.Optimizer
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        # torch's own path for an optimizer that is not built from parameters (unpickling): it
+        # sets up the hooks and leaves state and param_groups alone.
+        super().__setstate__({"base": base})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups, the very list."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's state, the very mapping."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's default options."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the base's parameters."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks and what schedulers put on `step` stay behind.
+        kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
+        kept.pop("step", None)
+        return kept

@@ -1,0 +1,154 @@
+"""One refresh: solve, project, average, judge."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import at
+from ..curvature import QuadraticModel
+from ..curvature._recycling import RecycledProduct
+from ._blocks import BlockDiagonal, States
+from ._layers import Layout
+from ._report import RefreshReport
+from ._solver import Objective, SolverOptions, solve
+from ._structures import EKfac
+
+__all__ = ["FlatModel", "Outcome", "relearn"]
+
+NAN = float("nan")
+
+
+class FlatModel:
+    """A quadratic model in the flat order of a layout."""
+
+    def __init__(self, model: QuadraticModel, layout: Layout, names: list[str]) -> None:
+        self.model, self._layout, self._names = model, layout, names
+        self.gradient = self._pack(model.gradient)
+
+    def _pack(self, values: Sequence[Tensor]) -> Tensor:
+        return self._layout.pack(dict(zip(self._names, values, strict=True)))
+
+    def product(self, d: Tensor) -> Tensor:
+        """Return C d."""
+        parts = self._layout.unpack(d)
+        return self._pack(self.model.product([parts[n] for n in self._names]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a refresh came to: the new states, J at the old and the new U, why to refuse it."""
+
+    states: States
+    before: float
+    after: float
+    reason: str | None
+
+    def report(
+        self, flat: FlatModel, blocks: BlockDiagonal, kept: States, step: int, began: float
+    ) -> RefreshReport:
+        """Return the report, for the states that were kept."""
+        g = flat.gradient
+        ug = blocks.apply(kept, g)
+        norm, length, change = (float(v.norm()) for v in (g, ug, ug - g))
+        spectrum = blocks.extremes(kept, exact=False).values()
+        return RefreshReport(
+            step=step,
+            accepted=self.reason is None,
+            reason=self.reason,
+            J_before=self.before,
+            J_after=self.after,
+            gradient_norm=norm,
+            ratio=_quotient(length, norm),
+            change=_quotient(change, norm),
+            cosine=_quotient(float(blocks.layout.dot(g, ug)), norm * length),
+            eigenvalue_min=min((low for low, _ in spectrum), default=1.0),
+            eigenvalue_max=max((high for _, high in spectrum), default=1.0),
+            products=flat.model.products,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def relearn(
+    flat: FlatModel,
+    blocks: BlockDiagonal,
+    old: States,
+    settings: Mapping[str, Any],
+    step: int,
+    number: int,
+) -> Outcome:
+    """Solve from the current states, average with them, and judge J at the result.
+
+    Args:
+        flat: the quadratic model.
+        blocks: the structure of U.
+        old: the current states; not changed.
+        settings: those of :class:`llqr.LLQR`.
+        step: the optimizer step, for schedules.
+        number: how many refreshes there were, for the renewal of bases.
+    """
+    g, damping, positive = flat.gradient, settings["damping"], settings["constraint"] == "positive"
+    if not bool(torch.isfinite(g).all()):
+        return Outcome(old, NAN, NAN, "the gradient is not finite")
+    product = flat.product
+    if settings["tolerance"]:
+        product = RecycledProduct(flat.product, g, settings["tolerance"], settings["steps"])
+    recycled = Objective(blocks, g, product, damping)
+    exact = Objective(blocks, g, flat.product, damping)
+    start = _renew_bases(blocks, old, g, settings, number)
+    options = SolverOptions(
+        settings["solver"],
+        settings["steps"],
+        at(settings["lr"], step),
+        settings["momentum"],
+        settings["clip"],
+    )
+    solved, first = solve(recycled, start, options)
+    before = float(first) if start is old else float(exact.value(old))
+    if not all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values()):
+        return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
+    if positive:
+        solved = blocks.project(solved, settings["bounds"])
+    new = blocks.average(start, solved, at(settings["ema"], step))
+    new = blocks.project(new, settings["bounds"]) if positive else _floor(blocks, new)
+    after = float(exact.value(new))
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return Outcome(old, before, after, "J is not finite")
+    if positive and after > before:
+        return Outcome(old, before, after, "J did not go down")
+    return Outcome(new, before, after, None)
+
+
+def _renew_bases(
+    blocks: BlockDiagonal, states: States, g: Tensor, settings: Mapping[str, Any], number: int
+) -> States:
+    """Let e-kfac bases that follow the gradient take in this one."""
+    if settings["bases"] == "learned":
+        return states
+    rotate = number % settings["renew_every"] == 0
+    return [
+        part.renew(state, part.group.view(g).to(part.group.dtype), number == 0, rotate)
+        if isinstance(part, EKfac)
+        else state
+        for part, state in zip(blocks.parts, states, strict=True)
+    ]
+
+
+def _floor(blocks: BlockDiagonal, states: States) -> States:
+    """Keep unconstrained diagonals and scalars above 1e-8, as the authors' code does."""
+    return [
+        {"U": state["U"].clamp(min=1e-8)}
+        if part.group.structure in ("diagonal", "scalar")
+        else state
+        for part, state in zip(blocks.parts, states, strict=True)
+    ]
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b > 0 else NAN
