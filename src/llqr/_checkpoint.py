@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .geometry import RefreshReport
 
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
@@ -37,9 +40,10 @@ def state_dict(optimizer: Optimizer) -> dict[str, Any]:
             for key, value in entries.items():
                 own = state.setdefault(ids[name], {})
                 own[f"{PREFIX}{part}.{key}"] = value.detach()
-    counters = {"version": VERSION, "step": optimizer._step, **_skips(optimizer)}
+    counters: dict[str, Any] = {"version": VERSION, "step": optimizer._step, **_skips(optimizer)}
     if optimizer.geometry is not None:
         counters.update({f"geometry.{k}": v for k, v in optimizer.geometry.counters().items()})
+    counters.update(_report_entries(optimizer.last_report))
     for group in groups:
         group.update({PREFIX + k: v for k, v in counters.items()})
     result = {**whole, "state": state, "param_groups": groups}
@@ -114,6 +118,7 @@ def _load_parts(
         if numbers:
             geometry.load_counters(numbers)
     optimizer._step = int(counters["step"])
+    optimizer.last_report = _report_of(counters)
     for key in _skips(optimizer):
         setattr(optimizer, key, int(counters[key]))
 
@@ -147,6 +152,17 @@ def _skips(optimizer: Optimizer) -> dict[str, int]:
         "skipped_steps": optimizer.skipped_steps,
         "skipped_probes": optimizer.skipped_probes,
     }
+
+
+def _report_entries(report: RefreshReport | None) -> dict[str, Any]:
+    """Return the last report's fields, all keys also where there is no report yet."""
+    values = dict.fromkeys((f.name for f in fields(RefreshReport)), "")
+    return {f"report.{k}": v for k, v in (asdict(report) if report else values).items()}
+
+
+def _report_of(counters: Mapping[str, Any]) -> RefreshReport | None:
+    values = {f.name: counters.get(f"report.{f.name}", "") for f in fields(RefreshReport)}
+    return None if values["step"] == "" else RefreshReport(**values)
 
 
 def _copy(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "RandomState", "undisturbed"]
+__all__ = ["Buffers", "RandomState", "autocast_off", "undisturbed"]
 
 
 class Buffers:
@@ -50,19 +51,43 @@ class RandomState:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate a module without a trace: evaluation mode, buffers and random state put back.
-
-    Autocast that surrounds the call is switched off, since curvature products in bfloat16 are
-    wrong in the third digit.
-    """
+    """Evaluate a module without a trace: evaluation mode, buffers and random state put back."""
     modes = [(module, module.training) for module in model.modules()]
     buffers, random = Buffers(model), RandomState(device)
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
         buffers.restore()
         random.restore()
+
+
+@contextmanager
+def autocast_off(device: torch.device, notice: Callable[[], None]) -> Iterator[None]:
+    """Switch autocast off, around the call and wherever a forward switches it on by itself.
+
+    Curvature products in bfloat16 are wrong in the third digit.
+
+    Args:
+        device: where the model is.
+        notice: called when a forward's own autocast was overruled.
+    """
+    enter: Callable[..., Any] = torch.amp.autocast_mode.autocast.__enter__
+
+    def disabled(self: torch.amp.autocast_mode.autocast) -> Any:
+        asked, self._enabled = self._enabled, False
+        if asked:
+            notice()
+        try:
+            return enter(self)
+        finally:
+            self._enabled = asked
+
+    torch.amp.autocast_mode.autocast.__enter__ = disabled  # type: ignore[method-assign]
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]

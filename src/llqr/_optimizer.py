@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
-from ._module_state import undisturbed
+from ._module_state import autocast_off, undisturbed
 from ._parameters import NamedParameters, finite, widened
 from ._passes import Passes
 from ._perturbations import Perturbation
@@ -61,6 +61,8 @@ class Optimizer(SharedOptimizer):
         replay_rng: give the second pass the random numbers of the first.
         refresh_forward: a function that returns (loss, outputs) on a refresh minibatch, used when
             a refresh is due and none was handed over; ``step(closure)`` needs it.
+        refresh_autocast: leave autocast as the forward has it during a refresh; by default it is
+            off there, with a warning once, since products in bfloat16 are wrong in the third digit.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -98,6 +100,7 @@ class Optimizer(SharedOptimizer):
         buffers: str = "clean",
         replay_rng: bool = True,
         refresh_forward: Forward | None = None,
+        refresh_autocast: bool = False,
     ) -> None:
         if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Optimizer):
             raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
@@ -119,7 +122,7 @@ class Optimizer(SharedOptimizer):
         self.model = model
         self.geometry, self.perturbation = geometry, perturbation
         self.transport, self.graft = bool(transport), bool(graft)
-        self.refresh_forward = refresh_forward
+        self.refresh_forward, self.refresh_autocast = refresh_forward, bool(refresh_autocast)
         self.last_report: RefreshReport | None = None
         self.skipped_steps = self.skipped_probes = 0
         self._step = 0
@@ -369,12 +372,20 @@ class Optimizer(SharedOptimizer):
             )
         self._passes.close()
         forwards = as_list(forward)
-        with undisturbed(self.model, self._parameters.device):
+        device = self._parameters.device
+        precision = nullcontext() if self.refresh_autocast else autocast_off(device, self._notice)
+        with undisturbed(self.model, device), precision:
             report = self.geometry.refresh(forwards, step=self._step, weights=weights)
         self.last_report = report
         for hook in list(self._refresh_hooks):
             hook(self, report)
         return report
+
+    def _notice(self) -> None:
+        self._warn_once(
+            "the forward's autocast is switched off during a refresh, since curvature products in "
+            "low precision are wrong in the third digit; refresh_autocast=True leaves it on"
+        )
 
     def refresh_if_due(
         self,

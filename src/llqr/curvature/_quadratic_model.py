@@ -193,11 +193,14 @@ class _Term:
     def _hessian_product(self, zd: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v on the outputs, from the graph of the output gradient."""
         v = dict(zip(map(id, self._points), zd, strict=True))
-        gs = [(g, v[id(z)]) for g, z in self._hessian_of if g.requires_grad]
-        gs = [(g, x) for g, x in gs if x is not None]
-        if not gs:
+        chosen: list[tuple[Tensor, Tensor]] = []
+        for g, z in self._hessian_of:
+            x = v[id(z)]
+            if g.requires_grad and x is not None:
+                chosen.append((g, x))
+        if not chosen:
             return [None] * len(self._points)
-        return _grad([g for g, _ in gs], self._points, [x for _, x in gs])
+        return _grad([g for g, _ in chosen], self._points, [x for _, x in chosen])
 
     def _check_hessian(self, curvature: Curvature) -> None:
         if not self._hessian_of:
