@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ._curvatures import Curvature, as_curvature
 from ._linearize import twice_differentiable
+from ._swapped_ops import SwappedOps, swapped_above
 
 __all__ = ["QuadraticModel", "quadratic_model"]
 
@@ -151,7 +152,7 @@ class _Term:
         self, forward: Forward, parameters: list[Tensor], curvature: Curvature, count_rows: bool
     ) -> None:
         with twice_differentiable():
-            loss, outputs = check_forward(forward())
+            loss, outputs = _run(forward, swapped=curvature.gauss_newton)
             self._like = parameters
             self._active = [i for i, p in enumerate(parameters) if p.requires_grad]
             self._inputs = [parameters[i] for i in self._active]
@@ -287,6 +288,16 @@ def _grad(
             allow_unused=True,
         )
     )
+
+
+def _run(forward: Forward, swapped: bool) -> tuple[Tensor, Any]:
+    """Run the forward, with the operations whose second backward is cheap where they serve."""
+    if not swapped:
+        return check_forward(forward())
+    with SwappedOps():
+        loss, outputs = check_forward(forward())
+    zs = [z for z in pytree.tree_leaves(outputs) if isinstance(z, Tensor)]
+    return check_forward(forward()) if swapped_above(loss, zs) else (loss, outputs)
 
 
 def check_forward(result: Any) -> tuple[Tensor, Any]:
