@@ -20,6 +20,7 @@ from .curvature import Divergence as Divergence
 from .curvature import Fisher as Fisher
 from .curvature import Newton as Newton
 from .curvature import QuadraticModel as QuadraticModel
+from .curvature import exact_lqr_step as exact_lqr_step
 from .curvature import quadratic_model as quadratic_model
 
 # The metric U

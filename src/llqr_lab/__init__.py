@@ -1,0 +1,1 @@
+"""llqr_lab: the paper's experiments, theory and toys, on top of llqr."""
