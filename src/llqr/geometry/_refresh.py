@@ -117,10 +117,10 @@ def relearn(
         solved = blocks.project(solved, settings["bounds"])
     new = blocks.average(start, solved, at(settings["ema"], step))
     new = blocks.project(new, settings["bounds"]) if positive else _floor(blocks, new)
-    after = float(exact.value(new))
+    after, rounding = (float(v) for v in exact.value_and_rounding(new))
     if not (math.isfinite(before) and math.isfinite(after)):
         return Outcome(old, before, after, "J is not finite")
-    if positive and after > before:
+    if positive and after > before + rounding:
         return Outcome(old, before, after, "J did not go down")
     return Outcome(new, before, after, None)
 

@@ -42,8 +42,15 @@ class Objective:
 
     def value(self, states: States) -> Tensor:
         """Return J(U), a device scalar."""
+        return self.value_and_rounding(states)[0]
+
+    def value_and_rounding(self, states: States) -> tuple[Tensor, Tensor]:
+        """Return J(U) and the rounding error to expect in it."""
         u, cu = self._control(states)
-        return self.blocks.layout.dot(u, self.gradient + 0.5 * cu)
+        dot = self.blocks.layout.dot
+        # The terms of J cancel near its minimum; what rounding leaves is of the size of the terms.
+        size = (dot(u, u) * (dot(self.gradient, self.gradient) + dot(cu, cu))).sqrt()
+        return dot(u, self.gradient + 0.5 * cu), 16 * torch.finfo(u.dtype).eps * size
 
     def value_and_gradient(self, states: States) -> tuple[Tensor, States]:
         """Return J(U) and dJ/dstate, the pullback of u -> r = g + C u + damping u."""

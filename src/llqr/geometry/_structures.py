@@ -265,7 +265,8 @@ class EKfac(Structure):
         }
         if not rotate:
             return new
-        new["QB"], new["QA"] = (torch.linalg.eigh(new[k]).eigenvectors for k in "LR")
+        # Contiguous, as a checkpoint brings them back: products round by the strides.
+        new["QB"], new["QA"] = (torch.linalg.eigh(new[k]).eigenvectors.contiguous() for k in "LR")
         turn_b = (new["QB"].mT @ state["QB"]).square()
         turn_a = (new["QA"].mT @ state["QA"]).square()
         # The squares of an orthogonal matrix are doubly stochastic; undo rounding in that.
