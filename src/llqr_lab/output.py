@@ -1,0 +1,64 @@
+"""Where results go: CSV for a spreadsheet, JSON for a program, a printed table for the reader."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_out", "table_lines", "write_csv", "write_json"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Add the option --out, the folder that results are written to (made if it is not there)."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs"),
+        metavar="DIR",
+        help="folder to write to (default: %(default)s)",
+    )
+
+
+def write_csv(path: Path, rows: Rows) -> Path:
+    """Write rows of equal keys; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write plain data; NaN is refused, since JSON has none. Return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def table_lines(rows: Rows) -> list[str]:
+    """Return rows as lines of aligned columns, numbers to the right."""
+    header = list(rows[0])
+    cells = [[_shown(row[key]) for key in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    right = [not isinstance(rows[0][key], str) for key in header]
+    return [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in [header, *cells]
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)

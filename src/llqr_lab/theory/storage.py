@@ -1,0 +1,83 @@
+"""Table 9: how many numbers U stores, counted on the modules themselves (meta device)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import llqr
+from llqr_lab.models.vit import VisionTransformer
+
+__all__ = ["MODELS", "Storage", "model_on_meta", "storage_table", "stored_numbers"]
+
+STRUCTURES = ("e-kfac", "diag-kfac")
+SHARDS = (1, 4)
+MEBIBYTE = 2**20
+FP32 = 4
+
+# The paper's first row is named ViT-Ti/16, but its parameters are those of patch 8 on 64 x 64
+# images with 200 classes. The last row is what that name stands for elsewhere.
+MODELS = {
+    "ViT-Ti/16": dict(width=192, depth=12, heads=3, patch=8, image=64, classes=200),
+    "ViT-B/16": dict(width=768, depth=12, heads=12, patch=16, image=224, classes=1000),
+    "ViT-L/16": dict(width=1024, depth=24, heads=16, patch=16, image=224, classes=1000),
+    "ViT-Ti/16 at 224": dict(width=192, depth=12, heads=3, patch=16, image=224, classes=1000),
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A row of the table: numbers stored, and MiB of them in fp32 on each device.
+
+    U is cut evenly over ``shards`` devices; the parameters are on every one.
+    """
+
+    model: str
+    structure: str
+    shards: int
+    params: int
+    preconditioner: int
+
+    @property
+    def preconditioner_mib(self) -> float:
+        """4 N / 2^20 over the shards."""
+        return FP32 * self.preconditioner / self.shards / MEBIBYTE
+
+    @property
+    def total_mib(self) -> float:
+        """The part of U and all parameters."""
+        return self.preconditioner_mib + FP32 * self.params / MEBIBYTE
+
+    def row(self) -> dict[str, str | int | float]:
+        """Return the row as the paper prints it, MiB to two decimals."""
+        return {
+            **vars(self),
+            "preconditioner_mib": round(self.preconditioner_mib, 2),
+            "total_mib": round(self.total_mib, 2),
+        }
+
+
+def model_on_meta(name: str) -> VisionTransformer:
+    """Return a model of the table without memory for its weights."""
+    with torch.device("meta"):
+        return VisionTransformer(**MODELS[name])
+
+
+def stored_numbers(model: torch.nn.Module, structure: str) -> int:
+    """Count the numbers of U over the model, blocks whole as in the paper."""
+    geometry = llqr.LLQR(structure, block_size=None)
+    geometry.bind(model)
+    return geometry.numel()
+
+
+def storage_table() -> list[Storage]:
+    """Return the rows of Table 9, and those of ViT-Ti/16 on ImageNet."""
+    rows = []
+    for name in MODELS:
+        model = model_on_meta(name)
+        params = sum(p.numel() for p in model.parameters())
+        for structure in STRUCTURES:
+            stored = stored_numbers(model, structure)
+            rows += [Storage(name, structure, shards, params, stored) for shards in SHARDS]
+    return rows

@@ -1,0 +1,126 @@
+"""Table 9: the paper's integers and MiB, from modules that are real networks."""
+
+import csv
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from llqr_lab.cli import main
+from llqr_lab.models.vit import Block, VisionTransformer
+from llqr_lab.theory.storage import Storage, model_on_meta, storage_table, stored_numbers
+
+# model: (parameters, numbers of e-kfac, numbers of diag-kfac)
+COUNTS = {
+    "ViT-Ti/16": (5_427_080, 24_235_082, 73_426),
+    "ViT-B/16": (86_567_656, 387_826_882, 294_038),
+    "ViT-L/16": (304_326_632, 1_367_114_178, 771_990),
+    "ViT-Ti/16 at 224": (5_717_416, 26_072_962, 75_734),
+}
+# As printed in the paper: model, structure, shards, MiB of U a device, MiB in all a device.
+PRINTED = [
+    ("ViT-Ti/16", "e-kfac", 1, 92.45, 113.15),
+    ("ViT-Ti/16", "e-kfac", 4, 23.11, 43.82),
+    ("ViT-Ti/16", "diag-kfac", 1, 0.28, 20.98),
+    ("ViT-Ti/16", "diag-kfac", 4, 0.07, 20.77),
+    ("ViT-B/16", "e-kfac", 1, 1479.44, 1809.67),
+    ("ViT-B/16", "e-kfac", 4, 369.86, 700.09),
+    ("ViT-B/16", "diag-kfac", 1, 1.12, 331.35),
+    ("ViT-B/16", "diag-kfac", 4, 0.28, 330.51),
+    ("ViT-L/16", "e-kfac", 1, 5215.13, 6376.04),
+    ("ViT-L/16", "e-kfac", 4, 1303.78, 2464.70),
+    ("ViT-L/16", "diag-kfac", 1, 2.94, 1163.86),
+    ("ViT-L/16", "diag-kfac", 4, 0.74, 1161.65),
+]
+
+
+@pytest.fixture(scope="module")
+def table() -> list[Storage]:
+    return storage_table()
+
+
+def test_every_integer(table):
+    counted = {}
+    for row in table:
+        counted.setdefault(row.model, {"params": row.params})[row.structure] = row.preconditioner
+    assert counted == {
+        name: {"params": params, "e-kfac": ekfac, "diag-kfac": diagonal}
+        for name, (params, ekfac, diagonal) in COUNTS.items()
+    }
+
+
+def test_the_twelve_rows_of_the_paper(table):
+    rows = [row.row() for row in table[:12]]
+    keys = ("model", "structure", "shards", "preconditioner_mib", "total_mib")
+    assert [tuple(row[k] for k in keys) for row in rows] == PRINTED
+
+
+def test_kfac_is_m2_plus_n2_a_matrix():
+    model = model_on_meta("ViT-Ti/16")
+    expected = 0
+    for p in model.parameters():
+        if p.dim() == 1:
+            expected += p.numel()
+            continue
+        shape = [n for n in p.shape if n > 1] if p.dim() == 3 else list(p.shape)
+        m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], p.numel() // shape[0])
+        expected += m * m + n * n
+    assert stored_numbers(model, "kfac") == expected
+
+
+def test_the_block_is_torchs_encoder_layer():
+    torch.manual_seed(0)
+    ours = Block(8, heads=2).double()
+    theirs = nn.TransformerEncoderLayer(
+        8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).double()
+    projections = (ours.attention.q, ours.attention.k, ours.attention.v)
+    theirs.self_attn.in_proj_weight.data = torch.cat([f.weight.data for f in projections])
+    theirs.self_attn.in_proj_bias.data = torch.cat([f.bias.data for f in projections])
+    for mine, their in (
+        (ours.attention.out, theirs.self_attn.out_proj),
+        (ours.fc1, theirs.linear1),
+        (ours.fc2, theirs.linear2),
+    ):
+        their.load_state_dict(mine.state_dict())
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
+
+
+def test_the_transformer_sees_every_patch_in_its_place():
+    torch.manual_seed(0)
+    model = VisionTransformer(width=8, depth=2, heads=2, patch=4, image=8, classes=3)
+    x = torch.randn(2, 3, 8, 8)
+    assert model(x).shape == (2, 3)
+    moved = x.roll(4, dims=3)
+    assert not torch.allclose(model(x), model(moved), atol=1e-4)
+    model.positions.data.zero_()
+    torch.testing.assert_close(model(x), model(moved), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"image": 9}, {"heads": 3}])
+def test_sizes_that_do_not_fit_are_refused(wrong):
+    sizes = {"width": 8, "depth": 1, "heads": 2, "patch": 4, "image": 8, "classes": 3}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        VisionTransformer(**{**sizes, **wrong})
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    assert main(["table", "9", "--out", str(tmp_path / "new")]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "new" / "table9.json").read_text())
+    with (tmp_path / "new" / "table9.csv").open() as file:
+        assert [{k: str(v) for k, v in row.items()} for row in rows] == list(csv.DictReader(file))
+    assert len(rows) == 16
+    columns = "model structure shards params preconditioner preconditioner_mib total_mib"
+    assert [*rows[0]] == columns.split()
+    for part in ("24,235,082", "1,809.67", "26,072,962", "table9.json", "table9.csv"):
+        assert part in printed
+
+
+@pytest.mark.parametrize("number", ["1", "11", "nine"])
+def test_another_number_says_which_exist(number, tmp_path, capsys):
+    assert main(["table", number, "--out", str(tmp_path)]) != 0
+    assert f"{number!r} here; there is: 9" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
