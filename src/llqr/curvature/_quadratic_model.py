@@ -111,7 +111,7 @@ class QuadraticModel:
     def __init__(self, terms: list[_Term], weights: list[float], scale: Scale) -> None:
         self._terms = list(zip(weights, terms, strict=True))
         if scale == "sum":
-            self._scale = float(sum(t.rows for t in terms))
+            self._scale = float(sum(t.rows for w, t in self._terms if w > 0))
         else:
             self._scale = 1.0 if scale == "mean" else float(scale)
         self.products = 0

@@ -1,0 +1,326 @@
+"""Every swapped operation against the product that torch's own double backward gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import llqr
+from explicit import F64, agree, gauss_newton, split, vector
+from llqr.curvature._swapped_ops import SwappedOps
+
+
+def plain_product(
+    z: Tensor, loss: Callable[[Tensor], Tensor], parameters: list[Tensor], d: Tensor
+) -> Tensor:
+    """J' H J d by torch's own double backward."""
+    u = torch.zeros_like(z, requires_grad=True)
+    options = {"retain_graph": True, "materialize_grads": True}
+    gu = torch.autograd.grad(z, parameters, u, create_graph=True, materialize_grads=True)
+    (zd,) = torch.autograd.grad(gu, u, split(d, parameters), retain_graph=True)
+    free = z.detach().requires_grad_()
+    (gz,) = torch.autograd.grad(loss(free), free, create_graph=True)
+    (hz,) = torch.autograd.grad(gz, free, zd)
+    return vector(torch.autograd.grad(z, parameters, hz, **options))
+
+
+class Net(nn.Module):
+    """An operation between others, so that its input, too, carries a gradient."""
+
+    def __init__(self, op: nn.Module, shape: tuple[int, ...], inner: bool = True) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(shape[1:])) if inner else None
+        self.op = op
+        width = self.body(torch.zeros(shape)).shape[1]
+        self.head = nn.Linear(width, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = x if self.scale is None else torch.sin(self.scale * x)
+        return self.op(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def ready(net: nn.Module) -> nn.Module:
+    """In float64 and evaluation mode, away from the initialisation."""
+    with torch.no_grad():
+        for module in net.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.copy_(0.3 * torch.randn_like(module.running_mean))
+                module.running_var.copy_(0.5 + torch.rand_like(module.running_var))
+        for p in net.parameters():
+            p.copy_(0.7 * torch.randn_like(p))
+    return net.to(F64).eval()
+
+
+def check(net: nn.Module, x: Tensor, tolerance: float = 1e-10) -> None:
+    y = torch.randint(3, (len(x),))
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, y)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = net(x)
+        return loss(z), z
+
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    model = llqr.quadratic_model(forward, parameters)
+    value, _ = forward()
+    assert torch.equal(model.loss, value.detach())  # the very kernels of the network
+    g = vector(torch.autograd.grad(value, parameters, materialize_grads=True))
+    agree(vector(model.gradient), g, tolerance)
+    for _ in range(2):
+        d = torch.randn_like(g)
+        expected = plain_product(net(x), loss, parameters, d)
+        assert expected.any()
+        agree(vector(model.product(split(d, parameters))), expected, tolerance)
+    # A tangent of each parameter alone takes the operations' other branches.
+    for i, p in enumerate(parameters):
+        d = vector([torch.randn_like(q) if i == j else q * 0 for j, q in enumerate(parameters)])
+        expected = plain_product(net(x), loss, parameters, d)
+        image = vector(model.product(split(d, parameters)))
+        floor = float(expected.abs().max()) or 1.0
+        assert float((image - expected).abs().max()) <= tolerance * floor, tuple(p.shape)
+
+
+def conv(dim: int, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: [nn.Conv1d, nn.Conv2d, nn.Conv3d][dim - 1](4, 6, 3, **options)
+
+
+def turned(dim: int, **options: Any) -> Callable[[], nn.Module]:
+    kinds = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+    return lambda: kinds[dim - 1](4, 6, 3, **options)
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no bias": {"bias": False},
+    "strided": {"stride": 2, "padding": 1},
+    "dilated": {"dilation": 2},
+    "grouped": {"groups": 2, "padding": 1},
+    "all at once": {"stride": 2, "padding": 2, "dilation": 2, "groups": 2},
+}
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
+for dim, shape in enumerate([(3, 4, 6), (2, 4, 6, 5), (2, 4, 5, 5, 5)], 1):
+    for form, options in FORMS.items():
+        CONVOLUTIONS[f"conv{dim}d {form}"] = (conv(dim, **options), shape)
+        CONVOLUTIONS[f"conv_transpose{dim}d {form}"] = (turned(dim, **options), shape)
+    for padding in ("same", "valid"):
+        CONVOLUTIONS[f"conv{dim}d padding={padding}"] = (conv(dim, padding=padding), shape)
+    CONVOLUTIONS[f"conv{dim}d circular"] = (conv(dim, padding=1, padding_mode="circular"), shape)
+    CONVOLUTIONS[f"conv_transpose{dim}d output_padding"] = (
+        turned(dim, stride=2, output_padding=1),
+        shape,
+    )
+CONVOLUTIONS["conv2d same dilated"] = (conv(2, padding="same", dilation=2), (2, 4, 6, 5))
+CONVOLUTIONS["conv2d uneven"] = (
+    lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+    (2, 4, 6, 5),
+)
+CONVOLUTIONS["conv_transpose2d uneven"] = (
+    lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(3, 2), padding=(0, 1), output_padding=(2, 0)),
+    (2, 4, 6, 5),
+)
+CONVOLUTIONS["conv2d depthwise"] = (lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 6, 5))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    make, shape = CONVOLUTIONS[name]
+    net = ready(Net(make(), shape))
+    check(net, torch.randn(shape, dtype=F64))
+
+
+NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "batch_norm 1d": (lambda: nn.BatchNorm1d(4), (3, 4)),
+    "batch_norm 1d of sequences": (lambda: nn.BatchNorm1d(4), (3, 4, 5)),
+    "batch_norm 2d": (lambda: nn.BatchNorm2d(4), (3, 4, 3, 2)),
+    "batch_norm 3d": (lambda: nn.BatchNorm3d(4), (2, 4, 3, 2, 2)),
+    "batch_norm not affine": (lambda: nn.BatchNorm2d(4, affine=False), (3, 4, 3, 2)),
+    "batch_norm eps": (lambda: nn.BatchNorm2d(4, eps=0.3), (3, 4, 3, 2)),
+    "batch_norm without statistics": (
+        lambda: nn.BatchNorm2d(4, track_running_stats=False), (3, 4, 3, 2),
+    ),
+    "layer_norm": (lambda: nn.LayerNorm(5), (3, 4, 5)),
+    "layer_norm of two dimensions": (lambda: nn.LayerNorm((4, 5)), (3, 4, 5)),
+    "layer_norm not affine": (lambda: nn.LayerNorm(5, elementwise_affine=False), (3, 4, 5)),
+    "layer_norm no bias": (lambda: nn.LayerNorm(5, bias=False), (3, 4, 5)),
+    "layer_norm eps": (lambda: nn.LayerNorm(5, eps=0.3), (3, 5)),
+    "group_norm": (lambda: nn.GroupNorm(2, 4), (3, 4, 5)),
+    "instance_norm": (lambda: nn.InstanceNorm2d(4, affine=True), (3, 4, 3, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name):
+    make, shape = NORMS[name]
+    check(ready(Net(make(), shape)), torch.randn(shape, dtype=F64))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("frozen", [[], ["weight"], ["bias"], ["weight", "bias"]])
+@pytest.mark.parametrize("kind", ["conv", "batch_norm", "layer_norm"])
+def test_first_and_frozen(kind, frozen, inner):
+    """No gradient in the input, in the weight, in the bias, and all combinations."""
+    x = torch.randn(2, 4, 5, 5, dtype=F64)
+    module = {
+        "conv": nn.Conv2d(4, 6, 3),
+        "batch_norm": nn.BatchNorm2d(4),
+        "layer_norm": nn.LayerNorm((5, 5)),
+    }[kind]
+    net = ready(Net(module, x.shape, inner))
+    for name in frozen:
+        getattr(module, name).requires_grad_(False)
+    check(net, x)
+
+
+def test_parameters_that_are_differentiated_by_are_not_those_of_the_operation():
+    """Only the head is asked for; the operation's weights carry a graph all the same."""
+    net = ready(Net(nn.Conv2d(4, 6, 3), (2, 4, 5, 5)))
+    x, y = torch.randn(2, 4, 5, 5, dtype=F64), torch.tensor([0, 2])
+    parameters = [*net.head.parameters(), net.op.bias]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = net(x)
+        return F.cross_entropy(z, y), z
+
+    model = llqr.quadratic_model(forward, parameters)
+    d = torch.randn(sum(p.numel() for p in parameters), dtype=F64)
+    expected = plain_product(net(x), lambda z: F.cross_entropy(z, y), parameters, d)
+    agree(vector(model.product(split(d, parameters))), expected)
+
+
+class Twice(nn.Module):
+    """One convolution used twice, and a norm that follows in place activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x), inplace=True)
+        return F.relu(self.norm(self.conv(x)), inplace=True) + x
+
+
+def test_shared_weights_and_activations_in_place():
+    x = torch.randn(2, 4, 4, 3, dtype=F64)
+    check(ready(Net(Twice(), x.shape)), x)
+
+
+class Unbatched(nn.Module):
+    """Convolutions of one image, without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.turn = nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.turn(torch.tanh(self.conv(image))) for image in x])
+
+
+def test_unbatched_inputs():
+    x = torch.randn(2, 4, 5, 4, dtype=F64)
+    check(ready(Net(Unbatched(), x.shape)), x)
+
+
+def test_functional_calls_with_keywords():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.zeros(6, 4, 3)), nn.Parameter(torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.conv1d(input=x, weight=self.w, bias=self.b, stride=(2,), padding=[1])
+            return F.layer_norm(torch.sin(x), normalized_shape=[x.shape[-1]], eps=1e-3)
+
+    x = torch.randn(3, 4, 6, dtype=F64)
+    check(ready(Net(Functional(), x.shape)), x)
+
+
+def test_channels_last():
+    net = ready(Net(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), (2, 4, 5, 5)))
+    net.op.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 5, 5, dtype=F64).to(memory_format=torch.channels_last)
+    check(net, x)
+
+
+# -- where the swapped operations must not be used ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "top", [lambda: nn.LayerNorm(3), lambda: nn.BatchNorm1d(3), lambda: nn.Conv1d(1, 2, 2)]
+)
+def test_an_operation_between_outputs_and_loss(top):
+    """H runs through it, and there its inputs are not constants."""
+    body, top = ready(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))), ready(top())
+    x, target = torch.randn(5, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
+
+    def loss(z: Tensor) -> Tensor:
+        if isinstance(top, nn.Conv1d):
+            return top(z[:, None]).square().square().mean()
+        return (top(z) - target).square().square().mean()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = body(x)
+        return loss(z), z
+
+    parameters = list(body.parameters())
+    model = llqr.quadratic_model(forward, parameters)
+    C = gauss_newton(body(x), loss, parameters)
+    d = torch.randn(len(C), dtype=F64)
+    agree(vector(model.product(split(d, parameters))), C @ d)
+
+
+def test_only_curvatures_that_may_use_them_do(monkeypatch):
+    """A Hessian needs torch's own: no mode is entered for it."""
+    entered = []
+    original = SwappedOps.__enter__
+    monkeypatch.setattr(
+        SwappedOps, "__enter__", lambda self: (entered.append(1), original(self))[1]
+    )
+    net = ready(Net(nn.Conv1d(4, 6, 3), (3, 4, 6)))
+    x, y = torch.randn(3, 4, 6, dtype=F64), torch.tensor([0, 1, 2])
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = net(x)
+        return F.cross_entropy(z, y), z
+
+    llqr.quadratic_model(forward, net.parameters(), "newton")
+    assert entered == []
+    llqr.quadratic_model(forward, net.parameters(), "fisher")
+    assert entered == [1]
+
+
+SWAPPED = [
+    (F.conv1d, (torch.randn(2, 3, 5), torch.randn(4, 3, 2))),
+    (F.conv2d, (torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2))),
+    (F.conv3d, (torch.randn(2, 3, 5, 5, 5), torch.randn(4, 3, 2, 2, 2))),
+    (F.conv_transpose1d, (torch.randn(2, 3, 5), torch.randn(3, 4, 2))),
+    (F.conv_transpose2d, (torch.randn(2, 3, 5, 5), torch.randn(3, 4, 2, 2))),
+    (F.conv_transpose3d, (torch.randn(2, 3, 5, 5, 5), torch.randn(3, 4, 2, 2, 2))),
+    (F.batch_norm, (torch.randn(2, 3, 5), torch.randn(3), torch.rand(3))),
+    (F.layer_norm, (torch.randn(2, 3, 5), (5,))),
+]
+
+
+@pytest.mark.parametrize("op, arguments", SWAPPED, ids=lambda v: getattr(v, "__name__", ""))
+def test_these_are_swapped_where_gradients_flow(op, arguments):
+    """Otherwise the tests above would compare torch with itself."""
+    x, *rest = arguments
+    x = x.clone().requires_grad_()
+    plain = op(x, *rest)
+    with SwappedOps():
+        swapped = op(x, *rest)
+        constant = op(x.detach(), *rest)
+        with torch.no_grad():
+            unwatched = op(x, *rest)
+    assert torch.equal(plain, swapped) and torch.equal(plain, constant)
+    assert torch.equal(plain, unwatched)
+    assert type(swapped.grad_fn).__name__ != type(plain.grad_fn).__name__
+    assert not constant.requires_grad and not unwatched.requires_grad
