@@ -80,9 +80,10 @@ class NamedParameters:
 
 def finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, with one read from the device."""
-    if not tensors:
+    filled = [t for t in tensors.values() if t.numel()]
+    if not filled:
         return True
-    norms = torch._foreach_norm(list(tensors.values()), ord=float("inf"))
+    norms = torch._foreach_norm(filled, ord=float("inf"))
     return bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())
 
 

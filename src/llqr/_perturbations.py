@@ -307,7 +307,12 @@ class FriendlySAM(SAM):
 
 def squares(a: Tensors, b: Tensors) -> dict[str, Tensor]:
     """Return the inner product of each pair of tensors."""
-    return {n: torch.dot(a[n].reshape(-1), b[n].reshape(-1)) for n in b}
+    return {n: torch.dot(_wide(a[n]), _wide(b[n])) for n in b}
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Flatten to float64: squares of float32 gradients may leave the range of float32."""
+    return x.reshape(-1) if x.device.type == "mps" else x.reshape(-1).double()
 
 
 def total(scalars: Mapping[str, Tensor]) -> Tensor:

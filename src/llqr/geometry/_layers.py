@@ -197,6 +197,8 @@ class Layout:
         }
         self._dtypes = {name: _state_dtype(p) for name, p in parameters.items()}
         self.dtype = max(self._dtypes.values(), key=lambda t: t.itemsize, default=torch.float32)
+        # Gradients and curvature products are as coarse as the coarsest parameter.
+        self.eps = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
         members: dict[tuple[str, str], list[str]] = {}
         for name, parameter in parameters.items():
             structure = structure_of(name, parameter)
@@ -231,6 +233,9 @@ class Layout:
     ) -> list[tuple[str, tuple[int, ...] | None, Block]]:
         """Cut one layer into blocks: (structure, block shape or None, block)."""
         whole = [Piece(n, None, (0, math.prod(self.views[n].shape))) for n in names]
+        whole = [piece for piece in whole if piece.numel]  # a parameter may have no entries
+        if not whole:
+            return []
         if structure in ("identity", "scalar", "diagonal"):
             return [(structure, None, Block(layer, tuple(whole)))]
         if structure == "dense":
@@ -239,7 +244,8 @@ class Layout:
                 for block in _cut_runs(layer, whole, self.block_size)
             ]
         blocks: list[tuple[str, tuple[int, ...] | None, Block]] = []
-        for name, piece in zip(names, whole, strict=True):
+        for piece in whole:
+            name = piece.name
             matrix = self.views[name].matrix
             if matrix is None:  # 1-D parameters are elementwise, each with its own leaf
                 blocks.append(("vector", None, Block(layer, (piece,))))
@@ -276,8 +282,10 @@ class Layout:
 
     def _assemble(self, name: str, flat: Tensor) -> Tensor:
         view, places = self.views[name], self._of_parameter[name]
+        if not places:
+            return flat.new_empty(view.shape)
         parts = [flat[start : start + piece.numel].view(piece.shape) for piece, start in places]
-        if places and places[0][0].rows is None:
+        if places[0][0].rows is None:
             ordered = sorted(zip(places, parts, strict=True), key=lambda x: x[0][0].columns)
             runs = [part for _, part in ordered]
             return (runs[0] if len(runs) == 1 else torch.cat(runs)).reshape(view.shape)
