@@ -226,7 +226,10 @@ class _Term:
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
                 "grow without bound; return the logits (not log-probabilities) as `outputs`"
             )
-        if sum(float((v * h).sum()) for v, h in pairs) < 0:
+        # A mean loss bends by about 1 an output entry; where the network is certain it hardly bends
+        # at all, and what is left is rounding of either sign.
+        noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
+        if sum(float((v * h).sum()) for v, h in pairs) < -noise:
             warnings.warn(
                 "the second derivative of the loss in the outputs is not positive semidefinite: "
                 "the curvature C is indefinite",

@@ -197,8 +197,10 @@ class Layout:
         }
         self._dtypes = {name: _state_dtype(p) for name, p in parameters.items()}
         self.dtype = max(self._dtypes.values(), key=lambda t: t.itemsize, default=torch.float32)
-        # Gradients and curvature products are as coarse as the coarsest parameter.
-        self.eps = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
+        # What an inner product over gradients and curvature products loses to rounding, relative to
+        # the norms: its own sums, or the coarsest parameter's arithmetic.
+        coarsest = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
+        self.rounding = max(32 * torch.finfo(self.dtype).eps, 2 * coarsest)
         members: dict[tuple[str, str], list[str]] = {}
         for name, parameter in parameters.items():
             structure = structure_of(name, parameter)

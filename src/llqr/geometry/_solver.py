@@ -50,7 +50,7 @@ class Objective:
         dot = self.blocks.layout.dot
         # The terms of J cancel near its minimum; what rounding leaves is of the size of the terms.
         size = (dot(u, u) * (dot(self.gradient, self.gradient) + dot(cu, cu))).sqrt()
-        return dot(u, self.gradient + 0.5 * cu), 2 * self.blocks.layout.eps * size
+        return dot(u, self.gradient + 0.5 * cu), self.blocks.layout.rounding * size
 
     def value_and_gradient(self, states: States) -> tuple[Tensor, States]:
         """Return J(U) and dJ/dstate, the pullback of u -> r = g + C u + damping u."""
