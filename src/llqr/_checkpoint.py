@@ -32,14 +32,19 @@ def state_dict(optimizer: Optimizer) -> dict[str, Any]:
         pre(optimizer)
     whole = optimizer.base.state_dict()
     state = {key: dict(entry) for key, entry in whole["state"].items()}  # the base's dicts live on
-    groups = [dict(group) for group in whole["param_groups"]]
+    # A schedule is code: it would not load with weights_only, and the receiver has its own.
+    groups = [
+        {k: v for k, v in group.items() if not (k == "rho" and callable(v))}
+        for group in whole["param_groups"]
+    ]
     ids = _ids(optimizer, groups)
     for part in PARTS:
         source = getattr(optimizer, part)
         for name, entries in ({} if source is None else source.state()).items():
-            for key, value in entries.items():
-                own = state.setdefault(ids[name], {})
-                own[f"{PREFIX}{part}.{key}"] = value.detach()
+            # An entry for every parameter, also an empty one: torch.distributed.checkpoint takes a
+            # parameter without one for an incomplete checkpoint.
+            own = state.setdefault(ids[name], {})
+            own.update({f"{PREFIX}{part}.{k}": v.detach() for k, v in entries.items()})
     counters: dict[str, Any] = {"version": VERSION, "step": optimizer._step, **_skips(optimizer)}
     if optimizer.geometry is not None:
         counters.update({f"geometry.{k}": v for k, v in optimizer.geometry.counters().items()})
@@ -70,8 +75,11 @@ def load_state_dict(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
                 part, _, rest = str(k)[len(PREFIX) :].partition(".")
                 own.setdefault(part, {}).setdefault(names[key], {})[rest] = v
     groups = [
-        {k: v for k, v in group.items() if not str(k).startswith(PREFIX)}
-        for group in given["param_groups"]
+        {
+            **{k: v for k, v in ours.items() if k == "rho" and callable(v)},
+            **{k: v for k, v in group.items() if not str(k).startswith(PREFIX)},
+        }
+        for group, ours in zip(given["param_groups"], optimizer.param_groups, strict=True)
     ]
     counters = {
         k[len(PREFIX) :]: v
@@ -99,18 +107,25 @@ def _load_parts(
     counters: dict[str, Any],
     base: dict[str, Any],
 ) -> None:
-    geometry, perturbation = optimizer.geometry, optimizer.perturbation
-    kept = None if geometry is None else _copy(geometry.state())
-    # Both parts check before they take over, so a state that does not fit leaves all as it was.
-    if geometry is not None:
-        geometry.load_state(own["geometry"])
+    geometry = optimizer.geometry
+    receivers = {part: getattr(optimizer, part) for part in PARTS}
+    for part, source in receivers.items():
+        if own[part] and (source is None or not source.state()):
+            warnings.warn(
+                f"load_state_dict: the state of a {part} is dropped, since this optimizer has "
+                f"{part}={source!r}, which keeps none",
+                stacklevel=4,
+            )
+            receivers[part] = None
+    kept = {part: _copy(s.state()) for part, s in receivers.items() if s is not None}
     try:
-        if perturbation is not None:
-            perturbation.load_state(own["perturbation"])
+        for part, source in receivers.items():
+            if source is not None:
+                source.load_state(own[part])
         optimizer.base.load_state_dict(base)
     except Exception:
-        if geometry is not None and kept is not None:
-            geometry.load_state(kept)
+        for part, state in kept.items():
+            receivers[part].load_state(state)
         raise
     if geometry is not None:
         prefix = "geometry."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Schedule", "at", "check_choice", "check_integer", "check_number"]
+__all__ = ["Schedule", "at", "check_choice", "check_flags", "check_integer", "check_number"]
 
 Schedule = float | Callable[[int], float]
 
@@ -50,3 +50,10 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuse what is not one of the allowed strings."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False: a string such as "False" would count as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected True or False, got {value!r}")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
+from ._checks import check_choice, check_flags
 from ._module_state import autocast_off, undisturbed
-from ._parameters import NamedParameters, finite, widened
-from ._passes import Passes
+from ._parameters import NamedParameters, finite, rescaled, widened
+from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
 from ._shared import SharedOptimizer
 from .curvature._quadratic_model import check_forward, normalised
@@ -102,27 +103,21 @@ class Optimizer(SharedOptimizer):
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
     ) -> None:
-        if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Optimizer):
-            raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
-        if isinstance(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            raise TypeError(f"base: {type(base).__name__} is not supported")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if geometry is not None and not isinstance(geometry, Geometry):
-            raise TypeError(f"geometry: expected a llqr.Geometry or None, got {geometry!r}")
-        if perturbation is not None and not isinstance(perturbation, Perturbation):
-            raise TypeError(
-                f"perturbation: expected one like llqr.SAM or None, got {perturbation!r}"
-            )
-        if buffers not in ("clean", "perturbed"):
-            raise ValueError(f"buffers: expected 'clean' or 'perturbed', got {buffers!r}")
+        check_parts(base, model, geometry, perturbation)
+        check_choice("buffers", buffers, ("clean", "perturbed"))
+        check_flags(
+            transport=transport,
+            graft=graft,
+            replay_rng=replay_rng,
+            refresh_autocast=refresh_autocast,
+        )
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
         super().__init__(base)
         self.model = model
         self.geometry, self.perturbation = geometry, perturbation
-        self.transport, self.graft = bool(transport), bool(graft)
-        self.refresh_forward, self.refresh_autocast = refresh_forward, bool(refresh_autocast)
+        self.transport, self.graft = transport, graft
+        self.refresh_forward, self.refresh_autocast = refresh_forward, refresh_autocast
         self.last_report: RefreshReport | None = None
         self.skipped_steps = self.skipped_probes = 0
         self._step = 0
@@ -130,7 +125,7 @@ class Optimizer(SharedOptimizer):
         self._warned: set[str] = set()
         self._parameters = NamedParameters(base, model)
         self._bind()
-        self._passes = Passes(self, buffers, bool(replay_rng))
+        self._passes = Passes(self, buffers, replay_rng)
 
     def _bind(self) -> None:
         named = self._parameters.named
@@ -141,14 +136,16 @@ class Optimizer(SharedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; their blocks of U start at the identity."""
-        groups = len(self.base.param_groups)
+        groups, parameters = len(self.base.param_groups), self._parameters
         self.base.add_param_group(param_group)
         try:
             self._parameters = NamedParameters(self.base, self.model)
+            self._bind()
         except (TypeError, ValueError):
             del self.base.param_groups[groups:]
+            self._parameters = parameters
+            self._bind()
             raise
-        self._bind()
 
     def __repr__(self) -> str:
         lines = [f"geometry: {self.geometry!r}", f"perturbation: {self.perturbation!r}"]
@@ -217,7 +214,7 @@ class Optimizer(SharedOptimizer):
             return
         moved = self.geometry.apply(gradients)
         if self.graft:
-            moved = _rescaled(moved, gradients)
+            moved = rescaled(moved, gradients)
         named = self._parameters.named
         try:
             for name, value in moved.items():
@@ -312,6 +309,7 @@ class Optimizer(SharedOptimizer):
         """
         forwards = as_list(forward)
         shares = normalised(weights, len(forwards))
+        check_scaler(scaler)
         if self.refresh_due:
             own = refresh if refresh is not None else (self.refresh_forward or forwards)
             self.refresh(own, weights=weights if own is forwards else None)
@@ -432,11 +430,15 @@ def as_list(forward: Forward | Sequence[Forward]) -> list[Forward]:
     return forwards
 
 
-def _rescaled(moved: dict[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rescale to the global norm of ``like``."""
-    old, new = (
-        torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gs.values()]))
-        for gs in (like, moved)
-    )
-    factor = old / new.clamp(min=torch.finfo(torch.float64).tiny)
-    return {n: (g * factor).to(g.dtype) for n, g in moved.items()}
+def check_parts(base: Any, model: Any, geometry: Any, perturbation: Any) -> None:
+    """Refuse what is not an optimizer, a module, a geometry, a perturbation."""
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Optimizer):
+        raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
+    if isinstance(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+        raise TypeError(f"base: {type(base).__name__} is not supported")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if geometry is not None and not isinstance(geometry, Geometry):
+        raise TypeError(f"geometry: expected a llqr.Geometry or None, got {geometry!r}")
+    if perturbation is not None and not isinstance(perturbation, Perturbation):
+        raise TypeError(f"perturbation: expected one like llqr.SAM or None, got {perturbation!r}")

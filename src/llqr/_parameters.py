@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .geometry._layers import layers_of, unwrap
 
-__all__ = ["NamedParameters", "finite", "widened"]
+__all__ = ["NamedParameters", "finite", "rescaled", "widened"]
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
@@ -90,3 +90,13 @@ def finite(tensors: Mapping[str, Tensor]) -> bool:
 def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return gradients in at least float32."""
     return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
+
+
+def rescaled(moved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``moved`` with the global norm of ``like``."""
+    old, new = (
+        torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gs.values()]))
+        for gs in (like, moved)
+    )
+    factor = old / new.clamp(min=torch.finfo(torch.float64).tiny)
+    return {n: (g * factor).to(g.dtype) for n, g in moved.items()}

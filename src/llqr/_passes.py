@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from ._parameters import finite, widened
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
 
-__all__ = ["Passes"]
+__all__ = ["Passes", "check_scaler"]
 
 
 class Passes:
@@ -44,10 +45,10 @@ class Passes:
         perturbation, named = opt.perturbation, opt._parameters
         if perturbation is None or opt._step < perturbation.start:
             return dict.fromkeys(named.named, 0.0)
-        groups = []
+        groups: list[float] = []
         for index, group in enumerate(opt.param_groups):
             rho = at(group.get("rho", perturbation.rho), opt._step)
-            if not (0 <= rho < float("inf")):
+            if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
                 raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
             groups.append(float(rho))
         return {name: groups[i] for name, i in named.group_of.items()}
@@ -61,6 +62,7 @@ class Passes:
 
     def run(self, scaler: Any) -> Iterator[int]:
         """Yield once for the clean pass and, if needed, once for the perturbed pass."""
+        check_scaler(scaler)
         self.close()
         self.forget()
         opt = self._optimizer
@@ -80,6 +82,7 @@ class Passes:
     @contextmanager
     def perturbed(self, scaler: Any) -> Iterator[None]:
         """Run the body at theta + eps, from the gradients that are there."""
+        check_scaler(scaler)
         self.close()
         self.forget()
         clean = self._clean_gradients("the clean backward")
@@ -195,3 +198,12 @@ class Passes:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed = self.observed = False
         self._start = None
+
+
+def check_scaler(scaler: Any) -> None:
+    """Refuse what does not scale losses and tell its scale, as torch's GradScaler does."""
+    wrong = isinstance(scaler, type) or not (
+        hasattr(scaler, "scale") and hasattr(scaler, "get_scale")
+    )
+    if scaler is not None and wrong:
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")

@@ -248,15 +248,17 @@ class FriendlySAM(SAM):
         check_number("sigma", sigma, low=0)
         check_number("decay", decay, low=0, high=1)
         self.sigma, self.decay = sigma, decay
+        self._parameters: Tensors = {}
         self._memory: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
     def bind(self, parameters: Tensors) -> None:
         """Start the memory of new parameters at zero."""
+        known, self._memory, self._parameters = self._memory, {}, parameters
         for name, p in parameters.items():
-            if name not in self._memory:
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                self._memory[name] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            fresh = torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            self._memory[name] = known.get(name, fresh)
 
     def displacement(
         self,
@@ -293,10 +295,12 @@ class FriendlySAM(SAM):
         return {name: {"memory": m} for name, m in self._memory.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over a memory."""
+        """Take over a memory; a frozen parameter's may be missing and stays as it is."""
         new = {}
         for name, memory in self._memory.items():
             value = state.get(name, {}).get("memory")
+            if value is None and not self._parameters[name].requires_grad:
+                value = memory
             if value is None or value.shape != memory.shape:
                 raise ValueError(
                     f"state: no FriendlySAM memory of shape {tuple(memory.shape)} for {name!r}"

@@ -168,7 +168,7 @@ class _Term:
                 self._gauss_newton(loss, outputs, curvature)
             else:
                 graph = _grad([loss], self._inputs, None, create_graph=True)
-                self.gradient = self._full([None if g is None else g.detach() for g in graph])
+                self.gradient = self._detached(graph)
                 self._gradient_graph = graph
                 self.product = self._newton_product
             if count_rows:
@@ -180,7 +180,7 @@ class _Term:
         # cotangent 1 and the outputs with a cotangent u that is zero, and keep the graph in u.
         us = [torch.zeros_like(z, requires_grad=True) for z in zs]
         graph = _grad([loss, *zs], self._inputs, [torch.ones_like(loss), *us], create_graph=True)
-        self.gradient = self._full([None if g is None else g.detach() for g in graph])
+        self.gradient = self._detached(graph)
         # Where a parameter reaches no output, its row of J' is zero and has no graph.
         self._vjp = [(i, g) for i, g in enumerate(graph) if g is not None and g.requires_grad]
         self._cotangents, self._outputs = us, zs
@@ -190,6 +190,14 @@ class _Term:
         self._points = points
         self._check_hessian(curvature)
         self.product = self._gauss_newton_product
+
+    def _detached(self, graph: list[Tensor | None]) -> list[Tensor]:
+        if all(g is None for g in graph):
+            raise ValueError(
+                "forward: the loss does not depend on any of the parameters; compute it with the "
+                "module whose parameters these are"
+            )
+        return self._full([None if g is None else g.detach() for g in graph])
 
     def _hessian_product(self, zd: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v on the outputs, from the graph of the output gradient."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 
 import torch
@@ -92,28 +92,45 @@ class BlockDiagonal:
         first parameter that the block touches, under "<entry>.<number of the block there>".
         """
         exported: Exported = {name: {} for name in self.layout.structures}
-        self._walk(states, lambda name, key, view, shape: exported[name].update({key: view}))
+        self._walk(states, lambda names, key, view, _: exported[names[0]].update({key: view}))
         return exported
 
-    def load(self, states: States, exported: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-        """Copy exported states in; return what was missing or of another shape."""
-        wrong: list[str] = []
+    def load(
+        self,
+        states: States,
+        exported: Mapping[str, Mapping[str, Tensor]],
+        optional: Collection[str] = (),
+    ) -> list[str]:
+        """Copy exported states in; return what was missing, too much, or of another shape.
 
-        def copy(name: str, key: str, view: Tensor, shape: tuple[int, ...]) -> None:
-            value = exported.get(name, {}).get(key)
+        Args:
+            states: changed in place.
+            exported: what :meth:`export` returned.
+            optional: parameters whose blocks may be missing; those stay as they are.
+        """
+        wrong: list[str] = []
+        left = {(name, key) for name, entries in exported.items() for key in entries}
+
+        def copy(names: list[str], key: str, view: Tensor, shape: tuple[int, ...]) -> None:
+            left.discard((names[0], key))
+            value = exported.get(names[0], {}).get(key)
             if value is None:
-                wrong.append(f"{name}: no {key!r}")
+                if not all(name in optional for name in names):
+                    wrong.append(f"{names[0]}: no {key!r}")
             elif tuple(value.shape) != shape:
-                wrong.append(f"{name}: {key!r} has shape {tuple(value.shape)}, expected {shape}")
+                wrong.append(
+                    f"{names[0]}: {key!r} has shape {tuple(value.shape)}, expected {shape}"
+                )
             else:
                 view.copy_(value)
 
         self._walk(states, copy)
-        return wrong
+        return wrong + [f"{name}: {key!r} is not known here" for name, key in sorted(left)]
 
     def _walk(
-        self, states: States, visit: Callable[[str, str, Tensor, tuple[int, ...]], object]
+        self, states: States, visit: Callable[[list[str], str, Tensor, tuple[int, ...]], object]
     ) -> None:
+        """Visit (parameters of the block, the owner first; key; view of the state; shape)."""
         counts: dict[str, int] = {}
         for part, state in zip(self.parts, states, strict=True):
             for block, entries in zip(part.group.blocks, part.blockwise(state), strict=True):
@@ -122,10 +139,10 @@ class BlockDiagonal:
                     for piece, end in zip(block.pieces, ends, strict=True):
                         shape = self.layout.views[piece.name].shape
                         run = entries["U"][end - piece.numel : end].view(shape)
-                        visit(piece.name, "U", run, shape)
+                        visit([piece.name], "U", run, shape)
                     continue
-                owner = block.pieces[0].name
-                number = counts.get(owner, 0)
-                counts[owner] = number + 1
+                names = [piece.name for piece in block.pieces]
+                number = counts.get(names[0], 0)
+                counts[names[0]] = number + 1
                 for key, value in entries.items():
-                    visit(owner, f"{key}.{number}", value, tuple(value.shape))
+                    visit(names, f"{key}.{number}", value, tuple(value.shape))

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import Schedule, at
+from .._checks import Schedule
 from ..curvature import Curvature, as_curvature, quadratic_model
 from ._base import Geometry, Gradients
 from ._blocks import BlockDiagonal
 from ._layers import Layout, layers_of, unwrap
 from ._refresh import FlatModel, relearn
 from ._report import RefreshError, RefreshReport
-from ._settings import StructureOf, check_settings, check_structure
+from ._settings import StructureOf, at_step, check_settings, check_structure
 
 __all__ = ["LLQR"]
 
@@ -190,7 +190,7 @@ class LLQR(Geometry):
         self._blocks = BlockDiagonal(self.layout, learned=learned, square=square)
         self._states = self._blocks.identity(next(iter(devices), torch.device("cpu")))
         if kept:
-            self._blocks.load(self._states, kept)
+            self._blocks.load(self._states, kept, optional=self.parameters)
 
     # -- using U ------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class LLQR(Geometry):
         """Tell whether ``every`` steps have passed since the last refresh (first at start)."""
         if step < self.settings["start"]:
             return False
-        return self._last < 0 or step - self._last >= at(self.settings["every"], step)
+        return self._last < 0 or step - self._last >= at_step(self.settings, "every", step)
 
     def refresh(
         self,
@@ -313,7 +313,7 @@ class LLQR(Geometry):
             raise RefreshError(
                 f"{self._failures} refreshes in a row were refused, the last one because "
                 f"{report.reason} ({report}). U is unchanged. A smaller inner lr (now "
-                f"{at(self.settings['lr'], report.step)}), a larger refresh batch or more damping "
+                f"{at_step(self.settings, 'lr', report.step)}), a larger refresh batch or more damping "
                 "helps; max_failures sets how many are tolerated"
             )
         self._warn_once(
@@ -335,10 +335,15 @@ class LLQR(Geometry):
         return self._blocks.export(self._states)
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what :meth:`state` returned; raise if anything is missing or misshapen."""
+        """Take over what :meth:`state` returned; raise if anything is missing or does not fit.
+
+        torch.distributed.checkpoint drops the state of parameters that do not require a gradient;
+        their blocks may be missing and stay as they are.
+        """
         self._require_bound()
         states = [{k: v.clone() for k, v in s.items()} for s in self._states]
-        wrong = self._blocks.load(states, state)
+        frozen = {n for n, p in self.parameters.items() if not p.requires_grad}
+        wrong = self._blocks.load(states, state, optional=frozen)
         if wrong:
             raise ValueError(
                 f"state: does not fit this geometry ({self.structure!r}, block_size "

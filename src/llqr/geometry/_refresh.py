@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import at
 from ..curvature import QuadraticModel
 from ..curvature._recycling import RecycledProduct
 from ._blocks import BlockDiagonal, States
 from ._layers import Layout
 from ._report import RefreshReport
+from ._settings import at_step
 from ._solver import Objective, SolverOptions, solve
 from ._structures import EKfac
 
@@ -105,7 +105,7 @@ def relearn(
     options = SolverOptions(
         settings["solver"],
         settings["steps"],
-        at(settings["lr"], step),
+        at_step(settings, "lr", step),
         settings["momentum"],
         settings["clip"],
     )
@@ -115,7 +115,7 @@ def relearn(
         return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
     if positive:
         solved = blocks.project(solved, settings["bounds"])
-    new = blocks.average(start, solved, at(settings["ema"], step))
+    new = blocks.average(start, solved, at_step(settings, "ema", step))
     new = blocks.project(new, settings["bounds"]) if positive else _floor(blocks, new)
     after, rounding = (float(v) for v in exact.value_and_rounding(new))
     if not (math.isfinite(before) and math.isfinite(after)):

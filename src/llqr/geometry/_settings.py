@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .._checks import Schedule, check_choice, check_integer, check_number
+from .._checks import Schedule, at, check_choice, check_integer, check_number
 from ..curvature._quadratic_model import check_scale
 from ._layers import STRUCTURES
 from ._solver import SOLVERS
 
-__all__ = ["StructureOf", "check_settings", "check_structure"]
+__all__ = ["StructureOf", "at_step", "check_settings", "check_structure"]
 
 StructureOf = str | Callable[[str, Tensor], str]
+
+# The settings that may be functions of the step, and their ranges.
+SCHEDULED: dict[str, dict[str, Any]] = {
+    "every": {"low": 1},
+    "lr": {"low": 0, "open_low": True},
+    "ema": {"low": 0, "high": 1},
+}
+
+
+def at_step(settings: Mapping[str, Any], name: str, step: int) -> float:
+    """Return the value of a setting at an optimizer step; refuse one out of range."""
+    value = at(settings[name], step)
+    check_number(name, value, **SCHEDULED[name])
+    return value
 
 
 def check_structure(structure: StructureOf) -> None:
@@ -47,13 +62,12 @@ def check_settings(
     renew_every: int,
 ) -> None:
     """Refuse values out of range, naming the argument and the value."""
-    check_number("every", every, low=1, schedule=True)
+    for name, value in {"every": every, "lr": lr, "ema": ema}.items():
+        check_number(name, value, **SCHEDULED[name], schedule=True)
     check_integer("steps", steps, low=1)
-    check_number("lr", lr, low=0, open_low=True, schedule=True)
     check_number("momentum", momentum, low=0, high=1)
     if clip is not None:
         check_number("clip", clip, low=0, open_low=True)
-    check_number("ema", ema, low=0, high=1, schedule=True)
     check_number("damping", damping, low=0)
     check_scale(scale)
     check_choice("bases", bases, ("learned", "gradient"))
