@@ -149,7 +149,7 @@ def test_minimize_refreshes_on_a_minibatch_of_its_own():
         optimizer.minimize(problem, refresh=own)
     assert own.calls == 2 * forwards_of_a_refresh()
     assert problem.calls == 4
-    with_default = optimizer_of(mlp(), geometry=llqr_of(every=2), refresh_forward=own)
+    with_default = optimizer_of(problem, geometry=llqr_of(every=2), refresh_forward=own)
     own.calls = 0
     assert with_default.refresh().accepted
     assert own.calls == forwards_of_a_refresh()

@@ -310,11 +310,12 @@ class LLQR(Geometry):
         self._refused += 1
         self._failures += 1
         if self._failures > self.settings["max_failures"]:
+            lr = at_step(self.settings, "lr", report.step)
             raise RefreshError(
                 f"{self._failures} refreshes in a row were refused, the last one because "
-                f"{report.reason} ({report}). U is unchanged. A smaller inner lr (now "
-                f"{at_step(self.settings, 'lr', report.step)}), a larger refresh batch or more damping "
-                "helps; max_failures sets how many are tolerated"
+                f"{report.reason} ({report}). U is unchanged. A smaller inner lr (now {lr}), a "
+                "larger refresh batch or more damping helps; max_failures sets how many are "
+                "tolerated"
             )
         self._warn_once(
             f"a refresh was refused because {report.reason}; U is kept as it was (see "
