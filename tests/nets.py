@@ -168,3 +168,50 @@ def with_loss(loss: Callable[[Any], Tensor]) -> Case:
     x = torch.randn(6, 4, dtype=F64)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     return Case(model, lambda m: m(x), loss)
+
+
+# -- all kinds of parameters -----------------------------------------------------------------------
+
+
+class Zoo(nn.Module):
+    """A class token, a position table, a number, convolutions both ways, an embedding, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls = nn.Parameter(torch.empty(1, 1, 4))
+        self.position = nn.Parameter(torch.empty(1, 7, 4))
+        self.temperature = nn.Parameter(torch.empty(()))
+        self.conv = nn.Conv2d(2, 4, 2, stride=2)
+        self.up = nn.ConvTranspose2d(4, 3, 2)
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor, words: Tensor) -> Tensor:
+        features = self.conv(images)
+        parts = [self.cls.expand(len(images), 1, 4), features.flatten(2).mT, self.embed(words)]
+        h = torch.tanh(self.norm(torch.cat(parts, 1) + self.position)).mean(1)
+        return self.temperature * self.head(h) + self.up(torch.tanh(features)).mean((2, 3))
+
+
+def zoo() -> Case:
+    images, words = torch.randn(5, 2, 4, 4, dtype=F64), torch.randint(5, (5, 2))
+    return Case(Zoo(), lambda m: m(images, words), cross_entropy(5))
+
+
+class Trio(nn.Module):
+    """As few parameters as show a table, a transposed convolution, a matrix and vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.empty(1, 3, 2))
+        self.up = nn.ConvTranspose1d(2, 3, 2)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(torch.tanh(x + self.position).mT)).mean(-1))
+
+
+def trio() -> Case:
+    x = torch.randn(6, 3, 2, dtype=F64)
+    return Case(Trio(), lambda m: m(x), cross_entropy(6))

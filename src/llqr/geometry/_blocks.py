@@ -131,7 +131,6 @@ class BlockDiagonal:
         self, states: States, visit: Callable[[list[str], str, Tensor, tuple[int, ...]], object]
     ) -> None:
         """Visit (parameters of the block, the owner first; key; view of the state; shape)."""
-        counts: dict[str, int] = {}
         for part, state in zip(self.parts, states, strict=True):
             for block, entries in zip(part.group.blocks, part.blockwise(state), strict=True):
                 if part.group.structure in ("diagonal", "vector"):
@@ -142,7 +141,5 @@ class BlockDiagonal:
                         visit([piece.name], "U", run, shape)
                     continue
                 names = [piece.name for piece in block.pieces]
-                number = counts.get(names[0], 0)
-                counts[names[0]] = number + 1
                 for key, value in entries.items():
-                    visit(names, f"{key}.{number}", value, tuple(value.shape))
+                    visit(names, f"{key}.{block.number}", value, tuple(value.shape))

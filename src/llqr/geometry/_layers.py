@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +123,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """One diagonal block of U: the pieces that it acts on, in the order of its flat vector."""
+    """One diagonal block of U: the pieces that it acts on, in the order of its flat vector.
+
+    ``number`` counts the blocks that start in the same parameter. It names the block in exported
+    states, and so depends on nothing but the parameters of its layer.
+    """
 
     layer: str
     pieces: tuple[Piece, ...]
+    number: int = 0
 
     @property
     def numel(self) -> int:
@@ -212,8 +218,10 @@ class Layout:
             self.structures[name] = structure
             members.setdefault((layers[name], structure), []).append(name)
         groups: dict[tuple[str, tuple[int, ...] | None, torch.dtype], Group] = {}
+        numbers = {name: count() for name in parameters}
         for (layer, structure), names in members.items():
             for kind, shape, block in self._blocks(layer, structure, names):
+                block = replace(block, number=next(numbers[block.pieces[0].name]))
                 dtype = max((self._dtypes[p.name] for p in block.pieces), key=lambda t: t.itemsize)
                 key = (kind, shape, dtype)
                 groups.setdefault(key, Group(kind, shape, dtype)).blocks.append(block)
