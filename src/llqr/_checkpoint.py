@@ -44,6 +44,8 @@ def state_dict(optimizer: Optimizer) -> dict[str, Any]:
             # An entry for every parameter, also an empty one: torch.distributed.checkpoint takes a
             # parameter without one for an incomplete checkpoint.
             own = state.setdefault(ids[name], {})
+            if part == "perturbation" and optimizer.local_probes:
+                entries = {k: optimizer.ranks.stack(v) for k, v in entries.items()}
             own.update({f"{PREFIX}{part}.{k}": v.detach() for k, v in entries.items()})
     counters: dict[str, Any] = {"version": VERSION, "step": optimizer._step, **_skips(optimizer)}
     if optimizer.geometry is not None:
@@ -117,6 +119,7 @@ def _load_parts(
                 stacklevel=4,
             )
             receivers[part] = None
+    own["perturbation"] = _of_this_process(optimizer, own["perturbation"])
     kept = {part: _copy(s.state()) for part, s in receivers.items() if s is not None}
     try:
         for part, source in receivers.items():
@@ -136,6 +139,24 @@ def _load_parts(
     optimizer.last_report = _report_of(counters)
     for key in _skips(optimizer):
         setattr(optimizer, key, int(counters[key]))
+
+
+def _of_this_process(
+    optimizer: Optimizer, state: dict[str, dict[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the perturbation's state; local probes have one a process."""
+    ranks = optimizer.ranks
+    if not optimizer.local_probes:
+        return state
+    for name, entry in state.items():
+        for key, value in entry.items():
+            if value.dim() == 0 or len(value) != ranks.size:
+                raise ValueError(
+                    f"state: {key!r} of {name!r} has shape {tuple(value.shape)}, expected one for "
+                    f"each of {ranks.size} processes (sync=False): load it with as many processes "
+                    "and the same `sync` as saved it"
+                )
+    return {n: {k: v[ranks.rank] for k, v in e.items()} for n, e in state.items()}
 
 
 def _check_version(version: Any) -> None:

@@ -9,16 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
 from ._checks import check_choice, check_flags
 from ._module_state import autocast_off, undisturbed
-from ._parameters import NamedParameters, finite, rescaled, widened
+from ._parameters import NamedParameters, rescaled, widened
 from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
 from ._shared import SharedOptimizer
 from .curvature._quadratic_model import check_forward, normalised
+from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
 
 __all__ = ["Optimizer"]
@@ -64,6 +66,10 @@ class Optimizer(SharedOptimizer):
             a refresh is due and none was handed over; ``step(closure)`` needs it.
         refresh_autocast: leave autocast as the forward has it during a refresh; by default it is
             off there, with a warning once, since products in bfloat16 are wrong in the third digit.
+        sync: with DistributedDataParallel, probe with the gradient of all processes; False: each
+            process with its own (m-sharpness), which saves the first pass's communication.
+        process_group: the processes that train this model together; default: those of its
+            DistributedDataParallel wrapper, else all if torch.distributed is initialised.
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -102,6 +108,8 @@ class Optimizer(SharedOptimizer):
         replay_rng: bool = True,
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
+        sync: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_parts(base, model, geometry, perturbation)
         check_choice("buffers", buffers, ("clean", "perturbed"))
@@ -110,6 +118,7 @@ class Optimizer(SharedOptimizer):
             graft=graft,
             replay_rng=replay_rng,
             refresh_autocast=refresh_autocast,
+            sync=sync,
         )
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
@@ -123,6 +132,7 @@ class Optimizer(SharedOptimizer):
         self._step = 0
         self._refresh_hooks: list[RefreshHook] = []
         self._warned: set[str] = set()
+        self.ranks, self.sync = Ranks(model, process_group), sync
         self._parameters = NamedParameters(base, model)
         self._bind()
         self._passes = Passes(self, buffers, replay_rng)
@@ -130,6 +140,7 @@ class Optimizer(SharedOptimizer):
     def _bind(self) -> None:
         named = self._parameters.named
         if self.geometry is not None:
+            self.geometry.ranks = self.ranks
             self.geometry.bind(self.model, named)
         if self.perturbation is not None:
             self.perturbation.bind(named)
@@ -158,6 +169,11 @@ class Optimizer(SharedOptimizer):
         return {**super().__getstate__(), "_refresh_hooks": []}
 
     # -- the step ------------------------------------------------------------------------------
+
+    @property
+    def local_probes(self) -> bool:
+        """Whether each of several processes probes with its own gradient (``sync=False``)."""
+        return not self.sync and self.ranks.size > 1
 
     @property
     def needs_second_pass(self) -> bool:
@@ -189,7 +205,7 @@ class Optimizer(SharedOptimizer):
         if not gradients or self._idle(gradients):
             self.base.step()
             return loss
-        if not finite(gradients):
+        if not self.ranks.finite(gradients, equal=True):
             self._skip()
             return loss
         self._warn_of_omissions()
@@ -317,10 +333,11 @@ class Optimizer(SharedOptimizer):
         with torch.enable_grad():
             for _ in self._passes.run(scaler):
                 losses = []
-                for share, run in zip(shares, forwards, strict=True):
-                    loss, _outputs = check_forward(run())
-                    joined = loss if len(forwards) == 1 else share * loss
-                    (joined if scaler is None else scaler.scale(joined)).backward()
+                for i, (share, run) in enumerate(zip(shares, forwards, strict=True), 1):
+                    with self.ranks.quiet(i < len(forwards)):  # the last backward sends the sum
+                        loss, _outputs = check_forward(run())
+                        joined = loss if len(forwards) == 1 else share * loss
+                        (joined if scaler is None else scaler.scale(joined)).backward()
                     losses.append(joined.detach())
                 if clean is None:
                     clean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -372,7 +389,7 @@ class Optimizer(SharedOptimizer):
         forwards = as_list(forward)
         device = self._parameters.device
         precision = nullcontext() if self.refresh_autocast else autocast_off(device, self._notice)
-        with undisturbed(self.model, device), precision:
+        with undisturbed(self.model, device), precision, self.ranks.bypassed():
             report = self.geometry.refresh(forwards, step=self._step, weights=weights)
         self.last_report = report
         for hook in list(self._refresh_hooks):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .geometry._layers import layers_of, unwrap
 
-__all__ = ["NamedParameters", "finite", "rescaled", "widened"]
+__all__ = ["NamedParameters", "rescaled", "widened"]
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
@@ -76,15 +76,6 @@ class NamedParameters:
                 )
             found[name] = parameter.grad
         return found
-
-
-def finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Tell whether all entries are finite, with one read from the device."""
-    filled = [t for t in tensors.values() if t.numel()]
-    if not filled:
-        return True
-    norms = torch._foreach_norm(filled, ord=float("inf"))
-    return bool(torch.isfinite(torch.stack([n.double() for n in norms])).all())
 
 
 def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

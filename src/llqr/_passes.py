@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import at
 from ._module_state import Buffers, RandomState
-from ._parameters import finite, widened
+from ._parameters import widened
 
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
@@ -69,11 +69,12 @@ class Passes:
         self._start = Buffers(opt.model)
         random = RandomState(opt._parameters.device) if self._replay_rng else None
         opt.zero_grad()
-        yield 0
+        with opt.ranks.quiet(opt.local_probes and self.needed):
+            yield 0
         clean = self._clean_gradients("the first pass")
         if not self.needed:
             self._observe(clean, scaler)
-            if scaler is not None and not finite(clean):
+            if scaler is not None and not opt.ranks.finite(clean):
                 self.undo()  # the scaler will skip: the step is not ours to restore then
             return
         with self._displaced(clean, scaler, start=self._start, random=random):
@@ -98,7 +99,7 @@ class Passes:
         random: RandomState | None,
     ) -> Iterator[None]:
         opt = self._optimizer
-        healthy = finite(clean)
+        healthy = opt.ranks.finite(clean)
         eps = self._displacement(clean, scaler) if healthy else {}
         advanced = Buffers(opt.model)
         if start is not None and not self._keep_clean:
@@ -119,7 +120,7 @@ class Passes:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             for gradient in second.values():
                 gradient.fill_(float("nan"))
-        if start is not None and (not healthy or not finite(second)):
+        if start is not None and (not healthy or not opt.ranks.finite(second)):
             start.restore()
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class Passes:
         if eps is None:
             opt.skipped_probes += 1
             return {}
-        if not finite(eps):
+        if not opt.ranks.finite(eps):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(rho.values())}"

@@ -105,15 +105,16 @@ class QuadraticModel:
         loss: the (averaged) loss, a detached scalar.
         gradient: g, a list of tensors shaped like the parameters; zeros where a parameter took
             no part.
+        scale: the factor on C, as a number.
         products: how many curvature products were computed so far.
     """
 
     def __init__(self, terms: list[_Term], weights: list[float], scale: Scale) -> None:
         self._terms = list(zip(weights, terms, strict=True))
         if scale == "sum":
-            self._scale = float(sum(t.rows for w, t in self._terms if w > 0))
+            self.scale = float(sum(t.rows for w, t in self._terms if w > 0))
         else:
-            self._scale = 1.0 if scale == "mean" else float(scale)
+            self.scale = 1.0 if scale == "mean" else float(scale)
         self.products = 0
         self.loss = _mean([(w, [t.loss]) for w, t in self._terms])[0]
         self.gradient = _mean([(w, t.gradient) for w, t in self._terms])
@@ -126,7 +127,7 @@ class QuadraticModel:
         """
         self.products += 1
         result = _mean([(w, t.product(d)) for w, t in self._terms])
-        return result if self._scale == 1.0 else [v * self._scale for v in result]
+        return result if self.scale == 1.0 else [v * self.scale for v in result]
 
     def value(self, u: Sequence[Tensor]) -> Tensor:
         """Return g'u + u'Cu / 2, a scalar tensor."""

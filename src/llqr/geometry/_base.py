@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ._layers import unwrap
 from ._report import RefreshReport
 
@@ -35,6 +36,8 @@ class Geometry:
         >>> _ = optimizer.minimize(lambda: model(torch.ones(1, 2)).sum())
     """
 
+    ranks: Ranks
+
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Meet the model and the parameters to precondition (called by the optimizer).
 
@@ -48,6 +51,7 @@ class Geometry:
             named = unwrap(model).named_parameters()
             parameters = {name: p for name, p in named if p.requires_grad}
         self.model = model
+        self.ranks = getattr(self, "ranks", None) or Ranks(model)
         self.parameters = dict(parameters)
 
     def apply(self, gradients: Gradients) -> dict[str, Tensor]:

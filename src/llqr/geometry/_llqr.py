@@ -278,12 +278,16 @@ class LLQR(Geometry):
         """
         self._require_bound()
         began = time.perf_counter()
-        parameters = list(self.parameters.values())
-        model = quadratic_model(
-            forwards, parameters, self.curvature, scale=self.settings["scale"], weights=weights
-        )
+        parameters, scale = list(self.parameters.values()), self.settings["scale"]
+        self.ranks.check_replicas(self.parameters)
+        with self.ranks.together("refresh"):
+            model = quadratic_model(
+                forwards, parameters, self.curvature, scale=scale, weights=weights
+            )
+        if scale == "sum":  # over the joined batch
+            model.scale = self.ranks.sum(model.scale)
         with torch.no_grad():
-            flat = FlatModel(model, self.layout, list(self.parameters))
+            flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
             self._follow(flat.gradient.device)
             outcome = relearn(
                 flat, self._blocks, self._states, self.settings, step, self._refreshes

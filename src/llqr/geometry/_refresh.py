@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..curvature import QuadraticModel
 from ..curvature._recycling import RecycledProduct
+from ..distributed import Ranks
 from ._blocks import BlockDiagonal, States
 from ._layers import Layout
 from ._report import RefreshReport
@@ -26,14 +27,17 @@ NAN = float("nan")
 
 
 class FlatModel:
-    """A quadratic model in the flat order of a layout."""
+    """A quadratic model in the flat order of a layout: the mean of those of all processes."""
 
-    def __init__(self, model: QuadraticModel, layout: Layout, names: list[str]) -> None:
-        self.model, self._layout, self._names = model, layout, names
+    def __init__(
+        self, model: QuadraticModel, layout: Layout, names: list[str], ranks: Ranks
+    ) -> None:
+        self.model, self._layout, self._names, self._ranks = model, layout, names, ranks
         self.gradient = self._pack(model.gradient)
 
     def _pack(self, values: Sequence[Tensor]) -> Tensor:
-        return self._layout.pack(dict(zip(self._names, values, strict=True)))
+        flat = self._layout.pack(dict(zip(self._names, values, strict=True)))
+        return self._ranks.mean_(flat)
 
     def product(self, d: Tensor) -> Tensor:
         """Return C d."""

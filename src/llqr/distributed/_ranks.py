@@ -1,0 +1,202 @@
+"""The processes that train one model together, and what they must agree on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The processes of one data-parallel training; one process is the trivial case.
+
+    They are those of the DistributedDataParallel wrapper of the model; without one, those of
+    ``process_group``, by default all processes if torch.distributed is initialised.
+
+    Args:
+        model: the network, wrapped or not.
+        process_group: instead of what is found.
+    """
+
+    def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+        self._model, self._wrapper = model, _data_parallel(model)
+        self._given = process_group
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group; None is the default one."""
+        if self._given is None and self._wrapper is not None:
+            return self._wrapper.process_group  # type: ignore[no-any-return]
+        return self._given
+
+    @property
+    def size(self) -> int:
+        """How many processes there are; looked up anew, since they may be joined at any time."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 1
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among them."""
+        return 0 if self.size == 1 else dist.get_rank(self.group)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is, and so where the group can send from."""
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average a tensor over the processes, in place; all of them get the same bits."""
+        return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked in their order."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def sum(self, value: float) -> float:
+        """Return the sum of a number over the processes."""
+        whole = torch.tensor(value, dtype=torch.float64, device=self._device)
+        return float(self.sum_(whole))
+
+    def range(self, value: float) -> tuple[float, float]:
+        """Return the least and the greatest of a number (infinite where one is not finite)."""
+        # A reduction may lose a NaN, but not an infinity.
+        ends = [-value, value] if math.isfinite(value) else [math.inf, math.inf]
+        if self.size > 1:
+            both = torch.tensor(ends, dtype=torch.float64, device=self._device)
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
+            ends = both.tolist()
+        return -ends[0], ends[1]
+
+    # -- decisions -----------------------------------------------------------------------------
+
+    def all(self, good: bool) -> bool:
+        """Tell whether something holds in every process."""
+        return good if self.size == 1 else self.range(0.0 if good else math.inf)[1] == 0
+
+    def finite(self, tensors: Mapping[str, Tensor], *, equal: bool = False) -> bool:
+        """Tell whether all entries are finite in every process, with one read from the device.
+
+        Args:
+            tensors: {name: tensor}.
+            equal: the tensors should be the same everywhere; raise where their largest entries
+                are not.
+        """
+        low, high = self.range(_largest(tensors))
+        if equal and low != high and math.isfinite(high):
+            raise RuntimeError(
+                f"the gradients of this step differ between the {self.size} processes (largest "
+                f"entries from {low} to {high}), so the replicas would drift apart: wrap the model "
+                "in DistributedDataParallel, leave no_sync() before the last backward, or average "
+                "p.grad; for trainings that have nothing to do with each other, pass "
+                "llqr.Optimizer a process_group with this process alone"
+            )
+        return math.isfinite(high)
+
+    def check_replicas(self, parameters: Mapping[str, Tensor]) -> None:
+        """Raise where the processes hold different parameters."""
+        if self.size == 1:
+            return
+        norms = torch._foreach_norm([p.detach().double() for p in parameters.values()])
+        low, high = self.range(float(torch.stack(norms).sum()))
+        if low != high:
+            raise RuntimeError(
+                f"refresh: the {self.size} processes hold different parameters (sums of norms from "
+                f"{low} to {high}): wrap the model in DistributedDataParallel before the first "
+                "step; for trainings that have nothing to do with each other, pass llqr.Optimizer "
+                "a process_group with this process alone"
+            )
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Raise in every process when the body raises in one, so that none waits for the others."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        good = self.all(error is None)
+        if error is not None:
+            raise error
+        if not good:
+            raise RuntimeError(f"{what} failed in another process; its own error says why")
+
+    # -- the DistributedDataParallel wrapper ---------------------------------------------------
+
+    def quiet(self, skip: bool = True) -> AbstractContextManager[None]:
+        """Keep the gradients of the body's backwards in this process (``no_sync`` of torch)."""
+        if self._wrapper is None or not skip:
+            return nullcontext()
+        return self._wrapper.no_sync()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Call the module inside the wrapper, with its first process's buffers.
+
+        What the body differentiates by ``torch.autograd.grad`` is of this process alone, and the
+        wrapper's reducer learns nothing of it.
+        """
+        wrapper = self._wrapper
+        if wrapper is None or self.size == 1:
+            yield
+            return
+        if wrapper.broadcast_buffers:
+            for buffer in wrapper.module.buffers():
+                dist.broadcast(buffer, group=wrapper.process_group, group_src=0)
+        wrapper.forward = _direct(wrapper)
+        try:
+            yield
+        finally:
+            del wrapper.forward
+
+
+def _data_parallel(model: Any) -> Any:
+    """Return the DistributedDataParallel wrapper of a model, also inside torch.compile's."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, DistributedDataParallel):
+            return model
+        model = getattr(model, "_orig_mod", None)
+    return None
+
+
+def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
+    """Return a forward of the module inside, inputs moved to its device as the wrapper does."""
+
+    def forward(*inputs: Any, **options: Any) -> Any:
+        if wrapper.device_ids:
+            device = torch.device(wrapper.device_type, wrapper.device_ids[0])
+            inputs, options = pytree.tree_map_only(
+                Tensor, lambda t: t.to(device), (inputs, options)
+            )
+        return wrapper.module(*inputs, **options)
+
+    return forward
+
+
+def _largest(tensors: Mapping[str, Tensor]) -> float:
+    """Return the largest absolute entry (NaN where there is one)."""
+    filled = [t for t in tensors.values() if t.numel()]
+    if not filled:
+        return 0.0
+    norms = torch._foreach_norm(filled, ord=float("inf"))
+    return float(torch.stack([n.double() for n in norms]).max())
