@@ -2,9 +2,9 @@
 
     checks.py FILE OUT
 
-FILE holds functions named ``check_...`` without arguments; each is run in all processes at the same
-time. OUT.RANK receives {name: null, or the traceback} as JSON. After a failure the processes are out
-of step, so the checks behind it are not run.
+FILE holds functions named ``check_...`` without arguments; each is run in all processes at the
+same time. OUT.RANK receives {name: null, or the traceback} as JSON. After a failure the processes
+are out of step, so the checks behind it are not run.
 """
 
 from __future__ import annotations

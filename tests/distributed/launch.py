@@ -67,5 +67,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float) -> tuple[list
     return [process.returncode for process in processes], "\n".join(printed)
 
 
-def run(script: Path, *arguments: str, ranks: int = 2, timeout: float = 120) -> tuple[list[int], str]:
+def run(
+    script: Path, *arguments: str, ranks: int = 2, timeout: float = 120
+) -> tuple[list[int], str]:
     return finish(start(script, *arguments, ranks=ranks), timeout)
