@@ -307,8 +307,9 @@ class LLQR(Geometry):
             self._failures = 0
             if report.eigenvalue_min < 0:
                 self._warn_once(
-                    "U has a negative eigenvalue (constraint='none'): g'Ug can be negative, and "
-                    "then the probe is skipped; constraint='positive' keeps U positive definite"
+                    "U has a negative eigenvalue (constraint="
+                    f"{self.settings['constraint']!r}): g'Ug can be negative, and then the probe "
+                    "is skipped; constraint='positive' keeps U positive definite"
                 )
             return
         self._refused += 1

@@ -1,0 +1,152 @@
+"""Eigenvalues of blocks: clipping, the nearest orthogonal matrix, exact and estimated extremes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import llqr
+from explicit import F64, agree
+from llqr.geometry._spectra import (
+    clip_eigenvalues,
+    extreme_eigenvalues,
+    operator_extremes,
+    polar,
+)
+
+
+def symmetric(n: int, count: int = 3, dtype: torch.dtype = F64) -> Tensor:
+    raw = torch.randn(count, n, n, dtype=dtype)
+    return 0.5 * (raw + raw.mT)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clipped_matrices_comply(n, dtype):
+    """In exact comparison, not up to rounding: the bounds are promises."""
+    low, high = 0.5, 2.0
+    result = clip_eigenvalues(3 * torch.randn(4, n, n, dtype=dtype), low, high)
+    assert torch.equal(result, result.mT)
+    values = torch.linalg.eigvalsh(result.double())
+    assert float(values.min()) >= low and float(values.max()) <= high
+
+
+def test_clipping_is_the_nearest_point():
+    raw = torch.randn(3, 6, 6, dtype=F64)
+    values, vectors = torch.linalg.eigh(0.5 * (raw + raw.mT))
+    nearest = vectors @ torch.diag_embed(values.clamp(0.5, 2.0)) @ vectors.mT
+    agree(clip_eigenvalues(raw, 0.5, 2.0), nearest, 1e-12)
+
+
+def test_only_matrices_that_do_not_comply_are_touched():
+    good = torch.eye(4, dtype=F64) + 0.1 * symmetric(4, 1)[0].clamp(-1, 1)
+    batch = torch.stack([good, -good, good])
+    result = clip_eigenvalues(batch, 0.2, 3.0)
+    assert torch.equal(result[0], good) and torch.equal(result[2], good)
+    assert float(torch.linalg.eigvalsh(result[1])[0]) >= 0.2
+    again = clip_eigenvalues(result, 0.2, 3.0)
+    assert torch.equal(again, result)  # once is enough
+
+
+def test_narrow_bounds():
+    result = clip_eigenvalues(symmetric(5), 1 - 1e-12, 1 + 1e-12)
+    agree(result, torch.eye(5, dtype=F64).expand(3, 5, 5), 1e-11)
+
+
+def test_polar():
+    """Orthogonal, and what is left is symmetric positive: M = Q P."""
+    matrices = torch.randn(3, 5, 5, dtype=F64)
+    q = polar(matrices)
+    agree(q @ q.mT, torch.eye(5, dtype=F64).expand(3, 5, 5), 1e-13)
+    p = q.mT @ matrices
+    agree(p, p.mT.contiguous(), 1e-12)
+    assert float(torch.linalg.eigvalsh(p).min()) > 0
+    agree(polar(q), q, 1e-13)
+
+
+@pytest.mark.parametrize("n", [1, 3, 64, 65, 90])
+def test_exact_extremes(n):
+    matrices = torch.randn(3, n, n, dtype=F64)
+    low, high = extreme_eigenvalues(matrices, exact=True)
+    values = torch.linalg.eigvalsh(0.5 * (matrices + matrices.mT))
+    agree(low, values[:, 0], 1e-12)
+    agree(high, values[:, -1], 1e-12)
+    estimated = extreme_eigenvalues(matrices, exact=False)
+    if n <= 64:
+        assert torch.equal(estimated[0], low) and torch.equal(estimated[1], high)
+
+
+@pytest.mark.parametrize("n", [70, 200])
+@pytest.mark.parametrize("dtype, slack", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_estimates_lie_inside_and_near(n, dtype, slack):
+    """Lanczos: within the true interval, and within 3 % of its length of the ends."""
+    matrices = symmetric(n, dtype=dtype)
+    low, high = extreme_eigenvalues(matrices, exact=False)
+    values = torch.linalg.eigvalsh(matrices)
+    length = values[:, -1] - values[:, 0]
+    assert bool((low >= values[:, 0] - slack * length).all())
+    assert bool((high <= values[:, -1] + slack * length).all())
+    assert bool((low <= values[:, 0] + 0.03 * length).all())
+    assert bool((high >= values[:, -1] - 0.03 * length).all())
+
+
+def test_estimates_of_few_distinct_eigenvalues_are_exact():
+    """The Krylov space is exhausted early; other blocks of the batch go on."""
+    q = torch.linalg.qr(torch.randn(80, 80, dtype=F64)).Q
+    few = torch.ones(80, dtype=F64)
+    few[0], few[1] = 0.25, 7.0
+    batch = torch.stack([torch.eye(80, dtype=F64), (q * few) @ q.T, symmetric(80, 1)[0]])
+    low, high = extreme_eigenvalues(batch, exact=False)
+    assert low[:2].tolist() == pytest.approx([1.0, 0.25], rel=1e-10)
+    assert high[:2].tolist() == pytest.approx([1.0, 7.0], rel=1e-10)
+    values = torch.linalg.eigvalsh(batch[2])
+    assert float(values[0]) - 1e-12 <= float(low[2]) and float(high[2]) <= float(values[-1]) + 1e-12
+
+
+@pytest.mark.parametrize("m, n", [(2, 3), (8, 8), (9, 8), (30, 10)])
+def test_operators_on_matrices(m, n):
+    """X -> B X A with symmetric factors: the eigenvalues are the products."""
+    a, b = symmetric(n, 2), symmetric(m, 2)
+    like = torch.empty(2, m, n, dtype=F64)
+    whole = torch.stack([torch.kron(y, x) for x, y in zip(a, b, strict=True)])
+    values = torch.linalg.eigvalsh(whole)
+    low, high = operator_extremes(lambda x: b @ x @ a, like, exact=True)
+    agree(low, values[:, 0], 1e-10)
+    agree(high, values[:, -1], 1e-10)
+    low, high = operator_extremes(lambda x: b @ x @ a, like, exact=False)
+    length = values[:, -1] - values[:, 0]
+    assert bool((low >= values[:, 0] - 1e-12 * length).all())
+    assert bool((high <= values[:, -1] + 1e-12 * length).all())
+    assert bool((low <= values[:, 0] + 0.05 * length).all())
+    assert bool((high >= values[:, -1] - 0.05 * length).all())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_global_random_state_is_left_alone(exact):
+    before = torch.get_rng_state()
+    extreme_eigenvalues(torch.eye(70).expand(2, 70, 70), exact)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_reports_estimate_and_spectrum_decomposes():
+    """On a layer wider than 64: the estimate is inside the exact interval."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(80, 3)
+    x, y = torch.randn(200, 80), torch.randint(3, (200,))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return torch.nn.functional.cross_entropy(z, y), z
+
+    geometry = llqr.LLQR("kfac", lr=0.1, ema=0.0)
+    geometry.bind(model)
+    report = geometry.refresh([forward])
+    assert report.accepted
+    low, high = geometry.spectrum()[""]
+    A, B = (geometry.state()["weight"][k].double() for k in ("A.0", "B.0"))
+    a, b = torch.linalg.eigvalsh(A), torch.linalg.eigvalsh(B)
+    bias = geometry.state()["bias"]["U"]
+    assert low == pytest.approx(min(float(a[0] * b[0]), float(bias.min())), rel=1e-5)
+    assert high == pytest.approx(max(float(a[-1] * b[-1]), float(bias.max())), rel=1e-5)
+    assert low * (1 - 1e-5) <= report.eigenvalue_min <= report.eigenvalue_max <= high * (1 + 1e-5)
