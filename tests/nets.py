@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llqr
 from explicit import F64, gauss_newton, gradient_and_hessian, split, vector
+from tiny import STRUCTURES
 
 Y = torch.tensor([0, 2, 1, 1, 0, 2])
 TARGET = torch.randn(6, 3, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -215,3 +216,24 @@ class Trio(nn.Module):
 def trio() -> Case:
     x = torch.randn(6, 3, 2, dtype=F64)
     return Case(Trio(), lambda m: m(x), cross_entropy(6))
+
+
+# -- geometries on them ----------------------------------------------------------------------------
+
+LEARNED = [s for s in STRUCTURES if s != "identity"]
+
+
+def bound(problem, structure="diagonal", **settings) -> llqr.LLQR:
+    """A geometry on a problem in evaluation mode, ready to refresh."""
+    geometry = llqr.LLQR(structure, **settings)
+    problem.model.eval()
+    geometry.bind(problem.model)
+    return geometry
+
+
+def copied(geometry: llqr.LLQR) -> dict[str, dict[str, Tensor]]:
+    return {n: {k: v.clone() for k, v in e.items()} for n, e in geometry.state().items()}
+
+
+def entries(geometry: llqr.LLQR) -> Tensor:
+    return vector(v for e in geometry.state().values() for v in e.values())
