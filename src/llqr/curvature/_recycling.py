@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._rows import Rows
+
 __all__ = ["RecycledProduct"]
 
 
@@ -28,6 +30,7 @@ class RecycledProduct:
         tolerance: relative error allowed in the residual g + C d, at least 1e-8.
         capacity: largest number of basis vectors kept (2 x capacity x P numbers); beyond it real
             products are spent on the residual and forgotten.
+        dot: inner products of a vector, or of the rows of a matrix, with a vector.
     """
 
     def __init__(
@@ -36,38 +39,41 @@ class RecycledProduct:
         gradient: Tensor,
         tolerance: float,
         capacity: int = 64,
+        dot: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     ) -> None:
         self._product, self._gradient, self._tolerance = product, gradient, tolerance
-        self._capacity = capacity
-        self._size = 0
-        self._largest = 0.0
-        self._q = gradient.new_empty(0, gradient.numel())
-        self._w = gradient.new_empty(0, gradient.numel())
+        self._dot = dot
+        self._q, self._w = Rows(gradient, capacity), Rows(gradient, capacity)
+        self._largest = gradient.new_zeros(())
 
     def __call__(self, d: Tensor) -> Tensor:
         """Return C d, exactly if a real product was spent, else within the tolerance."""
-        q, w = self._q[: self._size], self._w[: self._size]
-        c = q @ d
-        r = d - c @ q
-        # A second pass: in float32 one leaves the residual visibly oblique to the basis.
-        again = q @ r
-        r, c = r - again @ q, c + again
-        known = c @ w
-        norm, target = torch.stack([r.norm(), (self._gradient + known).norm()]).tolist()
-        if norm == 0.0 or (self._size and self._largest * norm <= self._tolerance * target):
+        r, known = d.clone(), torch.zeros_like(d)
+        inside = self._reduce(r, known)
+        target = self._gradient + known
+        # One read from the device, after which all ranks take the same branch.
+        rest, size, inside, largest = torch.stack(
+            [self._dot(r, r), self._dot(target, target), inside, self._largest]
+        ).tolist()
+        rounding = (32 * torch.finfo(d.dtype).eps) ** 2 * (rest + inside)
+        if rest <= rounding or (self._q.count and largest * rest <= self._tolerance**2 * size):
             return known
-        direction = r / norm
-        image = self._product(direction)
-        self._largest = max(self._largest, float(image.norm()))
-        if self._size < self._capacity:
-            self._append(direction, image)
-        return torch.add(known, image, alpha=norm)
+        # A second pass: in float32 one leaves the residual visibly oblique to the basis.
+        self._reduce(r, known)
+        length = self._dot(r, r).sqrt()
+        r.div_(length)
+        image = self._product(r)
+        self._largest = torch.maximum(self._largest, self._dot(image, image))
+        if not self._q.full:
+            self._q.append().copy_(r)
+            self._w.append().copy_(image)
+        return known.addcmul_(image, length)
 
-    def _append(self, direction: Tensor, image: Tensor) -> None:
-        if self._size == len(self._q):
-            room = min(self._capacity, max(4, 2 * self._size)) - self._size
-            extra = self._q.new_empty(room, self._q.shape[1])
-            self._q = torch.cat([self._q, extra])
-            self._w = torch.cat([self._w, extra])
-        self._q[self._size], self._w[self._size] = direction, image
-        self._size += 1
+    def _reduce(self, r: Tensor, known: Tensor) -> Tensor:
+        """Move the part of r inside the span to where its product is known; return its square."""
+        if not self._q.count:
+            return r.new_zeros(())
+        c = self._q.each(lambda q: self._dot(q, r))
+        self._q.subtract(c, r)
+        self._w.subtract(-c, known)
+        return torch.dot(c, c)

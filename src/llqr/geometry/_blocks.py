@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._layers import Layout
-from ._structures import Bounds, State, Structure, make_structure
+from ._structures import Bounds, EKfac, State, Structure, make_structure
 
 __all__ = ["BlockDiagonal", "States"]
 
@@ -57,6 +57,29 @@ class BlockDiagonal:
             )
             for part, state in zip(self.parts, states, strict=True)
         ]
+
+    def turn(self, states: States, flat: Tensor) -> Tensor:
+        """Return x in the coordinates of a linear structure, or x itself where nothing turns."""
+        return self._turned(states, flat, "turn")
+
+    def turn_back(self, states: States, flat: Tensor) -> Tensor:
+        """Undo :meth:`turn`."""
+        return self._turned(states, flat, "turn_back")
+
+    def _turned(self, states: States, flat: Tensor, way: str) -> Tensor:
+        if not any(isinstance(part, EKfac) for part in self.parts):
+            return flat
+        out = torch.empty_like(flat)
+        for part, state in zip(self.parts, states, strict=True):
+            x = part.group.view(flat).to(part.group.dtype)
+            part.group.view(out).copy_(getattr(part, way)(state, x))
+        return out
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write what U x changes by along the pullback of r (linear structures, turned)."""
+        for part in self.parts:
+            view = part.group.view
+            part.tangent(view(x), view(r), view(out))
 
     def project(self, states: States, bounds: Bounds) -> States:
         """Return the states with every block's eigenvalues inside the bounds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, groupby
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,17 @@ class Group:
         """The number of gradient entries of each block."""
         return [block.numel for block in self.blocks]
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The blocks as runs of equal length: (blocks, length) in order."""
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
+
+    def matrices(self, part: Tensor) -> list[Tensor]:
+        """Return the group's part of a flat vector as (blocks, length) views, one a run."""
+        sizes = [count * length for count, length in self.runs]
+        pieces = torch.split(part.reshape(-1), sizes)
+        return [p.view(run) for p, run in zip(pieces, self.runs, strict=True)]
+
     def view(self, flat: Tensor) -> Tensor:
         """Return the group's part of a flat vector, without a copy."""
         part = flat[self.start : self.start + self.numel]
@@ -226,6 +237,7 @@ class Layout:
                 key = (kind, shape, dtype)
                 groups.setdefault(key, Group(kind, shape, dtype)).blocks.append(block)
         self.groups = list(groups.values())
+        self._runs = [run for group in self.groups for run in group.runs]
         self.numel = 0
         self._places: list[tuple[Piece, int]] = []
         for group in self.groups:
@@ -312,15 +324,42 @@ class Layout:
         """Return the pieces that a parameter was cut into."""
         return [piece for piece, _ in self._of_parameter[name]]
 
-    @staticmethod
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        """Return the inner product of two flat vectors (a device scalar)."""
-        return torch.dot(a, b)
+    @property
+    def leaves(self) -> int:
+        """The number of blocks."""
+        return sum(count for count, _ in self._runs)
 
     @staticmethod
-    def gram(rows: Tensor, b: Tensor) -> Tensor:
-        """Return the inner products of a (k, P) matrix's rows with a flat vector."""
-        return rows @ b
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner product of two flat vectors, or of a matrix's rows with one."""
+        return torch.matmul(a, b)
+
+    def gram(self, rows: Tensor, b: Tensor) -> Tensor:
+        """Return each block's share of the inner products of (k, P) rows with b: (blocks, k)."""
+        parts, start = [], 0
+        for count, length in self._runs:
+            stop = start + count * length
+            a, v = rows[:, start:stop], b[start:stop]
+            if count == 1:
+                parts.append(torch.mv(a, v)[None])
+            else:
+                a = a.view(len(rows), count, length).transpose(0, 1)
+                parts.append(torch.bmm(a, v.view(count, length, 1))[:, :, 0])
+            start = stop
+        return torch.cat(parts)
+
+    def combine(self, coefficients: Tensor, rows: Tensor, out: Tensor) -> None:
+        """Add to ``out`` the rows with coefficients of each block, (blocks, k) and (k, P)."""
+        first = start = 0
+        for count, length in self._runs:
+            stop, last = start + count * length, first + count
+            a, c, v = rows[:, start:stop], coefficients[first:last], out[start:stop]
+            if count == 1:
+                v.addmv_(a.mT, c[0])
+            else:
+                a = a.view(len(rows), count, length).transpose(0, 1)
+                v.view(count, 1, length).baddbmm_(c[:, None, :], a)
+            start, first = stop, last
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from ..curvature import Curvature, as_curvature, quadratic_model
 from ._base import Geometry, Gradients
 from ._blocks import BlockDiagonal
 from ._layers import Layout, layers_of, unwrap
-from ._refresh import FlatModel, relearn
+from ._refresh import FlatModel, basis_capacity, relearn
 from ._report import RefreshError, RefreshReport
 from ._settings import StructureOf, at_step, check_settings, check_structure
 
@@ -226,7 +226,8 @@ class LLQR(Geometry):
         self._require_bound()
         own = sum(v.numel() * v.element_size() for s in self._states for v in s.values())
         vector = self.layout.numel * self.layout.dtype.itemsize
-        recycled = 2 * int(self.settings["steps"]) * vector if self.settings["tolerance"] else 0
+        directions = basis_capacity(self.layout, self.settings["steps"])
+        recycled = 2 * directions * vector if self.settings["tolerance"] else 0
         # The new state, its gradient and its momentum, and six flat work vectors.
         return {"preconditioner": own, "refresh": 3 * own + 6 * vector + recycled}
 

@@ -16,14 +16,17 @@ from ..curvature._recycling import RecycledProduct
 from ..distributed import Ranks
 from ._blocks import BlockDiagonal, States
 from ._layers import Layout
+from ._reduced import REDUCIBLE, solve_reduced
 from ._report import RefreshReport
 from ._settings import at_step
 from ._solver import Objective, SolverOptions, solve
 from ._structures import EKfac
 
-__all__ = ["FlatModel", "Outcome", "relearn"]
+__all__ = ["FlatModel", "Outcome", "basis_capacity", "relearn"]
 
 NAN = float("nan")
+#: Memory that directions and their products may take in a refresh.
+BASIS_BYTES = 2**31
 
 
 class FlatModel:
@@ -100,10 +103,6 @@ def relearn(
     g, damping, positive = flat.gradient, settings["damping"], settings["constraint"] == "positive"
     if not bool(torch.isfinite(g).all()):
         return Outcome(old, NAN, NAN, "the gradient is not finite")
-    product = flat.product
-    if settings["tolerance"]:
-        product = RecycledProduct(flat.product, g, settings["tolerance"], settings["steps"])
-    recycled = Objective(blocks, g, product, damping)
     exact = Objective(blocks, g, flat.product, damping)
     start = _renew_bases(blocks, old, g, settings, number)
     options = SolverOptions(
@@ -113,7 +112,7 @@ def relearn(
         settings["momentum"],
         settings["clip"],
     )
-    solved, first = solve(recycled, start, options)
+    solved, first = _solve(exact, start, options, settings["tolerance"])
     before = float(first) if start is old else float(exact.value(old))
     if not all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values()):
         return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
@@ -127,6 +126,26 @@ def relearn(
     if positive and after > before + rounding:
         return Outcome(old, before, after, "J did not go down")
     return Outcome(new, before, after, None)
+
+
+def _solve(
+    objective: Objective, start: States, options: SolverOptions, tolerance: float
+) -> tuple[States, Tensor]:
+    """Run the inner solve, literally or with as few products as the tolerance allows."""
+    if tolerance == 0:
+        return solve(objective, start, options)
+    blocks, g = objective.blocks, objective.gradient
+    capacity = basis_capacity(blocks.layout, options.steps)
+    if blocks.linear and options.solver in REDUCIBLE:
+        return solve_reduced(objective, start, options, tolerance, capacity)
+    product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.layout.dot)
+    return solve(Objective(blocks, g, product, objective.damping), start, options)
+
+
+def basis_capacity(layout: Layout, steps: int) -> int:
+    """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8."""
+    pair = 2 * layout.numel * layout.dtype.itemsize
+    return min(steps, max(8, BASIS_BYTES // max(pair, 1)))
 
 
 def _renew_bases(

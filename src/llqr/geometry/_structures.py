@@ -46,6 +46,21 @@ class Structure:
         """Return the gradient of <r, U x> in the trainable entries."""
         return {}
 
+    def turn(self, state: State, x: Tensor) -> Tensor:
+        """Return x in the fixed orthonormal coordinates in which a linear structure is simple."""
+        return x
+
+    def turn_back(self, state: State, x: Tensor) -> Tensor:
+        """Undo :meth:`turn`."""
+        return x
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write what U x changes by along the pullback of r, for a linear structure.
+
+        All three are in turned coordinates, where the result depends on no state; ``out`` may be r.
+        """
+        out.zero_()
+
     def project(self, state: State, bounds: Bounds) -> State:
         """Return the nearest state with bounds[0] I <= U <= bounds[1] I."""
         return state
@@ -87,6 +102,10 @@ class Diagonal(Structure):
         """Return r o x."""
         return {"U": r * x}
 
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write x o x o r."""
+        torch.mul(x, r, out=out).mul_(x)
+
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp every entry."""
         return {"U": state["U"].clamp(*bounds)}
@@ -116,13 +135,20 @@ class Scalar(Structure):
 
     def apply(self, state: State, x: Tensor) -> Tensor:
         """Return s x, block by block."""
-        parts = torch.split(x, self.group.lengths)
-        return torch.cat(torch._foreach_mul(list(parts), list(state["U"].unbind(0))))
+        counts = [count for count, _ in self.group.runs]
+        factors = torch.split(state["U"], counts)
+        parts = zip(self.group.matrices(x), factors, strict=True)
+        return torch.cat([(f[:, None] * part).view(-1) for part, f in parts])
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return <r, x>, block by block."""
-        parts = torch.split(r * x, self.group.lengths)
-        return {"U": torch.stack([part.sum() for part in parts])}
+        return {"U": torch.cat([part.sum(1) for part in self.group.matrices(r * x)])}
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write x <r, x>, block by block."""
+        torch.mul(x, r, out=out)
+        for part, xs in zip(self.group.matrices(out), self.group.matrices(x), strict=True):
+            torch.mul(xs, part.sum(1, keepdim=True), out=part)
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp every number."""
@@ -244,6 +270,18 @@ class EKfac(Structure):
         dqa = r.mT @ (qb @ sx) + x.mT @ (qb @ sr)
         return {"QA": dqa, "QB": dqb, "S": ds}
 
+    def turn(self, state: State, x: Tensor) -> Tensor:
+        """Return QB' X QA."""
+        return state["QB"].mT @ x @ state["QA"]
+
+    def turn_back(self, state: State, x: Tensor) -> Tensor:
+        """Return QB X QA'."""
+        return state["QB"] @ x @ state["QA"].mT
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write x o x o r."""
+        torch.mul(x, r, out=out).mul_(x)
+
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp S and replace learned bases by their nearest orthogonal matrices."""
         new = {**state, "S": state["S"].clamp(*bounds)}
@@ -301,6 +339,10 @@ class Dense(Structure):
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return r x'."""
         return {"U": r[:, :, None] * x[:, None, :]}
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write |x|^2 r."""
+        torch.mul(r, x.square().sum(1, keepdim=True), out=out)
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Symmetrise and clip the eigenvalues."""

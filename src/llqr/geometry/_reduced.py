@@ -1,0 +1,247 @@
+r"""The inner solve of a linear structure, with vectors only where a product is new.
+
+Let U be linear in its state s. A step moves s along pullbacks of residuals, and every residual is
+a combination of few vectors: with the directions d = -U g written in an orthonormal basis q_i,
+
+    r = g + C d + damping d = sum_j a_j F_j,    F_0 = g,  F_i = (C + damping) q_i.
+
+So every iterate is s_0 + sum_j x[l, j] pullback(g, F_j)[l], one coefficient a leaf l and vector j
+(one a leaf, because each leaf is clipped by its own factor). With the symmetric map
+
+    K f = U[pullback(g, f)] g,    <pullback(g, f), pullback(g, h)> = <f, K h>    (leaf by leaf),
+
+all that the momentum loop decides by are inner products of F_j, K F_j and q_i: it runs on
+coefficients in float64 on the host. A product is computed when the part of d outside the basis
+matters (see :class:`llqr.curvature._recycling.RecycledProduct`), and only then are there
+operations on whole vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..curvature._rows import Rows
+from ._blocks import States
+from ._solver import Objective, SolverOptions
+
+__all__ = ["REDUCIBLE", "solve_reduced"]
+
+#: Solvers whose steps are linear in the (clipped) gradients.
+REDUCIBLE = ("momentum", "sgd")
+F64: Any = {"dtype": torch.float64}
+TINY = torch.finfo(torch.float64).tiny
+
+
+def solve_reduced(
+    objective: Objective, states: States, options: SolverOptions, tolerance: float, capacity: int
+) -> tuple[States, Tensor]:
+    """Do what :func:`solve` does, for linear structures, to a relative error in the residuals.
+
+    Args:
+        objective: J; its product is the real one.
+        states: where the solve starts; not changed.
+        options: with a solver of ``REDUCIBLE``.
+        tolerance: error allowed in a residual, relative to its norm.
+        capacity: how many directions are kept at a time; when they are used up the solve goes on
+            from where it is with an empty basis.
+
+    Returns:
+        The new states and J at the old ones.
+    """
+    momentum, left, first = None, options.steps, None
+    while left or first is None:
+        stage = _Stage(objective, states, momentum, options, tolerance, capacity)
+        left = stage.run(left)
+        states, momentum = stage.states(), stage.momentum() if left else None
+        first = stage.first if first is None else first
+    return states, first
+
+
+class _Stage:
+    """The solve while one basis lasts.
+
+    Host matrices, first dimension the leaf where there is one: ``GV`` = <F, K F>, the pullbacks'
+    inner products; ``YY`` = <K F, K F>; ``QY`` = <q, K F>; ``FF`` = <F, F>; ``qd`` = <q, d_0>.
+    ``exact`` are the coefficients at which d was last split, with ``rest`` outside the basis.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        states: States,
+        momentum: Tensor | None,
+        options: SolverOptions,
+        tolerance: float,
+        capacity: int,
+    ) -> None:
+        self.objective, self.blocks, self.start = objective, objective.blocks, states
+        self.layout = self.blocks.layout
+        self.options, self.tolerance = options, tolerance
+        self.first: Tensor | None = None
+        g = self.blocks.turn(states, objective.gradient)
+        self.d0 = self.blocks.turn(states, -self.blocks.apply(states, objective.gradient))
+        self.F, self.Q = Rows(g, capacity + 2), Rows(g, capacity)
+        self.work = torch.empty_like(g)
+        self.largest = self.rest = 0.0
+        self.eps = 32 * torch.finfo(g.dtype).eps
+        n = self.layout.leaves
+        self.GV, self.YY = (torch.zeros(n, 0, 0, **F64) for _ in range(2))
+        self.QY, self.FF = torch.zeros(n, 0, 0, **F64), torch.zeros(0, 0, **F64)
+        self.qd = torch.zeros(0, **F64)
+        self.x = self.m = torch.zeros(n, 0, **F64)
+        self.F.append().copy_(g)
+        self.g = self.F.matrices()[0][0]
+        self._measure()
+        if momentum is not None:  # a vector of its own, which no residual contains
+            self.F.append().copy_(momentum)
+            self._measure()
+            self.m[:, -1] = 1
+        self.exact = self.x  # the coefficients when d was last inside the basis
+
+    def run(self, steps: int) -> int:
+        """Make up to ``steps`` inner steps; return how many are left when the basis is full."""
+        mu = self.options.momentum if self.options.solver == "momentum" else 0.0
+        for done in range(steps):
+            c = self.qd - torch.einsum("lij,lj->i", self.QY, self.x)
+            allowed = self._allowed(c)
+            if self._bound() > allowed:
+                length = self._leave_basis()
+                if length > allowed:
+                    if self.Q.full:
+                        return steps - done
+                    self._product(length)
+                    c = pad(c, (0, 1), value=length)
+            self.m = mu * self.m + self._clipped(self._residual(c))
+            self.x = self.x + self.options.lr * self.m
+        return 0
+
+    def states(self) -> States:
+        """Return the states that the coefficients stand for."""
+        moved = self.blocks.turn_back(self.start, self._combination(self.x))
+        change = self.blocks.pullback(self.start, self.objective.gradient, moved)
+        return [
+            {**state, **{k: state[k] + v for k, v in entries.items()}}
+            for state, entries in zip(self.start, change, strict=True)
+        ]
+
+    def momentum(self) -> Tensor:
+        """Return the vector that the momentum is the pullback of."""
+        return self._combination(self.m).clone()
+
+    def _residual(self, c: Tensor) -> Tensor:
+        """Return the coefficients of g + (C + damping) d on F, for d = Q c."""
+        a = torch.zeros(len(self.FF), **F64)
+        a[0] = 1
+        a[len(a) - len(c) :] = c
+        return a
+
+    def _clipped(self, a: Tensor) -> Tensor:
+        """Return each leaf's coefficients after its gradient was clipped to norm ``clip``."""
+        if self.options.clip is None:
+            return a.expand_as(self.x)
+        norms = torch.einsum("i,lij,j->l", a, self.GV, a).clamp(min=0).sqrt()
+        return (self.options.clip / norms.clamp(min=self.options.clip))[:, None] * a
+
+    def _allowed(self, c: Tensor) -> float:
+        """Return how long the part of d outside the basis may be: all of d needs a first product.
+
+        Its image under C + damping, at most ``largest`` times as long, is what a residual lacks.
+        """
+        if not self.Q.count:
+            return -1.0
+        a = self._residual(c)
+        return self.tolerance * math.sqrt(float(a @ self.FF @ a)) / max(self.largest, TINY)
+
+    def _bound(self) -> float:
+        """Return a bound, from the coefficients alone, on the part of d outside the basis."""
+        dx = self.x - self.exact
+        whole = float(torch.einsum("li,lij,lj->", dx, self.YY, dx))
+        inside = float(torch.einsum("lij,lj->i", self.QY, dx).square().sum())
+        # The difference cancels, and its terms carry the rounding of the vectors' dtype.
+        return self.rest + math.sqrt(max(whole - inside + self.eps * whole, 0.0))
+
+    def _leave_basis(self) -> float:
+        """Write the part of d outside the basis into the work vector; return its length."""
+        d = self._combination(self.x)
+        self.blocks.tangent(self.g, d, d)
+        torch.sub(self.d0, d, out=d)
+        whole = self.layout.dot(d, d)
+        # A second pass: in float32 one leaves the rest visibly oblique to the basis.
+        for _ in range(2 if self.Q.count else 0):
+            self.Q.subtract(self.Q.each(lambda q: self.layout.dot(q, d)), d)
+        norm, length = torch.stack([whole, self.layout.dot(d, d)]).sqrt().tolist()
+        self.exact = self.x
+        # What is left by rounding has no direction.
+        self.rest = length if length > self.eps * norm or not self.Q.count else 0.0
+        return self.rest
+
+    def _product(self, length: float) -> None:
+        """Take the part of d outside the basis (in the work vector) into the basis."""
+        q = self.Q.append()
+        torch.div(self.work, length or 1.0, out=q)
+        image = self.objective.product(self.blocks.turn_back(self.start, q))
+        f = self.F.append()
+        torch.add(self.blocks.turn(self.start, image), q, alpha=self.objective.damping, out=f)
+        if self.first is None:
+            dot = self.layout.dot
+            self.first = length * (dot(q, self.g) + 0.5 * length * dot(q, f))
+        self._measure(q)
+        self.exact, self.rest = self.x, 0.0
+
+    def _measure(self, q: Tensor | None = None) -> None:
+        """Extend the host matrices by the newest F, and by q; one read from the device."""
+        F, Q, y = self.F, self.Q, self.work
+        gram, dot, tangent = self.layout.gram, self.layout.dot, self.blocks.tangent
+        f = F.matrices()[-1][-1]
+        new = {"FF": F.each(lambda rows: dot(rows, f))}
+        tangent(self.g, f, y)
+        new["GV"] = F.each(lambda rows: gram(rows, y))
+        if Q.count:
+            new["QY"] = Q.each(lambda rows: gram(rows, y))
+        tangent(self.g, y, y)
+        new["YY"] = F.each(lambda rows: gram(rows, y))
+        if q is not None:
+            tangent(self.g, q, y)
+            new["Yq"] = F.each(lambda rows: gram(rows, y))
+            new["qd"] = dot(q, self.d0)[None]
+        host = _read(new)
+        self.FF = _bordered(self.FF, host["FF"])
+        self.GV = _bordered(self.GV, host["GV"])
+        self.YY = _bordered(self.YY, host["YY"])
+        self.QY = pad(self.QY, (0, 1, 0, int(q is not None)))
+        if Q.count:
+            self.QY[:, :, -1] = host["QY"]
+        self.x, self.m = pad(self.x, (0, 1)), pad(self.m, (0, 1))
+        if q is not None:
+            self.QY[:, -1] = host["Yq"]
+            self.qd = torch.cat([self.qd, host["qd"]])
+            self.largest = max(self.largest, math.sqrt(float(self.FF[-1, -1])))
+
+    def _combination(self, coefficients: Tensor) -> Tensor:
+        """Return the combination of F with coefficients of each leaf, in the work vector."""
+        c = coefficients.to(self.work)
+        self.work.zero_()
+        start = 0
+        for rows in self.F.matrices():
+            self.layout.combine(c[:, start : start + len(rows)], rows, self.work)
+            start += len(rows)
+        return self.work
+
+
+def _read(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in float64 on the host, with one transfer."""
+    flat = torch.cat([v.reshape(-1) for v in values.values()]).to("cpu", torch.float64)
+    parts = torch.split(flat, [v.numel() for v in values.values()])
+    return {k: part.view(v.shape) for (k, v), part in zip(values.items(), parts, strict=True)}
+
+
+def _bordered(matrix: Tensor, border: Tensor) -> Tensor:
+    """Append a row and column to symmetric matrices (the border has the corner last)."""
+    larger = pad(matrix, (0, 1, 0, 1))
+    larger[..., -1, :] = larger[..., :, -1] = border
+    return larger
