@@ -224,10 +224,27 @@ def test_unknown_structures_are_refused_by_name():
         layout_of(Zoo(), lambda name, p: "kron" if name == "conv.weight" else "diagonal")
 
 
-def test_dot_and_gram():
+def test_dot():
     a, b = torch.randn(3, 5, dtype=F64), torch.randn(5, dtype=F64)
     assert float(Layout.dot(a[0], b)) == pytest.approx(float((a[0] * b).sum()), rel=1e-14)
-    torch.testing.assert_close(Layout.gram(a, b), (a * b).sum(1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(Layout.dot(a, b), (a * b).sum(1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac", "dense"])
+def test_gram_and_combine_go_block_by_block(structure):
+    layout = layout_of(Zoo(), structure, block_size=4)
+    sizes = [block.numel for group in layout.groups for block in group.blocks]
+    assert layout.leaves == len(sizes) >= len(set(sizes)) > 1
+    rows, b = torch.randn(3, layout.numel, dtype=F64), torch.randn(layout.numel, dtype=F64)
+    parts = torch.split(rows * b, sizes, dim=1)
+    explicit = torch.stack([part.sum(1) for part in parts])
+    torch.testing.assert_close(layout.gram(rows, b), explicit, rtol=1e-12, atol=1e-12)
+
+    c = torch.randn(len(sizes), 3, dtype=F64)
+    out = b.clone()
+    layout.combine(c, rows, out)
+    repeated = torch.repeat_interleave(c, torch.tensor(sizes), dim=0)
+    torch.testing.assert_close(out, b + (repeated.mT * rows).sum(0), rtol=1e-12, atol=1e-12)
 
 
 # -- wide sides are cut ----------------------------------------------------------------------------

@@ -337,28 +337,28 @@ class Layout:
     def gram(self, rows: Tensor, b: Tensor) -> Tensor:
         """Return each block's share of the inner products of (k, P) rows with b: (blocks, k)."""
         parts, start = [], 0
-        for count, length in self._runs:
-            stop = start + count * length
+        for many, length in self._runs:
+            stop = start + many * length
             a, v = rows[:, start:stop], b[start:stop]
-            if count == 1:
+            if many == 1:
                 parts.append(torch.mv(a, v)[None])
             else:
-                a = a.view(len(rows), count, length).transpose(0, 1)
-                parts.append(torch.bmm(a, v.view(count, length, 1))[:, :, 0])
+                a = a.view(len(rows), many, length).transpose(0, 1)
+                parts.append(torch.bmm(a, v.view(many, length, 1))[:, :, 0])
             start = stop
         return torch.cat(parts)
 
     def combine(self, coefficients: Tensor, rows: Tensor, out: Tensor) -> None:
         """Add to ``out`` the rows with coefficients of each block, (blocks, k) and (k, P)."""
         first = start = 0
-        for count, length in self._runs:
-            stop, last = start + count * length, first + count
+        for many, length in self._runs:
+            stop, last = start + many * length, first + many
             a, c, v = rows[:, start:stop], coefficients[first:last], out[start:stop]
-            if count == 1:
+            if many == 1:
                 v.addmv_(a.mT, c[0])
             else:
-                a = a.view(len(rows), count, length).transpose(0, 1)
-                v.view(count, 1, length).baddbmm_(c[:, None, :], a)
+                a = a.view(len(rows), many, length).transpose(0, 1)
+                v.view(many, 1, length).baddbmm_(c[:, None, :], a)
             start, first = stop, last
 
 
