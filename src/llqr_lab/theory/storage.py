@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import llqr
-from llqr_lab.models.vit import VisionTransformer
+from llqr_lab.models.vit import SIZES, VisionTransformer
 
 __all__ = ["MODELS", "Storage", "model_on_meta", "storage_table", "stored_numbers"]
 
@@ -19,10 +19,10 @@ FP32 = 4
 # The paper's first row is named ViT-Ti/16, but its parameters are those of patch 8 on 64 x 64
 # images with 200 classes. The last row is what that name stands for elsewhere.
 MODELS = {
-    "ViT-Ti/16": dict(width=192, depth=12, heads=3, patch=8, image=64, classes=200),
-    "ViT-B/16": dict(width=768, depth=12, heads=12, patch=16, image=224, classes=1000),
-    "ViT-L/16": dict(width=1024, depth=24, heads=16, patch=16, image=224, classes=1000),
-    "ViT-Ti/16 at 224": dict(width=192, depth=12, heads=3, patch=16, image=224, classes=1000),
+    "ViT-Ti/16": dict(**SIZES["Ti"], patch=8, image=64, classes=200),
+    "ViT-B/16": dict(**SIZES["B"], patch=16, image=224, classes=1000),
+    "ViT-L/16": dict(**SIZES["L"], patch=16, image=224, classes=1000),
+    "ViT-Ti/16 at 224": dict(**SIZES["Ti"], patch=16, image=224, classes=1000),
 }
 
 

@@ -4,11 +4,8 @@ import csv
 import json
 
 import pytest
-import torch
-from torch import nn
 
 from llqr_lab.cli import main
-from llqr_lab.models.vit import Block, VisionTransformer
 from llqr_lab.theory.storage import Storage, model_on_meta, storage_table, stored_numbers
 
 # model: (parameters, numbers of e-kfac, numbers of diag-kfac)
@@ -67,43 +64,6 @@ def test_kfac_is_m2_plus_n2_a_matrix():
         m, n = (1, shape[0]) if len(shape) == 1 else (shape[0], p.numel() // shape[0])
         expected += m * m + n * n
     assert stored_numbers(model, "kfac") == expected
-
-
-def test_the_block_is_torchs_encoder_layer():
-    torch.manual_seed(0)
-    ours = Block(8, heads=2).double()
-    theirs = nn.TransformerEncoderLayer(
-        8, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    ).double()
-    projections = (ours.attention.q, ours.attention.k, ours.attention.v)
-    theirs.self_attn.in_proj_weight.data = torch.cat([f.weight.data for f in projections])
-    theirs.self_attn.in_proj_bias.data = torch.cat([f.bias.data for f in projections])
-    for mine, their in (
-        (ours.attention.out, theirs.self_attn.out_proj),
-        (ours.fc1, theirs.linear1),
-        (ours.fc2, theirs.linear2),
-    ):
-        their.load_state_dict(mine.state_dict())
-    x = torch.randn(3, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-12)
-
-
-def test_the_transformer_sees_every_patch_in_its_place():
-    torch.manual_seed(0)
-    model = VisionTransformer(width=8, depth=2, heads=2, patch=4, image=8, classes=3)
-    x = torch.randn(2, 3, 8, 8)
-    assert model(x).shape == (2, 3)
-    moved = x.roll(4, dims=3)
-    assert not torch.allclose(model(x), model(moved), atol=1e-4)
-    model.positions.data.zero_()
-    torch.testing.assert_close(model(x), model(moved), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("wrong", [{"image": 9}, {"heads": 3}])
-def test_sizes_that_do_not_fit_are_refused(wrong):
-    sizes = {"width": 8, "depth": 1, "heads": 2, "patch": 4, "image": 8, "classes": 3}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        VisionTransformer(**{**sizes, **wrong})
 
 
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
