@@ -33,14 +33,18 @@ class FlatModel:
     """A quadratic model in the flat order of a layout: the mean of those of all processes."""
 
     def __init__(
-        self, model: QuadraticModel, layout: Layout, names: list[str], ranks: Ranks
+        self,
+        model: QuadraticModel,
+        layout: Layout,
+        names: list[str],
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self._layout, self._names, self._ranks = model, layout, names, ranks
         self.gradient = self._pack(model.gradient)
 
     def _pack(self, values: Sequence[Tensor]) -> Tensor:
         flat = self._layout.pack(dict(zip(self._names, values, strict=True)))
-        return self._ranks.mean_(flat)
+        return flat if self._ranks is None else self._ranks.mean_(flat)
 
     def product(self, d: Tensor) -> Tensor:
         """Return C d."""
