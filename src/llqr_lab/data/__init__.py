@@ -1,0 +1,1 @@
+"""Data of the experiments; everything is on this machine, nothing is downloaded."""
