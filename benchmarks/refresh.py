@@ -1,0 +1,172 @@
+"""A refresh in training steps: linearise, one product, products used, the whole, peak memory.
+
+A step is one forward and backward on the same batch. The rows take curvature as a mean and as a
+sum, a small and a large inner learning rate, and a clip that bites; "change" is |Ug - g| / |g| of
+what was learned (a U that does not act is cheap). "plain" is the refresh with every product
+computed, from one with 5 inner steps (x 10).
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+from common import (
+    PROBLEMS,
+    Classifier,
+    Clock,
+    arguments,
+    memory_of,
+    optimizer_of,
+    peak_memory,
+    problem,
+    resident,
+    show,
+)
+
+import llqr
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "diagonal": {"structure": "diagonal"},
+    "diag-kfac": {"structure": "diag-kfac"},
+    "e-kfac gradient 128": {"structure": "e-kfac", "bases": "gradient", "block_size": 128},
+    "kfac": {"structure": "kfac", "block_size": None},
+    "kfac 512": {"structure": "kfac", "block_size": 512},
+    "kfac 128": {"structure": "kfac", "block_size": 128},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "mean 1e-3": {"scale": "mean", "lr": 1e-3},
+    "mean 0.1": {"scale": "mean", "lr": 0.1},
+    "sum 1e-3": {"scale": "sum", "lr": 1e-3},
+    "sum 0.1": {"scale": "sum", "lr": 0.1},
+    "sum 1e-3, clip .01": {"scale": "sum", "lr": 1e-3, "clip": 0.01},
+}
+
+
+class Refresh:
+    """A refresh that starts from the same U every time it is called."""
+
+    def __init__(self, p: Classifier, **settings: Any) -> None:
+        self.problem = p
+        self.geometry = llqr.LLQR(**{"ema": 0.0, **settings})
+        self.optimizer = optimizer_of(p, self.geometry)
+        self.start = {n: {k: v.clone() for k, v in e.items()} for n, e in self._state().items()}
+        self.counters = self.geometry.counters()
+
+    def _state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self.geometry.state()
+
+    def __call__(self) -> None:
+        self.geometry.load_state(self.start)
+        self.geometry.load_counters({**self.counters, "failures": 0})
+        with warnings.catch_warnings():  # a refused refresh costs the same
+            warnings.simplefilter("ignore")
+            self.report = self.optimizer.refresh(self.problem)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = arguments(__doc__, models=PROBLEMS, structures=tuple(STRUCTURES), cases=tuple(CASES))
+    parser.add_argument("--plain", action="store_true", help="also with every product computed")
+    parser.add_argument("--memory", action="store_true", help="also the peaks, in processes apart")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        return child(*options.child, options)
+    rows = []
+    for name in options.models:
+        p = problem(name, options.device, options.batch)
+        clock = Clock(options.device)
+        rows += [row for row in cost(name, p, clock, options)]
+        rows += [row for s in options.structures for row in refreshes(name, s, p, clock, options)]
+    show("Refresh, in steps", rows, options)
+
+
+def cost(name: str, p: Classifier, clock: Clock, options: argparse.Namespace) -> list[dict]:
+    """The two parts of which a refresh is made."""
+    p.model.eval()
+    parameters = [q for q in p.model.parameters() if q.requires_grad]
+    made: list[llqr.QuadraticModel] = []
+
+    def linearise() -> None:
+        made[:] = []  # not two graphs at a time
+        made.append(llqr.quadratic_model(p, parameters))
+
+    linearise()
+    times = clock.medians(
+        {
+            "step": p.step,
+            "linearise": linearise,
+            "product": lambda: made[0].product(made[0].gradient),
+        },
+        2 * options.repeats,
+    )
+    p.model.train()
+    step = times["step"]
+    return [
+        {
+            "model": f"{name} B{len(p.x)}",
+            "structure": f"step {1e3 * step:.0f} ms",
+            "case": "linearise, product",
+            "refresh": times["linearise"] / step,
+            "product": times["product"] / step,
+        }
+    ]
+
+
+def refreshes(
+    name: str, structure: str, p: Classifier, clock: Clock, options: argparse.Namespace
+) -> list[dict]:
+    """One row a case."""
+    rows = []
+    for case in options.cases:
+        settings = {**STRUCTURES[structure], **CASES[case]}
+        refresh = Refresh(p, **settings)
+        calls = {"step": p.step, "refresh": refresh}
+        if options.plain and case == "mean 0.1":
+            calls["plain"] = Refresh(p, **settings, tolerance=0, steps=5)
+        times = clock.medians(calls, options.repeats)
+        row = {
+            "model": f"{name} B{len(p.x)}",
+            "structure": structure,
+            "case": case,
+            "refresh": times["refresh"] / times["step"],
+            "products": refresh.report.products,
+            "change": refresh.report.change,
+        }
+        if "plain" in times:
+            row["plain"] = 10 * times["plain"] / times["step"]
+        if options.memory and case == "mean 0.1":
+            row |= {
+                "step MiB": peak_memory(__file__, name, "step"),
+                "refresh MiB": peak_memory(__file__, name, structure),
+            }
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def child(name: str, what: str, options: argparse.Namespace) -> None:
+    """Print the peak of training steps, or of those and a refresh."""
+    before = resident()
+    p = problem(name, options.device, options.batch)
+    refresh = Refresh(p, **STRUCTURES.get(what, {}), **CASES["mean 0.1"])
+
+    def call() -> None:
+        for _ in range(2):
+            refresh.optimizer.zero_grad()
+            p()[0].backward()
+            refresh.optimizer.base.step()
+        if what != "step":
+            refresh.optimizer.zero_grad()
+            refresh()
+
+    print(memory_of(call, options.device, before))
+
+
+if __name__ == "__main__":
+    main()
