@@ -1,4 +1,4 @@
-"""What the benchmarks share: problems, clocks, peak memory, one table printed and written as JSON."""
+"""What the benchmarks share: problems, clocks, peak memory, and one table with its JSON."""
 
 from __future__ import annotations
 

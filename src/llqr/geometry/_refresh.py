@@ -15,6 +15,7 @@ from ..curvature import QuadraticModel
 from ..curvature._recycling import RecycledProduct
 from ..distributed import Ranks
 from ._blocks import BlockDiagonal, States
+from ._inner import solve_buffered
 from ._layers import Layout
 from ._reduced import REDUCIBLE, solve_reduced
 from ._report import RefreshReport
@@ -143,7 +144,9 @@ def _solve(
     if blocks.linear and options.solver in REDUCIBLE:
         return solve_reduced(objective, start, options, tolerance, capacity)
     product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.layout.dot)
-    return solve(Objective(blocks, g, product, objective.damping), start, options)
+    recycled = Objective(blocks, g, product, objective.damping)
+    way = solve_buffered if options.solver in REDUCIBLE else solve
+    return way(recycled, start, options)
 
 
 def basis_capacity(layout: Layout, steps: int) -> int:

@@ -74,6 +74,10 @@ class Structure:
         """Return one view a leaf (a tensor of one block), the unit of the gradient clip."""
         return [leaf for tensor in entries.values() for leaf in tensor.unbind(0)]
 
+    def batches(self, entry: Tensor) -> list[Tensor]:
+        """Return matrix views of a state entry, one row a leaf, leaves of one size together."""
+        return [entry.view(len(entry), -1)]
+
     def blockwise(self, state: State) -> list[State]:
         """Return views of the state, one dict a block."""
         return [{k: v[i] for k, v in state.items()} for i in range(self.count)]
@@ -118,6 +122,10 @@ class Diagonal(Structure):
     def leaves(self, entries: State) -> list[Tensor]:
         """Return the run of each block."""
         return list(torch.split(entries["U"], self.group.lengths))
+
+    def batches(self, entry: Tensor) -> list[Tensor]:
+        """Return the runs of blocks of one length."""
+        return self.group.matrices(entry)
 
     def blockwise(self, state: State) -> list[State]:
         """Return the run of each block."""
