@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import llqr
 from tiny import STRUCTURES, llqr_of
 
-Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+Make = Callable[..., torch.optim.Optimizer]  # (parameters, **more options)
 optim = torch.optim
 
 
 def _of(cls: Callable[..., torch.optim.Optimizer], **options: Any) -> Make:
-    return lambda parameters: cls(parameters, **options)
+    return lambda parameters, **more: cls(parameters, **{**options, **more})
 
 
 BASES: dict[str, Make] = {

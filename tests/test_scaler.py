@@ -7,6 +7,7 @@ import torch
 
 import llqr
 from tiny import (
+    SCALED_WAYS,
     everything,
     gradients,
     llqr_of,
@@ -15,6 +16,7 @@ from tiny import (
     optimizer_of,
     poisoned,
     same,
+    scaler_of,
     train,
     weights,
 )
@@ -28,50 +30,6 @@ PROBES = {
 }
 
 
-def scaler_of(scale=2.0**10, **options):
-    return torch.amp.GradScaler("cpu", init_scale=scale, **options)
-
-
-def by_minimize(optimizer, problem, scaler):
-    optimizer.minimize(problem, scaler=scaler)
-
-
-def by_passes(optimizer, problem, scaler):
-    optimizer.refresh_if_due(problem)
-    for _ in optimizer.passes(scaler):
-        scaler.scale(problem.loss()).backward()
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def by_passes_without_unscale(optimizer, problem, scaler):
-    optimizer.refresh_if_due(problem)
-    for _ in optimizer.passes(scaler):
-        scaler.scale(problem.loss()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-
-
-def by_perturbed(optimizer, problem, scaler):
-    optimizer.refresh_if_due(problem)
-    optimizer.zero_grad()
-    scaler.scale(problem.loss()).backward()
-    if optimizer.needs_second_pass:
-        with optimizer.perturbed(scaler):
-            scaler.scale(problem.loss()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-
-
-WAYS = {
-    "minimize": by_minimize,
-    "passes": by_passes,
-    "passes, step unscales": by_passes_without_unscale,
-    "perturbed": by_perturbed,
-}
-
-
 def start(probe, make=norm_net, **options):
     problem = make()
     optimizer = optimizer_of(
@@ -80,7 +38,7 @@ def start(probe, make=norm_net, **options):
     return problem, optimizer
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SCALED_WAYS)
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_finite_run_equals_the_unscaled_one(probe, way):
     """The scale is a power of two, so that scaling rounds nothing: equal bit for bit."""
@@ -88,7 +46,7 @@ def test_a_finite_run_equals_the_unscaled_one(probe, way):
     plain, unscaled = start(probe)
     scaler = scaler_of(growth_interval=2)
     for _ in range(5):
-        WAYS[way](optimizer, problem, scaler)
+        SCALED_WAYS[way](optimizer, problem, scaler)
     train(unscaled, plain, 5)
     assert scaler.get_scale() == 2.0**12
     same(everything(optimizer), everything(unscaled))
@@ -99,13 +57,13 @@ def test_a_finite_run_equals_the_unscaled_one(probe, way):
 def test_an_overflow_skips_the_step_and_halves_the_scale(probe, when, way):
     problem, optimizer = start(probe)
     scaler = scaler_of()
-    WAYS[way](optimizer, problem, scaler)
+    SCALED_WAYS[way](optimizer, problem, scaler)
     before = everything(optimizer)
     poisoned(problem, {when}, float("inf"))
-    WAYS[way](optimizer, problem, scaler)
+    SCALED_WAYS[way](optimizer, problem, scaler)
     assert scaler.get_scale() == 2.0**9
     same(everything(optimizer), before)
-    WAYS[way](optimizer, problem, scaler)
+    SCALED_WAYS[way](optimizer, problem, scaler)
     after, undisturbed = start(probe)
     train(undisturbed, after, 2)
     same(everything(optimizer), everything(undisturbed))
@@ -115,10 +73,10 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(probe, when, way):
 def test_an_overflow_in_perturbed(when):
     problem, optimizer = start("SAM", mlp)
     scaler = scaler_of()
-    by_perturbed(optimizer, problem, scaler)
+    SCALED_WAYS["perturbed"](optimizer, problem, scaler)
     before = everything(optimizer)
     poisoned(problem, {when}, float("inf"))
-    by_perturbed(optimizer, problem, scaler)
+    SCALED_WAYS["perturbed"](optimizer, problem, scaler)
     assert scaler.get_scale() == 2.0**9
     same(everything(optimizer), before)
 
@@ -146,14 +104,14 @@ def test_a_disabled_scaler_is_none(probe):
     problem, optimizer = start(probe)
     plain, without = start(probe)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for way in WAYS.values():
+    for way in SCALED_WAYS.values():
         way(optimizer, problem, scaler)
-    train(without, plain, len(WAYS))
+    train(without, plain, len(SCALED_WAYS))
     same(everything(optimizer), everything(without))
     poisoned(problem, {0})
     before = everything(optimizer)["model"]
     with pytest.warns(UserWarning, match="not finite"):
-        by_minimize(optimizer, problem, scaler)
+        SCALED_WAYS["minimize"](optimizer, problem, scaler)
     same(everything(optimizer)["model"], before)
 
 
@@ -214,7 +172,7 @@ def test_scaler_and_optimizer_states_travel_together():
     problem, optimizer = start("FriendlySAM")
     scaler = scaler_of(growth_interval=2)
     for _ in range(3):
-        by_minimize(optimizer, problem, scaler)
+        SCALED_WAYS["minimize"](optimizer, problem, scaler)
     other, resumed = start("FriendlySAM")
     again = scaler_of(1.0)
     other.model.load_state_dict(problem.model.state_dict())
@@ -222,7 +180,7 @@ def test_scaler_and_optimizer_states_travel_together():
     again.load_state_dict(scaler.state_dict())
     for p, o, s in ((problem, optimizer, scaler), (other, resumed, again)):
         for _ in range(3):
-            by_minimize(o, p, s)
+            SCALED_WAYS["minimize"](o, p, s)
     same(everything(resumed), everything(optimizer))
     assert again.get_scale() == scaler.get_scale()
 
@@ -239,7 +197,7 @@ def test_the_scaler_reads_no_special_attribute_of_the_base():
         for p, b in zip((problem, plain), bases, strict=True)
     )
     for _ in range(3):
-        by_passes_without_unscale(one, problem, scaler_of())
-        by_passes_without_unscale(two, plain, scaler_of())
+        SCALED_WAYS["passes, step unscales"](one, problem, scaler_of())
+        SCALED_WAYS["passes, step unscales"](two, plain, scaler_of())
     for a, b in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

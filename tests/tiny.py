@@ -163,6 +163,58 @@ def train_plainly(base: torch.optim.Optimizer, problem: Problem, steps: int) -> 
     return losses
 
 
+# -- the same with a GradScaler ------------------------------------------------------------------
+
+
+def scaler_of(scale: float = 2.0**10, **options: Any) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, **options)
+
+
+Scaler = torch.amp.GradScaler
+
+
+def scaled_minimize(optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler) -> None:
+    optimizer.minimize(problem, scaler=scaler)
+
+
+def scaled_passes(optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler) -> None:
+    optimizer.refresh_if_due(problem)
+    for _ in optimizer.passes(scaler):
+        scaler.scale(problem.loss()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_passes_without_unscale(
+    optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler
+) -> None:
+    optimizer.refresh_if_due(problem)
+    for _ in optimizer.passes(scaler):
+        scaler.scale(problem.loss()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_perturbed(optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler) -> None:
+    optimizer.refresh_if_due(problem)
+    optimizer.zero_grad()
+    scaler.scale(problem.loss()).backward()
+    if optimizer.needs_second_pass:
+        with optimizer.perturbed(scaler):
+            scaler.scale(problem.loss()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+SCALED_WAYS: dict[str, Callable[[llqr.Optimizer, Problem, Scaler], None]] = {
+    "minimize": scaled_minimize,
+    "passes": scaled_passes,
+    "passes, step unscales": scaled_passes_without_unscale,
+    "perturbed": scaled_perturbed,
+}
+
+
 # -- displacements ---------------------------------------------------------------------------------
 
 
