@@ -17,35 +17,39 @@ def joined(steps=5, **options):
     return weights(problem.model)
 
 
-def by_minimize(optimizer, parts):
-    optimizer.minimize(parts)
+def by_minimize(optimizer, parts, weights=None):
+    optimizer.minimize(parts, weights=weights)
 
 
-def by_passes(optimizer, parts):
-    optimizer.refresh_if_due(parts)
+def backward(parts, weights):
+    shares = weights or [1] * len(parts)
+    for part, share in zip(parts, shares, strict=True):
+        part.backward(share / sum(shares))
+
+
+def by_passes(optimizer, parts, weights=None):
+    optimizer.refresh_if_due(parts, weights=weights)
     for _ in optimizer.passes():
-        for part in parts:
-            part.backward(1 / len(parts))
+        backward(parts, weights)
     optimizer.step()
 
 
-def by_closure(optimizer, parts):
+def by_closure(optimizer, parts, weights=None):
     def closure():
         optimizer.zero_grad()
-        return sum(part.backward(1 / len(parts)) for part in parts)
+        backward(parts, weights)
+        return torch.zeros(())
 
-    optimizer.refresh_if_due(parts)
+    optimizer.refresh_if_due(parts, weights=weights)
     optimizer.step(closure)
 
 
-def by_perturbed(optimizer, parts):
-    optimizer.refresh_if_due(parts)
+def by_perturbed(optimizer, parts, weights=None):
+    optimizer.refresh_if_due(parts, weights=weights)
     optimizer.zero_grad()
-    for part in parts:
-        part.backward(1 / len(parts))
+    backward(parts, weights)
     with optimizer.perturbed():
-        for part in parts:
-            part.backward(1 / len(parts))
+        backward(parts, weights)
     optimizer.step()
 
 
@@ -71,9 +75,10 @@ def test_equal_microbatches(count, probe, way):
     close(weights(problem.model), joined(**options))
 
 
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_equal_microbatches_in_the_refresh(structure):
-    options = {"geometry": lambda: llqr_of(structure, tolerance=0)}
+def test_equal_microbatches_in_the_refresh(structure, curvature):
+    options = {"geometry": lambda: llqr_of(structure, curvature=curvature, tolerance=0)}
     problem = mlp(rows=ROWS)
     optimizer = optimizer_of(problem, **{k: v() for k, v in options.items()})
     for _ in range(5):
@@ -91,16 +96,32 @@ def test_the_scale_of_the_curvature_counts_rows_of_all_microbatches(scale):
     close(weights(problem.model), joined(3, **options))
 
 
-@pytest.mark.parametrize("scaling", [1.0, 0.125])
-def test_weights_for_unequal_microbatches(scaling):
-    options = {"perturbation": PERTURBATIONS["SAM"], "geometry": lambda: llqr_of("kfac")}
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
+@pytest.mark.parametrize("scaling", [1, 0.125])
+def test_weights_for_unequal_microbatches(scaling, curvature, way):
+    """The curvature is that of the very loss whose gradient is used."""
+    options = {
+        "perturbation": PERTURBATIONS["SAM"],
+        "geometry": lambda: llqr_of("kfac", curvature=curvature),
+    }
     problem = mlp(rows=ROWS)
     optimizer = optimizer_of(problem, **{k: v() for k, v in options.items()})
     parts = [problem.part(0, 2), problem.part(2, 5), problem.part(5, 12)]
     for _ in range(5):
-        loss = optimizer.minimize(parts, weights=[2 * scaling, 3 * scaling, 7 * scaling])
+        WAYS[way](optimizer, parts, [2 * scaling, 3 * scaling, 7 * scaling])
     close(weights(problem.model), joined(**options))
-    assert loss.shape == ()
+
+
+def test_equal_weights_of_unequal_microbatches_are_another_step():
+    """So that the test above can fail: the plain mean is not the loss of the joined batch."""
+    options = {"perturbation": PERTURBATIONS["SAM"]}
+    problem = mlp(rows=ROWS)
+    optimizer = optimizer_of(problem, **{k: v() for k, v in options.items()})
+    for _ in range(5):
+        optimizer.minimize([problem.part(0, 2), problem.part(2, 5), problem.part(5, 12)])
+    with pytest.raises(AssertionError):
+        close(weights(problem.model), joined(**options), 1e-3)
 
 
 def test_the_loss_is_the_joined_loss():
