@@ -171,7 +171,7 @@ class _Term:
                 graph = _grad([loss], self._inputs, None, create_graph=True)
                 self.gradient = self._detached(graph)
                 self._gradient_graph = graph
-                self.product = self._newton_product
+                self._product = self._newton_product
             if count_rows:
                 self.rows = _nonzero_rows(loss, _differentiable(outputs))
 
@@ -190,7 +190,14 @@ class _Term:
         self._hessian_of = [(g, z) for g, z in zip(gz, points, strict=True) if g is not None]
         self._points = points
         self._check_hessian(curvature)
-        self.product = self._gauss_newton_product
+        self._product = self._gauss_newton_product
+
+    def product(self, d: Sequence[Tensor]) -> list[Tensor]:
+        """Return C d, unscaled."""
+        # Activation checkpointing runs parts of the forward again here, and must meet the same
+        # kernels.
+        with twice_differentiable():
+            return self._product(self._select(d))
 
     def _detached(self, graph: list[Tensor | None]) -> list[Tensor]:
         if all(g is None for g in graph):
@@ -246,7 +253,6 @@ class _Term:
             )
 
     def _gauss_newton_product(self, d: Sequence[Tensor]) -> list[Tensor]:
-        d = self._select(d)
         graph = [g for _, g in self._vjp]
         zd = _grad(graph, self._cotangents, [d[i] for i, _ in self._vjp]) if graph else []
         hz = self._hessian_product(zd) if zd else []
@@ -258,7 +264,7 @@ class _Term:
     def _newton_product(self, d: Sequence[Tensor]) -> list[Tensor]:
         chosen = [
             (g, v)
-            for g, v in zip(self._gradient_graph, self._select(d), strict=True)
+            for g, v in zip(self._gradient_graph, d, strict=True)
             if g is not None and g.requires_grad
         ]
         if not chosen:

@@ -217,8 +217,33 @@ class SwappedOps(TorchFunctionMode):
     """Run F.conv*, F.batch_norm (evaluation mode) and F.layer_norm through the functions above.
 
     Alive during the one forward of a linearisation. A call that carries no gradient, or that has
-    arguments in a form not known here, passes through to torch.
+    arguments in a form not known here, passes through to torch. So does all within saved-tensor
+    hooks of the forward's own, since those may be of activation checkpointing: it runs the forward
+    again when this is over, and must meet the same operations.
     """
+
+    def __enter__(self) -> SwappedOps:
+        """Begin, and count the saved-tensor hooks that are on."""
+        hooks, self._hooks = torch.autograd.graph.saved_tensors_hooks, 0
+        enter, leave = self._original = hooks.__enter__, hooks.__exit__
+
+        def entered(hook: Any) -> None:
+            self._hooks += 1
+            return enter(hook)
+
+        def left(hook: Any, *error: object) -> None:
+            self._hooks -= 1
+            return leave(hook, *error)
+
+        hooks.__enter__, hooks.__exit__ = entered, left  # type: ignore[method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        hooks.__enter__, hooks.__exit__ = self._original  # type: ignore[method-assign]
 
     def __torch_function__(
         self,
@@ -229,7 +254,7 @@ class SwappedOps(TorchFunctionMode):
     ) -> Any:
         """Replace the operations that have a better pair of backwards."""
         kwargs = kwargs or {}
-        swap = _SWAPS.get(func)
+        swap = None if self._hooks else _SWAPS.get(func)
         op = None if swap is None else swap(*args, **kwargs)
         if op is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)

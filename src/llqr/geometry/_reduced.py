@@ -213,7 +213,10 @@ class _Stage:
         self.FF = _bordered(self.FF, host["FF"])
         self.GV = _bordered(self.GV, host["GV"])
         self.YY = _bordered(self.YY, host["YY"])
-        self.QY = pad(self.QY, (0, 1, 0, int(q is not None)))
+        leaves, rows, columns = self.QY.shape
+        larger = self.QY.new_zeros(leaves, rows + int(q is not None), columns + 1)
+        larger[:, :rows, :columns] = self.QY  # pad() of torch 2.6 refuses what has no rows
+        self.QY = larger
         if Q.count:
             self.QY[:, :, -1] = host["QY"]
         self.x, self.m = pad(self.x, (0, 1)), pad(self.m, (0, 1))
