@@ -1,0 +1,11 @@
+"""Every hyperparameter of the paper's tables and figures, with where each value comes from."""
+
+from .experiments import EXPERIMENTS as EXPERIMENTS
+from .experiments import Experiment as Experiment
+from .experiments import resolve as resolve
+from .settings import METHODS as METHODS
+from .settings import Method as Method
+from .settings import Setting as Setting
+from .settings import Source as Source
+
+__all__ = ["EXPERIMENTS", "METHODS", "Experiment", "Method", "Setting", "Source", "resolve"]

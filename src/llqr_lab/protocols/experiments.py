@@ -1,0 +1,204 @@
+"""The tables and figures: which runs they show, and the settings of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .scaling import CADENCE
+from .settings import METHODS, Group, Setting, Source
+from .translation import IWSLT14
+from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
+
+__all__ = ["EXPERIMENTS", "Experiment", "resolve"]
+
+PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
+IMAGES = (SUPERVISED, CIFAR, LLQR, PROBES)
+CIFAR_MODELS = ("vgg16-bn", "resnet18", "wrn-28-10", "pyramidnet-110")
+STANDARD = (
+    "SGDM",
+    "LLQR (NGD)",
+    "LLQR (Newton)",
+    "SAM",
+    "FisherSAM",
+    "LLQR+SAM (NGD)",
+    "LLQR+SAM (Newton)",
+)
+WITHOUT_FISHER_SAM = tuple(name for name in STANDARD if name != "FisherSAM")
+TIMED = ("SGDM", "AdamW", "SAM", "LLQR (NGD)", "LLQR+SAM (NGD)")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or a figure.
+
+    Attributes:
+        title: what it shows.
+        datasets: the names of its data sets.
+        models: names in :data:`llqr_lab.models.registry.MODELS`.
+        methods: names in :data:`METHODS`.
+        groups: shared settings; a later group goes before an earlier one.
+        own: settings of this experiment alone; they go before those of the groups.
+    """
+
+    title: str
+    datasets: Sequence[str]
+    models: Sequence[str]
+    methods: Sequence[str]
+    groups: Sequence[Group]
+    own: Sequence[Setting] = field(default=())
+
+
+EXPERIMENTS = {
+    "table1": Experiment("CIFAR-10", ["CIFAR-10"], CIFAR_MODELS, STANDARD, IMAGES),
+    "table2": Experiment("CIFAR-100", ["CIFAR-100"], CIFAR_MODELS, STANDARD, IMAGES),
+    "table3": Experiment(
+        "TinyImageNet-200",
+        ["TinyImageNet-200"],
+        ["resnet18", "wrn-28-10"],
+        WITHOUT_FISHER_SAM,
+        (*IMAGES, TINY),
+    ),
+    "table4": Experiment(
+        "Friendly SAM on CIFAR",
+        ["CIFAR-10", "CIFAR-100"],
+        CIFAR_MODELS,
+        ["SAM", "F-SAM", "LLQR+SAM (NGD)", "LLQR+F-SAM (NGD)"],
+        IMAGES,
+    ),
+    "table5": Experiment(
+        "ImageNet",
+        ["ImageNet"],
+        ["resnet50"],
+        [
+            "SGDM",
+            "LLQR (NGD)",
+            "LLQR (Newton)",
+            "F-SAM",
+            "LLQR+F-SAM (NGD)",
+            "LLQR+F-SAM (Newton)",
+        ],
+        (*IMAGES, IMAGENET),
+    ),
+    "table6": Experiment(
+        "IWSLT14 German to English",
+        ["IWSLT14"],
+        ["transformer-iwslt"],
+        ["AdamW", "LLQR (NGD)", "SAM", "LLQR+SAM (NGD)"],
+        (LLQR, IWSLT14),
+    ),
+    "table7": Experiment(
+        "Geometry in the probe alone",
+        ["CIFAR-100"],
+        ["resnet18"],
+        ["FisherSAM", "LLQR^Delta+SAM", "LLQR+SAM (NGD)"],
+        IMAGES,
+    ),
+    "table8": Experiment(
+        "Label noise on CIFAR-100",
+        ["CIFAR-100"],
+        ["resnet18"],
+        ["SGDM", "Adam", "LLQR (NGD)", "SAM", "LLQR+SAM (NGD)"],
+        (*IMAGES, LABEL_NOISE),
+        [Setting("network.choice", "resnet18", ASSUMED, "the text names no network")],
+    ),
+    "table10": Experiment(
+        "Cadence of refreshes",
+        ["ImageNet-scale images"],
+        ["vit-b16", "vit-l16"],
+        TIMED,
+        (LLQR, CADENCE),
+    ),
+    "figure1": Experiment(
+        "ImageNet: error by epoch, test loss by time",
+        ["ImageNet"],
+        ["resnet50"],
+        ["SGDM", "LLQR (NGD)", "F-SAM", "LLQR+F-SAM (NGD)"],
+        (*IMAGES, IMAGENET),
+        [
+            Setting("report.left", "top-1 error against epochs", PAPER),
+            Setting("report.right", "test loss against elapsed time", PAPER),
+            Setting("report.runs", "those of table 5", ASSUMED),
+        ],
+    ),
+    "figure4": Experiment(
+        "IWSLT14: validation curves",
+        ["IWSLT14"],
+        ["transformer-iwslt"],
+        ["AdamW", "LLQR (NGD)", "SAM", "LLQR+SAM (NGD)"],
+        (LLQR, IWSLT14),
+        [
+            Setting("report.left", "validation BLEU", PAPER),
+            Setting("report.right", "token error", PAPER),
+            Setting(
+                "report.token_error",
+                "share of validation tokens that are not the likeliest, given the true prefix",
+                ASSUMED,
+            ),
+            Setting("report.runs", "those of table 6", ASSUMED),
+        ],
+    ),
+    "figure5": Experiment(
+        "Epoch time against the interval",
+        ["ImageNet-scale images"],
+        ["vit-b16", "vit-l16"],
+        TIMED,
+        (LLQR, CADENCE),
+        [Setting("report.runs", "those of table 10", PAPER)],
+    ),
+    "figure6": Experiment(
+        "Refresh time against the size of the network",
+        ["ImageNet-scale images"],
+        ["vit-ti16", "vit-s16", "vit-b16", "vit-l16"],
+        ["LLQR (NGD)", "LLQR+SAM (NGD)"],
+        (LLQR, CADENCE),
+        [
+            Setting("sweep.model", ("Ti", "S", "B", "L"), ASSUMED, "'ViT-Tiny/16 to ViT-Large/16'"),
+            Setting("llqr.every", 500, ASSUMED, "which interval the figure shows is not given"),
+            Setting("report.fit", "steady update = c P^a, least squares of logarithms", ASSUMED),
+            Setting(
+                "report.exponents",
+                (1.27, 1.28),
+                PAPER,
+                "of LLQR and LLQR+SAM; which is which is not said",
+            ),
+        ],
+    ),
+}
+
+
+def resolve(name: str, dataset: str, model: str, method: str) -> dict[str, Setting]:
+    """Return the settings of one run by their keys.
+
+    Args:
+        name: of the experiment.
+        dataset: one of its data sets.
+        model: one of its models.
+        method: one of its methods.
+
+    Raises:
+        ValueError: the experiment has no such run.
+
+    Example:
+        >>> run = resolve("table2", "CIFAR-100", "resnet18", "LLQR+SAM (NGD)")
+        >>> run["probe.rho"].value, run["probe.rho"].source.value
+        (0.2, 'paper')
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"name: expected one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    experiment = EXPERIMENTS[name]
+    for argument, value, allowed in (
+        ("dataset", dataset, experiment.datasets),
+        ("model", model, experiment.models),
+        ("method", method, experiment.methods),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{argument}: {name} has {', '.join(allowed)}, got {value!r}")
+    kind = METHODS[method]
+    candidates = [s for group in experiment.groups for s in group]
+    candidates += [*experiment.own, *kind.settings()]
+    chosen: dict[str, Setting] = {}
+    for setting in candidates:
+        if kind.needs(setting.key) and setting.holds(dataset, model, method):
+            chosen[setting.key] = setting
+    return chosen

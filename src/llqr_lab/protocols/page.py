@@ -1,0 +1,110 @@
+"""The page of the protocols, made by ``python -m llqr_lab.protocols.page docs/protocols.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .experiments import EXPERIMENTS, Experiment
+from .settings import METHODS, Group, Setting
+
+__all__ = ["page"]
+
+HEAD = """\
+# Protocols
+
+<!-- Made by `python -m llqr_lab.protocols.page docs/protocols.md`; do not edit. -->
+
+Every hyperparameter of the paper's tables 1 to 8 and 10 and figures 1, 4, 5 and 6. Table 9 has
+none: it counts the parameters of modules. Each value says where it comes from:
+
+- **paper**: the paper's text, tables or captions;
+- **authors' recipe**: the commands and code conventions of the paper's authors, or a published
+  recipe that the paper cites; the note says which. "Li et al. (2024)": the commands and code of
+  Friendly SAM, with the learning rate, batch, epochs and schedule of the paper's CIFAR protocol.
+  "fairseq": its IWSLT14 recipe, which the paper follows;
+- **assumed**: neither says; chosen here. A result that differs from the paper's may be due to it.
+
+The values live in `llqr_lab.protocols`; `resolve(experiment, dataset, model, method)` returns those
+of one run. What follows `base.`, `llqr.`, `probe.` and `optimizer.` are arguments of the base
+optimizer, `llqr.LLQR`, the perturbation and `llqr.Optimizer`; `model.` those of the network. Within
+a table, and from the shared tables to those of an experiment, a later value of a key replaces an
+earlier one.
+
+The order of the training data and their augmentation, the label noise, the initialisation and the
+refresh minibatches each take a generator of their own, so that the methods of a row see identical
+batches.
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    groups: dict[str, Group] = {}
+    for experiment in EXPERIMENTS.values():
+        groups.update({group.title: group for group in experiment.groups})
+    parts = [HEAD, "## Methods\n", _methods(), "## Shared settings\n"]
+    for title, group in groups.items():
+        parts += [f"### {title}\n", _table(group)]
+    parts.append("## Tables and figures\n")
+    for name, experiment in EXPERIMENTS.items():
+        parts += [f"### {_name(name)}: {experiment.title}\n", _runs(experiment)]
+        if experiment.own:
+            parts.append(_table(experiment.own))
+    return "\n".join(parts)
+
+
+def _name(key: str) -> str:
+    word = key.rstrip("0123456789")
+    return f"{word.capitalize()} {key.removeprefix(word)}"
+
+
+def _methods() -> str:
+    rows = [
+        (
+            name,
+            m.curvature or "",
+            m.probe or "",
+            ("yes" if m.transport else "no") * bool(m.curvature),
+        )
+        for name, m in METHODS.items()
+    ]
+    return _rows(("Method", "Curvature of LLQR", "Perturbation", "U acts on the step"), rows)
+
+
+def _runs(experiment: Experiment) -> str:
+    lines = {
+        "Data": experiment.datasets,
+        "Networks": experiment.models,
+        "Methods": experiment.methods,
+        "Shared settings": [group.title for group in experiment.groups],
+    }
+    return "".join(f"- {what}: {', '.join(which)}\n" for what, which in lines.items())
+
+
+def _table(settings: Iterable[Setting]) -> str:
+    rows = []
+    for s in settings:
+        rows.append((f"`{s.key}`", _value(s.value), s.source.value, s.condition(), s.note))
+    return _rows(("Setting", "Value", "Source", "For", "Note"), rows)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "none" if value is None else str(value)
+
+
+def _rows(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

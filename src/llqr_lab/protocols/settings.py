@@ -1,0 +1,133 @@
+"""A hyperparameter with its source, groups of them, and the methods that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+__all__ = ["METHODS", "Group", "Method", "Setting", "Some", "Source", "some"]
+
+
+class Source(str, Enum):
+    """Where a value comes from.
+
+    PAPER: its text, tables or captions. RECIPE: the commands and code conventions of the paper's
+    authors, or a published recipe that the paper says it follows; the note says which. ASSUMED:
+    neither says; chosen here.
+    """
+
+    PAPER = "paper"
+    RECIPE = "authors' recipe"
+    ASSUMED = "assumed"
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some of the methods, and what they have in common."""
+
+    label: str
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value.
+
+    Attributes:
+        key: dotted; what follows ``llqr.``, ``probe.`` and ``base.`` is an argument of the class
+            that is built.
+        value: plain data.
+        source: where it comes from.
+        note: in what sense, or what speaks against it.
+        dataset: it holds for these alone; none: for all.
+        model: the same.
+        method: it holds for these alone; None: for all.
+    """
+
+    key: str
+    value: Any
+    source: Source
+    note: str = ""
+    dataset: Sequence[str] = ()
+    model: Sequence[str] = ()
+    method: Some | None = None
+
+    def holds(self, dataset: str, model: str, method: str) -> bool:
+        """Tell whether it holds for a run."""
+        methods = self.method.names if self.method else ()
+        asked = ((self.dataset, dataset), (self.model, model), (methods, method))
+        return all(not allowed or one in allowed for allowed, one in asked)
+
+    def condition(self) -> str:
+        """Say for what it holds."""
+        parts = [" or ".join(self.dataset), " or ".join(self.model)]
+        return ", ".join(filter(None, [*parts, self.method.label if self.method else ""]))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that several experiments share."""
+
+    title: str
+    settings: Sequence[Setting]
+
+    def __iter__(self) -> Iterator[Setting]:
+        """Return the settings in their order; a later one replaces an earlier one of its key."""
+        return iter(self.settings)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method adds to the base optimizer.
+
+    Attributes:
+        curvature: of LLQR, or None without it.
+        probe: the perturbation's class in llqr, or None.
+        transport: whether U also acts on the gradient of the second pass.
+    """
+
+    curvature: str | None = None
+    probe: str | None = None
+    transport: bool = True
+
+    def settings(self) -> list[Setting]:
+        """Return what follows from the method itself."""
+        found = []
+        if self.curvature:
+            found.append(Setting("llqr.curvature", self.curvature, Source.PAPER))
+            found.append(Setting("optimizer.transport", self.transport, Source.PAPER))
+        if self.probe:
+            found.append(Setting("probe.kind", self.probe, Source.PAPER))
+        return found
+
+    def needs(self, key: str) -> bool:
+        """Tell whether a setting means anything to the method."""
+        part = key.partition(".")[0]
+        if part in ("llqr", "refresh"):
+            return self.curvature is not None
+        return part != "probe" or self.probe is not None
+
+
+# NGD: the Fisher (blue in the paper's tables); Newton: the Hessian (orange).
+METHODS = {
+    "SGDM": Method(),
+    "Adam": Method(),
+    "AdamW": Method(),
+    "LLQR (NGD)": Method("fisher"),
+    "LLQR (Newton)": Method("newton"),
+    "SAM": Method(probe="SAM"),
+    "FisherSAM": Method(probe="FisherSAM"),
+    "F-SAM": Method(probe="FriendlySAM"),
+    "LLQR+SAM (NGD)": Method("fisher", "SAM"),
+    "LLQR+SAM (Newton)": Method("newton", "SAM"),
+    "LLQR+F-SAM (NGD)": Method("fisher", "FriendlySAM"),
+    "LLQR+F-SAM (Newton)": Method("newton", "FriendlySAM"),
+    "LLQR^Delta+SAM": Method("fisher", "SAM", transport=False),
+}
+
+
+def some(label: str, chosen: Callable[[str, Method], bool]) -> Some:
+    """Return the methods for which ``chosen(name, method)`` is true."""
+    return Some(label, [name for name, method in METHODS.items() if chosen(name, method)])
