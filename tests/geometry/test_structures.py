@@ -237,6 +237,35 @@ def test_project_makes_learned_bases_orthogonal_again():
             agree(q, before[key] @ root, 1e-9)
 
 
+def test_lengths_of_learned_bases_go_into_s():
+    """Columns of other lengths are part of U; that U is kept, with orthogonal bases."""
+    u = Bound("e-kfac", 3)
+    states = [
+        {k: torch.linalg.qr(torch.randn_like(v)).Q * (0.8 + 0.4 * torch.rand_like(v[:, :1]))
+         if k in ("QA", "QB") else 0.8 + 0.4 * torch.rand_like(v) for k, v in s.items()}
+        for s in u.states
+    ]  # fmt: skip
+    projected = u.blocks.project(states, BOUNDS)
+    agree(u.matrix(projected), u.matrix(states), 1e-12)
+    for state in projected:
+        for key in set(state) & {"QA", "QB"}:
+            q = state[key]
+            agree(q @ q.mT, torch.eye(q.shape[-1], dtype=F64).expand_as(q), 1e-13)
+
+
+def test_s_is_the_nearest_that_orthogonal_bases_allow():
+    """In general: the diagonal of the old operator in the new bases."""
+    u = Bound("e-kfac", model=nn.Linear(5, 4, bias=False))
+    states = u.random(0.2)
+    states[0]["QA"], states[0]["QB"] = (
+        torch.eye(n, dtype=F64)[None] + 0.2 * torch.randn(1, n, n, dtype=F64) for n in (5, 4)
+    )
+    (projected,) = u.blocks.project(states, (1e-9, 1e9))
+    Q = torch.kron(projected["QB"][0].contiguous(), projected["QA"][0].contiguous())
+    expected = (Q.T @ u.matrix(states) @ Q).diagonal().clamp(min=1e-9)
+    agree(projected["S"].reshape(-1), expected, 1e-12)
+
+
 def test_gradient_bases_are_not_touched_by_a_projection():
     u = Bound("e-kfac-gradient", 3)
     states = u.random()
@@ -398,6 +427,22 @@ def test_gradient_bases_really_turn():
     g = {"weight": torch.randn(4, 5, dtype=F64)}
     a, b = (m.apply(g)["weight"] for m in (geometry, diagonal))
     assert float((a - b).norm()) > 0.05 * float(g["weight"].norm())
+
+
+def test_bases_turn_at_the_first_refresh_that_is_accepted():
+    """A refused one does not leave e-kfac without bases until the next renewal."""
+    geometry, model = gradient_geometry(lr=lambda step: 1e4 if step == 0 else 0.1, scale=99)
+    x, y = torch.randn(20, 5, dtype=F64), torch.randint(4, (20,))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return nn.functional.cross_entropy(z, y), z
+
+    with pytest.warns(UserWarning, match="refused"):
+        geometry.refresh([forward], step=0)
+    assert torch.equal(geometry.state()["weight"]["QA.0"], torch.eye(5, dtype=F64))
+    assert geometry.refresh([forward], step=1).accepted
+    assert float(geometry.state()["weight"]["QA.0"].abs().amax(1).min()) < 0.9
 
 
 def test_learned_bases_turn_too():

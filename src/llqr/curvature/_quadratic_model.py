@@ -240,7 +240,8 @@ class _Term:
                 return  # the loss is exactly minimal: nothing to learn, nothing wrong
             raise ValueError(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
-                "grow without bound; return the logits (not log-probabilities) as `outputs`"
+                "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
+                "they are, they lie so far apart that training has diverged"
             )
         # A mean loss bends by about 1 an output entry; where the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.

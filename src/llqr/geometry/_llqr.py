@@ -69,7 +69,7 @@ class LLQR(Geometry):
         solver: "momentum", "sgd", "adam" or "lbfgs" (then at most ``steps`` evaluations).
         start: first optimizer step before which a refresh is due.
         max_failures: refused refreshes in a row that are tolerated; one more raises.
-        renew_every: refreshes between new bases (``bases="gradient"``).
+        renew_every: accepted refreshes between new bases (``bases="gradient"``).
 
     Raises:
         ValueError: a value out of range; the message names argument and value.
@@ -290,9 +290,8 @@ class LLQR(Geometry):
         with torch.no_grad():
             flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
             self._follow(flat.gradient.device)
-            outcome = relearn(
-                flat, self._blocks, self._states, self.settings, step, self._refreshes
-            )
+            number = self._refreshes - self._refused
+            outcome = relearn(flat, self._blocks, self._states, self.settings, step, number)
             if outcome.reason is None:
                 self._states = outcome.states
             report = outcome.report(flat, self._blocks, self._states, step, began)

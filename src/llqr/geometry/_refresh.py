@@ -103,7 +103,7 @@ def relearn(
         old: the current states; not changed.
         settings: those of :class:`llqr.LLQR`.
         step: the optimizer step, for schedules.
-        number: how many refreshes there were, for the renewal of bases.
+        number: how many refreshes were accepted, for the renewal of bases.
     """
     g, damping, positive = flat.gradient, settings["damping"], settings["constraint"] == "positive"
     if not bool(torch.isfinite(g).all()):

@@ -291,10 +291,16 @@ class EKfac(Structure):
         torch.mul(x, r, out=out).mul_(x)
 
     def project(self, state: State, bounds: Bounds) -> State:
-        """Clamp S and replace learned bases by their nearest orthogonal matrices."""
-        new = {**state, "S": state["S"].clamp(*bounds)}
+        """Replace learned bases by their nearest orthogonal matrices, carry S over, clamp it.
+
+        What the solve did to the lengths of the bases is part of U; S takes it up.
+        """
+        new = dict(state)
         if self.learned:
-            new.update({k: polar(state[k]) for k in ("QA", "QB")})
+            new["QB"], new["QA"] = polar(state["QB"]), polar(state["QA"])
+            turn_b, turn_a = _turns(state, new)
+            new["S"] = turn_b @ state["S"] @ turn_a.mT
+        new["S"] = new["S"].clamp(*bounds)
         return new
 
     def renew(self, state: State, x: Tensor, first: bool, rotate: bool) -> State:
@@ -313,10 +319,8 @@ class EKfac(Structure):
             return new
         # Contiguous, as a checkpoint brings them back: products round by the strides.
         new["QB"], new["QA"] = (torch.linalg.eigh(new[k]).eigenvectors.contiguous() for k in "LR")
-        turn_b = (new["QB"].mT @ state["QB"]).square()
-        turn_a = (new["QA"].mT @ state["QA"]).square()
         # The squares of an orthogonal matrix are doubly stochastic; undo rounding in that.
-        turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in (turn_b, turn_a))
+        turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in _turns(state, new))
         new["S"] = turn_b @ state["S"] @ turn_a.mT
         return new
 
@@ -380,6 +384,15 @@ def make_structure(group: Group, *, learned: bool, square: bool) -> Structure:
 def _matrix(group: Group) -> tuple[int, int]:
     assert group.shape is not None and len(group.shape) == 2
     return group.shape[0], group.shape[1]
+
+
+def _turns(old: State, new: State) -> tuple[Tensor, Tensor]:
+    """Return what takes S to the diagonal of the old operator in orthogonal new bases.
+
+    With it the new operator is the nearest to the old one that these bases allow.
+    """
+    turn_b, turn_a = (torch.square(new[k].mT @ old[k]) for k in ("QB", "QA"))
+    return turn_b, turn_a
 
 
 def _kronecker_extremes(
