@@ -56,6 +56,79 @@ def test_docs_and_readme_never_name_a_setting_that_is_gone():
             assert argument in known, f"{name}({argument}=...)"
 
 
+# The method columns of the paper's tables; NGD is blue there, Newton orange.
+BOTH = {"LLQR, NGD", "LLQR, Newton", "LLQR+SAM, NGD", "LLQR+SAM, Newton"}
+DELTA = r"LLQR\(^\Delta\)+SAM"
+TABLES = {
+    1: {"SGDM", "SAM", "FisherSAM", *BOTH},
+    2: {"SGDM", "SAM", "FisherSAM", *BOTH},
+    3: {"SGDM", "SAM", *BOTH},
+    4: {"SAM", "F-SAM", "LLQR+SAM, NGD", "LLQR+F-SAM, NGD"},
+    5: {"SGDM", "LLQR, NGD", "LLQR, Newton", "F-SAM", "LLQR+F-SAM, NGD", "LLQR+F-SAM, Newton"},
+    6: {"AdamW", "LLQR, NGD, on AdamW", "SAM on AdamW, after the warm-up",
+        "LLQR+SAM, NGD, on AdamW"},
+    7: {"FisherSAM", DELTA, "LLQR+SAM, NGD"},
+    8: {"SGDM", "Adam", "LLQR, NGD", "SAM", "LLQR+SAM, NGD"},
+}  # fmt: skip
+METHODS = re.findall(
+    r"^\| ([^|]+) \| ([\d, -]+) \| `(opt\([^`]+)` \|$",
+    (DOCS / "method.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def test_every_row_of_the_papers_tables_is_listed():
+    listed = {name: {int(n) for n in re.findall(r"\d", tables)} for name, tables, _ in METHODS}
+    assert len(listed) == len(METHODS) == 17
+    for table, rows in TABLES.items():
+        assert {name for name, tables in listed.items() if table in tables} == rows
+
+
+@pytest.mark.filterwarnings("ignore:U has a negative eigenvalue:UserWarning")
+@pytest.mark.parametrize("name, _tables, code", METHODS, ids=[name for name, *_ in METHODS])
+def test_every_row_of_the_papers_tables_takes_a_step(name, _tables, code):
+    nn = torch.nn
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(16, 3))
+    x, y = torch.randn(8, 1, 4, 4), torch.randint(3, (8,))
+    calls = []
+
+    def forward():
+        calls.append(1)
+        logits = model(x)
+        return nn.functional.cross_entropy(logits, y), logits
+
+    scope = {
+        "opt": llqr.Optimizer,
+        "paper": llqr.LLQR.paper,
+        "llqr": llqr,
+        "model": model,
+        "sgd": torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+        "adam": torch.optim.Adam(model.parameters(), lr=1e-3),
+        "adamw": torch.optim.AdamW(model.parameters(), lr=5e-4),
+    }
+    optimizer = eval(code, scope)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert bool(optimizer.minimize(forward).isfinite())
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert bool(p.isfinite().all()) and not torch.equal(p, old)
+    # What the name says is what was built.
+    base = "Adam" if name == "Adam" else "AdamW" if "AdamW" in name else "SGD"
+    assert type(optimizer.base).__name__ == base
+    kinds = {"F-SAM": "FriendlySAM", "FisherSAM": "FisherSAM", "ASAM": "ASAM", "SAM": "SAM"}
+    kind = next((k for part, k in kinds.items() if part in name), "NoneType")
+    assert type(optimizer.perturbation).__name__ == kind
+    assert optimizer.transport is (name != DELTA)
+    probes = kind != "NoneType" and "warm-up" not in name and "AdamW" not in name
+    geometry = optimizer.geometry
+    assert len(calls) == 1 + probes + (geometry is not None)
+    assert (geometry is not None) is ("LLQR" in name)
+    if geometry is not None:
+        curvature = llqr.Newton if "Newton" in name else llqr.Fisher
+        assert type(geometry.curvature) is curvature
+        assert optimizer.last_report.accepted and optimizer.last_report.change > 0
+
+
 CELL = re.compile(r"^([\d.e+-]+) \(([\d.]+)\)$")
 
 
