@@ -1,16 +1,19 @@
-"""Where results go: CSV for a spreadsheet, JSON for a program, a printed table for the reader."""
+"""Where results go: CSV and JSON files, and on the terminal a table and a bar."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["add_out", "table_lines", "write_csv", "write_json"]
+from tqdm import tqdm
 
+__all__ = ["add_out", "progress", "table_lines", "write_csv", "write_json"]
+
+T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -23,6 +26,11 @@ def add_out(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write to (default: %(default)s)",
     )
+
+
+def progress(steps: Iterable[T], what: str) -> Iterable[T]:
+    """Show a bar on a terminal while the steps are gone through; leave no trace after it."""
+    return tqdm(steps, desc=what, leave=False, disable=None)
 
 
 def write_csv(path: Path, rows: Rows) -> Path:
@@ -59,6 +67,8 @@ def table_lines(rows: Rows) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.2f}" if isinstance(value, float) else str(value)

@@ -9,7 +9,9 @@ import torch
 import llqr
 from llqr_lab.models.vit import SIZES, VisionTransformer
 
-__all__ = ["MODELS", "Storage", "model_on_meta", "storage_table", "stored_numbers"]
+from .findings import ERRATUM, Finding
+
+__all__ = ["MODELS", "Storage", "findings", "model_on_meta", "storage_table", "stored_numbers"]
 
 STRUCTURES = ("e-kfac", "diag-kfac")
 SHARDS = (1, 4)
@@ -81,3 +83,28 @@ def storage_table() -> list[Storage]:
             stored = stored_numbers(model, structure)
             rows += [Storage(name, structure, shards, params, stored) for shards in SHARDS]
     return rows
+
+
+def findings() -> list[Finding]:
+    """Compare the table's first row with ViT-Ti/16 on ImageNet."""
+    rows = {(row.model, row.structure, row.shards): row for row in storage_table()}
+    named, real = (
+        [rows[name, s, 1] for s in STRUCTURES] for name in ("ViT-Ti/16", "ViT-Ti/16 at 224")
+    )
+    return [
+        Finding(
+            "Table 9",
+            "the row ViT-Ti/16 is ImageNet geometry",
+            ERRATUM,
+            named[0].params == 5_427_080 != real[0].params,
+            {
+                "printed parameters": 5_427_080,
+                "patch 8, 64 x 64, 200 classes": named[0].params,
+                "patch 16, 224 x 224, 1000 classes": real[0].params,
+                "its e-kfac numbers": real[0].preconditioner,
+                "its diag-kfac numbers": real[1].preconditioner,
+            },
+            "It is ViT-Ti with patch 8 on 64 x 64 images and 200 classes; B/16 and L/16 are at 224 "
+            "with 1000 classes.",
+        )
+    ]

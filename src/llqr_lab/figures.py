@@ -1,0 +1,144 @@
+"""``llqr figure N``: the figures of the paper that are made here, and the window of the toy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .output import add_out, table_lines, write_csv, write_json
+
+__all__ = ["FIGURES", "add_arguments", "main"]
+
+
+def figure2(out: Path) -> list[Path]:
+    """Start everywhere in the sharp well, without noise."""
+    from .theory.pictures import picture2, save
+    from .theory.swarm import METHODS
+    from .theory.toys import many_starts
+
+    toy = many_starts()
+    medians = {m: toy.losses(m).median(0).values.tolist() for m in METHODS}
+    summary = [
+        {**toy.summary(m), **{f"median_loss_{t}": medians[m][t] for t in (5, 10, 20, 40)}}
+        for m in METHODS
+    ]
+    print("\n".join(table_lines(summary)))
+    curves = [
+        {"method": m, "step": t, "median_loss": value}
+        for m in METHODS
+        for t, value in enumerate(medians[m])
+    ]
+    return [
+        save(picture2(toy), out / "figure2.png", caption2(toy.about)),
+        write_csv(out / "figure2.csv", curves),
+        write_json(out / "figure2.json", {"constants": toy.about, "summary": summary}),
+    ]
+
+
+def figure3(out: Path) -> list[Path]:
+    """Start at the bottom, with noise in the gradient."""
+    from .theory.pictures import picture3, save
+    from .theory.swarm import METHODS
+    from .theory.toys import gradient_noise
+
+    toy = gradient_noise()
+    summary = [toy.summary(m) for m in METHODS]
+    print("\n".join(table_lines(summary)))
+    ends = [
+        {"method": m, "schedule": i, "steps": when if when >= 0 else None, "path": length}
+        for m in METHODS
+        for i, (when, length) in enumerate(
+            zip(toy.arrivals(m).tolist(), toy.lengths(m).tolist(), strict=True)
+        )
+    ]
+    return [
+        save(picture3(toy), out / "figure3.png", caption3(toy.about)),
+        write_csv(out / "figure3.csv", ends),
+        write_json(out / "figure3.json", {"constants": toy.about, "summary": summary}),
+    ]
+
+
+def escape_map(out: Path) -> list[Path]:
+    """Try Figure 2's claims over learning rates and radii."""
+    from .theory.pictures import picture_window, save
+    from .theory.toys import ETAS, RHOS, VERDICTS, escape_window
+
+    window = escape_window()
+    verdicts = window.verdicts()
+    rows = [
+        {"eta": eta, "rho": rho}
+        | {f"{m} percent": 100 * float(v[i, j]) for m, v in window.arrived.items()}
+        | {"verdict": verdicts[i][j]}
+        for i, eta in enumerate(ETAS)
+        for j, rho in enumerate(RHOS)
+    ]
+    for said in VERDICTS:
+        print(f"{said}: {sum(row['verdict'] == said for row in rows)} of {len(rows)} settings")
+    holds = [(row["eta"], row["rho"]) for row in rows if row["verdict"] == VERDICTS[0]]
+    print(f"every claim holds at (eta, rho) = {', '.join(map(str, holds))}")
+    caption = (
+        "The landscape of Figure 2. Starts at 7 radii in the sharp well, 400 steps. Every claim "
+        "holds: GD and LLQR never reach r < 1, SAM and LLQR+SAM do from every start. At large "
+        "radii the probe jumps over the barrier and holds the iterate on its far side."
+    )
+    return [
+        save(picture_window(window), out / "figure-escape-map.png", caption),
+        write_csv(out / "figure-escape-map.csv", rows),
+        write_json(out / "figure-escape-map.json", rows),
+    ]
+
+
+def caption_of(about: dict) -> str:
+    """Say the constants that both toys share."""
+    k, h, R, w = (about["well"][name] for name in "khRw")
+    (a, b), (_, c) = about["U"]
+    mean = (a + c) / 2
+    return (
+        f"L = {k / 2:g} r² - {h:g} exp(-(r - {R:g})² / (2·{w:g}²)). One learning rate and radius "
+        f"for all: η = {about['eta']:g}, ρ = {about['rho']:g}. U is the inverse of the Hessian "
+        f"averaged over the disc r < 8, [[{a:.3f}, {b:.3f}], [{b:.3f}, {c:.3f}]]. It is nearly "
+        f"{mean:.2f} times the identity, so LLQR+SAM here is close to SAM with η x {mean:.2f} and "
+        f"ρ x {mean**0.5:.2f}. "
+    )
+
+
+def caption2(about: dict) -> str:
+    """Say what was run for Figure 2."""
+    return caption_of(about) + f"{about['starts']} starts: 24 angles x 7 radii, no noise."
+
+
+def caption3(about: dict) -> str:
+    """Say what was run for Figure 3."""
+    return caption_of(about) + (
+        f"Noise of variance {about['variance']:g} is added to the gradient before U; "
+        f"{about['schedules']} schedules."
+    )
+
+
+# number in the paper, or a name -> function(folder) that makes it and returns the files it wrote
+FIGURES: dict[str, Callable[[Path], list[Path]]] = {
+    "2": figure2,
+    "3": figure3,
+    "escape-map": escape_map,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the number of the figure and --out."""
+    parser.add_argument("number", metavar="N", help=f"number or name: {', '.join(FIGURES)}")
+    add_out(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Make one figure; 2 if there is none of that number."""
+    if arguments.number not in FIGURES:
+        print(
+            f"llqr: there is no figure {arguments.number!r} here; there are: {', '.join(FIGURES)}",
+            file=sys.stderr,
+        )
+        return 2
+    for path in FIGURES[arguments.number](arguments.out):
+        print(f"wrote {path}")
+    return 0
