@@ -65,7 +65,7 @@ def escape_map(out: Path) -> list[Path]:
     from .theory.pictures import picture_window, save
     from .theory.toys import ETAS, RHOS, VERDICTS, escape_window
 
-    window = escape_window()
+    window = escape_window(ETAS, RHOS)
     verdicts = window.verdicts()
     rows = [
         {"eta": eta, "rho": rho}

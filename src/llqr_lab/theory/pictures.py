@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .findings import Finding
 from .sharp_well import SharpWell
-from .swarm import METHODS
-from .toys import INSIDE, VERDICTS, Toy, Window
+from .swarm import INSIDE, METHODS
+from .toys import DRAWN, VERDICTS, Toy, Window
 
 __all__ = ["new_figure", "picture2", "picture3", "picture_findings", "picture_window", "save"]
 
@@ -80,7 +80,7 @@ def picture2(toy: Toy) -> Any:
 def picture3(toy: Toy) -> Any:
     """Draw r by step for some schedules, then length against number of steps for every one."""
     figure, (radius, scatter) = new_figure((1, 2), (12.5, 5.4))
-    draw_radius(radius, toy, {m: toy.paths[m][:5, :121] for m in METHODS})
+    draw_radius(radius, toy, {m: toy.paths[m][:5, : DRAWN + 1] for m in METHODS})
     radius.set_title("five schedules of noise: distance from the origin")
     for method in METHODS:
         when, lengths = toy.arrivals(method), toy.lengths(method)
@@ -144,8 +144,11 @@ def picture_findings(found: list[Finding]) -> Any:
             # A line that is not a function of x (a value a point) would be a scribble.
             mark = "o" if name.startswith("measured") else "x" if name.startswith("as") else "-"
             panel.plot(x, y, mark, label=name, alpha=0.8, ms=5)
-        title = textwrap.fill(f"{finding.source}: {finding.statement}. {finding.verdict}", 62)
+        title = textwrap.fill(f"{finding.source}: {finding.statement} [{finding.verdict}]", 62)
         panel.set(xlabel=along, xscale="log", yscale="log")
+        if len(x) < 8:
+            panel.set_xticks(x, [f"{value:g}" for value in x])
+            panel.minorticks_off()
         panel.set_title(title, fontsize=10)
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)

@@ -17,7 +17,9 @@ import llqr
 
 from .sharp_well import SharpWell
 
-__all__ = ["METHODS", "arrivals", "trajectories"]
+__all__ = ["INSIDE", "METHODS", "arrivals", "trajectories"]
+
+INSIDE = 1.0  # arrived in the basin: r < 1. Distance from the well would not do: shadow traps.
 
 # name: (goes through U, probes)
 METHODS = {
@@ -80,6 +82,7 @@ def trajectories(
     rho: Tensor | float,
     steps: Iterable[int],
     noise: Tensor | None = None,
+    enough: int | None = None,
 ) -> Tensor:
     """Train every start and return the paths (n, steps + 1, 2).
 
@@ -92,12 +95,15 @@ def trajectories(
         rho: radius; a number, or one a start (n,).
         steps: as many steps as it yields.
         noise: (n, steps, 2), added to the gradient of the second pass, before U.
+        enough: stop after so many steps if every start has been in the basin by then.
     """
     swarm = Swarm(starts)
     full = [torch.as_tensor(x, dtype=starts.dtype).expand(len(starts)) for x in (eta, rho)]
     optimizer = make_optimizer(swarm, method, U, *full)
-    path = [starts.clone()]
+    path, arrived = [starts.clone()], torch.zeros(len(starts), dtype=torch.bool)
     for step in steps:
+        if enough is not None and step >= enough and arrived.all():
+            break
 
         def add_noise(step: int = step) -> None:
             if noise is not None:
@@ -106,10 +112,11 @@ def trajectories(
 
         optimizer.minimize(lambda: well.loss(swarm()).sum(), before_step=add_noise)
         path.append(swarm().detach())
+        arrived |= path[-1].norm(dim=-1) < INSIDE
     return torch.stack(path, dim=1)
 
 
-def arrivals(paths: Tensor, radius: float = 1.0) -> Tensor:
-    """Return the first step at which each path (n, steps, 2) is within radius; -1 for never."""
-    inside = paths.norm(dim=-1) < radius
+def arrivals(paths: Tensor) -> Tensor:
+    """Return the first step at which each path (n, steps, 2) is in the basin; -1 for never."""
+    inside = paths.norm(dim=-1) < INSIDE
     return torch.where(inside.any(1), inside.int().argmax(1), -1)

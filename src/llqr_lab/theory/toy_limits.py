@@ -10,7 +10,7 @@ from torch import Tensor
 from .findings import LIMITS, Finding
 from .sharp_well import SharpWell
 from .swarm import arrivals, trajectories
-from .toys import ETA, INSIDE, OFFSETS, RHO, at_angles
+from .toys import ETA, OFFSETS, RHO, at_angles
 
 __all__ = ["findings"]
 
@@ -37,8 +37,8 @@ def isotropy(well: SharpWell) -> Finding:
     exact = paths("LLQR+SAM", number, ETA, RHO)
     retuned = paths("SAM", U, c * ETA, c**0.5 * RHO)
     gap = float((exact - retuned).abs()[:, :10].max())
-    ours = arrivals(paths("LLQR+SAM", U, ETA, RHO), INSIDE).double().mean()
-    theirs = arrivals(retuned, INSIDE).double().mean()
+    ours = arrivals(paths("LLQR+SAM", U, ETA, RHO)).double().mean()
+    theirs = arrivals(retuned).double().mean()
     return Finding(
         "Figures 2, 3",
         "LLQR+SAM is faster than SAM because its metric tells directions apart",

@@ -14,12 +14,12 @@ from llqr_lab.output import progress
 from .sharp_well import SharpWell
 from .swarm import METHODS, arrivals, trajectories
 
-__all__ = ["ETA", "RHO", "Toy", "Window", "escape_window", "gradient_noise", "many_starts"]
+__all__ = ["DRAWN", "ETA", "RHO", "Toy", "Window", "escape_window", "gradient_noise", "many_starts"]
 
 ETA = 0.132
 RHO = 0.12
 STEPS = 400
-INSIDE = 1.0  # arrived in the basin: r < 1. Distance from the well would not do: shadow traps.
+DRAWN = 120  # steps that the pictures show at most
 OFFSETS = torch.linspace(-0.25, 0.35, 7, dtype=torch.float64)  # from the bottom, in widths
 
 
@@ -30,7 +30,7 @@ class Toy:
     Attributes:
         well: the landscape.
         U: (2, 2), the inverse of its average Hessian.
-        paths: method -> (starts, steps + 1, 2).
+        paths: method -> (starts, steps + 1, 2); shorter where all arrived before the last step.
         about: the constants, in words that fit a caption.
     """
 
@@ -45,7 +45,7 @@ class Toy:
 
     def arrivals(self, method: str) -> Tensor:
         """Return the first step inside r < 1, -1 for never (starts,)."""
-        return arrivals(self.paths[method], INSIDE)
+        return arrivals(self.paths[method])
 
     def lengths(self, method: str) -> Tensor:
         """Return the path length up to the arrival, or of the whole path (starts,)."""
@@ -83,7 +83,7 @@ def train_all(well: SharpWell, starts: Tensor, noise: Tensor | None, about: dict
     paths = {}
     for method in METHODS:
         steps = progress(range(STEPS), method)
-        paths[method] = trajectories(well, method, starts, U, ETA, RHO, steps, noise)
+        paths[method] = trajectories(well, method, starts, U, ETA, RHO, steps, noise, DRAWN)
     known = {"eta": ETA, "rho": RHO, "steps": STEPS, "well": vars(well), "U": U.tolist()}
     known |= {"bottom": well.bottom, "barrier": well.barrier}
     return Toy(well, U, paths, known | about)
@@ -155,7 +155,7 @@ ETAS = (0.104, 0.111, 0.118, 0.125, 0.132, 0.141, 0.150, 0.155, 0.160)
 RHOS = (0.03, 0.05, 0.06, 0.09, 0.12, 0.15, 0.18, 0.21, 0.24)
 
 
-def escape_window(etas: tuple[float, ...] = ETAS, rhos: tuple[float, ...] = RHOS) -> Window:
+def escape_window(etas: tuple[float, ...], rhos: tuple[float, ...]) -> Window:
     """Try every step and radius from 7 radii in the well; arrive within 400 steps or not.
 
     Methods without U look alike from every angle, one ray is enough for them; those with U start
@@ -188,7 +188,7 @@ def arrive(
     where, left, chunk = starts, torch.arange(len(starts)), 20
     for _ in progress(range(STEPS // chunk), method):
         paths = trajectories(well, method, where, U, eta[left], rho[left], range(chunk))
-        there = arrivals(paths, INSIDE) >= 0
+        there = arrivals(paths) >= 0
         inside[left[there]] = True
         where, left = paths[~there, -1], left[~there]
         if not len(left):
