@@ -63,6 +63,7 @@ def figure3(out: Path) -> list[Path]:
 def escape_map(out: Path) -> list[Path]:
     """Try Figure 2's claims over learning rates and radii."""
     from .theory.pictures import picture_window, save
+    from .theory.sharp_well import SharpWell
     from .theory.toys import ETAS, RHOS, VERDICTS, escape_window
 
     window = escape_window(ETAS, RHOS)
@@ -78,10 +79,10 @@ def escape_map(out: Path) -> list[Path]:
         print(f"{said}: {sum(row['verdict'] == said for row in rows)} of {len(rows)} settings")
     holds = [(row["eta"], row["rho"]) for row in rows if row["verdict"] == VERDICTS[0]]
     print(f"every claim holds at (eta, rho) = {', '.join(map(str, holds))}")
-    caption = (
-        "The landscape of Figure 2. Starts at 7 radii in the sharp well, 400 steps. Every claim "
-        "holds: GD and LLQR never reach r < 1, SAM and LLQR+SAM do from every start. At large "
-        "radii the probe jumps over the barrier and holds the iterate on its far side."
+    caption = formula(vars(SharpWell())) + (
+        "U is the inverse of its Hessian averaged over the disc r < 8. Starts at 7 radii in the "
+        "sharp well (on both axes of U for the methods with U), 400 steps. Every claim holds: GD "
+        "and LLQR never reach r < 1, SAM and LLQR+SAM do from every start."
     )
     return [
         save(picture_window(window), out / "figure-escape-map.png", caption),
@@ -90,17 +91,21 @@ def escape_map(out: Path) -> list[Path]:
     ]
 
 
+def formula(well: dict) -> str:
+    """Say the landscape."""
+    k, h, R, w = (well[name] for name in "khRw")
+    return f"L = {k / 2:g} r² - {h:g} exp(-(r - {R:g})² / (2·{w:g}²)). "
+
+
 def caption_of(about: dict) -> str:
     """Say the constants that both toys share."""
-    k, h, R, w = (about["well"][name] for name in "khRw")
     (a, b), (_, c) = about["U"]
     mean = (a + c) / 2
-    return (
-        f"L = {k / 2:g} r² - {h:g} exp(-(r - {R:g})² / (2·{w:g}²)). One learning rate and radius "
-        f"for all: η = {about['eta']:g}, ρ = {about['rho']:g}. U is the inverse of the Hessian "
-        f"averaged over the disc r < 8, [[{a:.3f}, {b:.3f}], [{b:.3f}, {c:.3f}]]. It is nearly "
-        f"{mean:.2f} times the identity, so LLQR+SAM here is close to SAM with η x {mean:.2f} and "
-        f"ρ x {mean**0.5:.2f}. "
+    return formula(about["well"]) + (
+        f"One learning rate and radius for all: η = {about['eta']:g}, ρ = {about['rho']:g}. U is "
+        f"the inverse of the Hessian averaged over the disc r < 8, [[{a:.3f}, {b:.3f}], [{b:.3f}, "
+        f"{c:.3f}]]. It is nearly {mean:.2f} times the identity, so LLQR+SAM here is close to SAM "
+        f"with η x {mean:.2f} and ρ x {mean**0.5:.2f}. "
     )
 
 
@@ -113,7 +118,7 @@ def caption3(about: dict) -> str:
     """Say what was run for Figure 3."""
     return caption_of(about) + (
         f"Noise of variance {about['variance']:g} is added to the gradient before U; "
-        f"{about['schedules']} schedules."
+        f"{about['schedules']} schedules. Start at the bottom, on the ray of {about['angle']:g}°."
     )
 
 

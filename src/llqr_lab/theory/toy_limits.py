@@ -20,7 +20,33 @@ F64 = torch.float64
 def findings() -> list[Finding]:
     """Check that the metric is nearly a number, and that leaving the well is not arriving."""
     well = SharpWell()
-    return [isotropy(well), shadow_trap(well)]
+    return [criterion(well), isotropy(well), shadow_trap(well)]
+
+
+def criterion(well: SharpWell) -> Finding:
+    """Hold the well's inner side against the envelope (17) and the amplitude (16)."""
+    U = well.average_inverse()
+    across = well.bottom - well.barrier
+    bottom = torch.tensor([[well.bottom, 0.0]], dtype=F64)
+    curvature = float(well.hessian(bottom)[0, 0, 0])
+    starts = at_angles(well.bottom + OFFSETS * well.w, torch.zeros(1, dtype=F64))
+    measured, agree = {"from the bottom to the barrier": across}, True
+    for method, u in (("SAM", 1.0), ("LLQR+SAM", float(torch.linalg.eigvalsh(U)[0]))):
+        reach = RHO * u**0.5
+        contraction = ETA * curvature * u
+        hovers = reach * contraction / (2 - contraction)
+        paths = trajectories(well, method, starts, U, ETA, RHO, range(100))
+        agree &= reach < across < hovers and bool((arrivals(paths) >= 0).all())
+        measured |= {f"envelope of {method}": reach, f"amplitude of {method}": hovers}
+    return Finding(
+        "Figures 2, 3, (6)",
+        "the SAM variants escape because the envelope exceeds the well",
+        LIMITS,
+        agree,
+        measured,
+        "The envelopes do not; by (6) neither would escape. The amplitudes (16) do, since eta "
+        "times curvature is above 1 (at the bottom, with U's smaller eigenvalue).",
+    )
 
 
 def isotropy(well: SharpWell) -> Finding:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -31,12 +32,16 @@ def test_the_exit_status_says_whether_all_was_confirmed(confirmed, tmp_path, mon
 def test_every_statement_is_checked_and_confirmed(tmp_path):
     assert main(["theory", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "theory.json").read_text())
-    assert len(found) == 27
+    assert len(found) == 28
     sources = " ".join(f["source"] for f in found)
     for part in (
         "(3) (4) (5) (6) (10) (11) (12) (13) (14) (16) (17) (18) (19) (20) 4.2 B.1 B.2 B.3 B.4 9"
     ).split():
         assert part in sources
+    page = (Path(__file__).parents[3] / "docs" / "theory.md").read_text()
+    for f in found:
+        statement = f["statement"].replace("|", r"\|")
+        assert f"| {f['source']} | {statement} | {f['verdict']} |\n" in page
     slopes = {
         f["statement"]: f["measured"]["fitted slope"]
         for f in found

@@ -94,6 +94,15 @@ def test_leaving_the_swarm_at_arrival_changes_nothing_for_the_rest():
     assert 0 < int(inside.sum()) < 7
 
 
+def test_amplitude_and_not_envelope_exceeds_the_well():
+    finding = toy_limits.criterion(toys.SharpWell())
+    assert finding.confirmed
+    across, *reach = finding.measured.values()
+    # distance .239; SAM: rho and rho eta lambda / (2 - eta lambda) with lambda 10.288
+    assert across == pytest.approx(4.80205 - 4.56311, abs=1e-5)
+    assert reach[:2] == pytest.approx([0.12, 0.12 * 1.35802 / 0.64198], abs=1e-4)
+
+
 def test_the_shadow_trap():
     well = toys.SharpWell()
     finding = toy_limits.shadow_trap(well)
