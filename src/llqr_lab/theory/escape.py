@@ -68,7 +68,7 @@ def exact_condition() -> Finding:
     paper = int(np.sum((when > 0) != (reach > 1)))
     return Finding(
         "(6), (18)",
-        "the exact condition of the noiseless quadratic map",
+        "the same, predicted over many contractions and envelopes",
         LIMITS,
         wrong == 0 and paper > 0,
         {
@@ -76,5 +76,6 @@ def exact_condition() -> Finding:
             "wrong by max(b, amplitude) > R": wrong,
             "wrong by rho / sqrt(avg) > R": paper,
         },
-        "For eta mu <= 1 the kick decides; above, the amplitude (16), which is then the larger.",
+        "Exact is: the kick b or the amplitude (16) is above R. For eta mu <= 1 the kick is the "
+        "larger, above 1 the amplitude.",
     )

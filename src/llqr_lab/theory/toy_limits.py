@@ -40,12 +40,13 @@ def criterion(well: SharpWell) -> Finding:
         measured |= {f"envelope of {method}": reach, f"amplitude of {method}": hovers}
     return Finding(
         "Figures 2, 3, (6)",
-        "the SAM variants escape because the envelope exceeds the well",
+        "the SAM variants escape by their hovering scale",
         LIMITS,
         agree,
         measured,
-        "The envelopes do not; by (6) neither would escape. The amplitudes (16) do, since eta "
-        "times curvature is above 1 (at the bottom, with U's smaller eigenvalue).",
+        "Not by the envelope: it is smaller than the well, and by (6) neither would escape. The "
+        "amplitudes (16) are larger, since eta times curvature is above 1 (at the bottom, with U's "
+        "smaller eigenvalue).",
     )
 
 
@@ -67,7 +68,7 @@ def isotropy(well: SharpWell) -> Finding:
     theirs = arrivals(retuned).double().mean()
     return Finding(
         "Figures 2, 3",
-        "LLQR+SAM is faster than SAM because its metric tells directions apart",
+        "LLQR+SAM leaves faster than SAM at the same settings",
         LIMITS,
         gap < 1e-9 and abs(float(theirs / ours) - 1) < 0.1,
         {
@@ -77,8 +78,8 @@ def isotropy(well: SharpWell) -> Finding:
             "mean steps of LLQR+SAM": float(ours),
             "mean steps of SAM so retuned": float(theirs),
         },
-        "Faster it is, but U is nearly a number here, so LLQR+SAM is nearly SAM with another step "
-        "and radius, and SAM given those arrives as fast.",
+        "It does, but U is nearly a number here: LLQR+SAM is nearly SAM with another step and "
+        "radius, and SAM given those arrives as fast.",
     )
 
 
