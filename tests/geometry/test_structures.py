@@ -11,7 +11,7 @@ from explicit import F64, agree, block_indices, block_matrix, explicit_U, vector
 from llqr.geometry._blocks import BlockDiagonal
 from llqr.geometry._layers import Layout, layers_of
 from nets import Zoo
-from tiny import STRUCTURES
+from tiny import STRUCTURES, layer_of
 
 LOW, HIGH = BOUNDS = (0.2, 4.0)
 CASES = {name: (name, {}) for name in STRUCTURES} | {
@@ -473,3 +473,26 @@ def test_renewed_bases_carry_u_over():
     values = torch.linalg.eigvalsh(before[:20, :20])
     assert float(values[0]) <= float(state["S.0"].min())
     assert float(state["S.0"].max()) <= float(values[-1])
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "scalar", "kfac", "e-kfac", "dense", "mixed"])
+@pytest.mark.parametrize("left_out", [(), ("conv.weight",), ("head.bias", "norm.weight")])
+def test_transform_is_apply_without_packing(structure, left_out):
+    net = Zoo()
+    names = {"conv": "kfac", "head": "dense", "norm": "scalar"}
+    of = structure if structure != "mixed" else (lambda n, p: names.get(layer_of(n), "diagonal"))
+    geometry = llqr.LLQR(of, block_size=5)
+    geometry.bind(net)
+    for part, state in zip(geometry._blocks.parts, geometry._states, strict=True):
+        for key in part.trainable:
+            state[key].add_(torch.randn_like(state[key]), alpha=0.3)
+    given = {n: torch.randn_like(p) for n, p in net.named_parameters() if n not in left_out}
+    kept = {n: g.clone() for n, g in given.items()}
+    layout = geometry.layout
+    packed = layout.unpack(geometry._blocks.apply(geometry._states, layout.pack(given)))
+    found = geometry.apply(given)
+    assert list(found) == list(given)
+    for name, g in given.items():
+        torch.testing.assert_close(found[name], packed[name], rtol=1e-12, atol=1e-12)
+        assert torch.equal(g, kept[name])
+        assert found[name].data_ptr() != g.data_ptr()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._layers import Layout
-from ._structures import Bounds, EKfac, State, Structure, make_structure
+from ._structures import Bounds, Diagonal, EKfac, State, Structure, make_structure
 
 __all__ = ["BlockDiagonal", "States"]
 
@@ -46,6 +46,30 @@ class BlockDiagonal:
             x = part.group.view(flat).to(part.group.dtype)
             part.group.view(out).copy_(part.apply(state, x))
         return out
+
+    def transform(self, states: States, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return U x for tensors shaped like the parameters; those not given count as zero.
+
+        Elementwise blocks multiply the tensors as they lie; only the others are gathered.
+        """
+        parts: dict[str, list[Tensor]] = {name: [] for name in tensors}
+        for part, state in zip(self.parts, states, strict=True):
+            places = [(q, a) for q, a in part.group.places() if q.name in tensors]
+            if not places:
+                continue
+            if isinstance(part, Diagonal):
+                xs = [q.of(tensors[q.name], self.layout.views[q.name]) for q, _ in places]
+                us = [state["U"][a : a + q.numel] for q, a in places]
+                results = list(torch._foreach_mul(us, xs))
+            else:
+                x = tensors[places[0][0].name]
+                flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=x.device)
+                self.layout.gather(part.group, tensors, flat)
+                whole = part.apply(state, part.group.shaped(flat)).reshape(-1)
+                results = [whole[a : a + q.numel] for q, a in places]
+            for (piece, _), result in zip(places, results, strict=True):
+                parts[piece.name].append(result)
+        return {name: self.layout.join(name, parts[name], x) for name, x in tensors.items()}
 
     def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
         """Return the gradient of <r, U x> in the trainable entries."""

@@ -159,7 +159,7 @@ class InnerKfac(Inner):
         """Return the factors, the wide one formed as A_0 + Z X."""
         x = self.x.mT if self.tall else self.x
         wide = torch.baddbmm(self.begin[self.wide], self.entries["Z"], x)
-        return {self.wide: wide, self.narrow: self.entries[self.narrow]}
+        return {**self.begin, self.wide: wide, self.narrow: self.entries[self.narrow]}
 
     def control(self, out: Tensor) -> None:
         """Write B (X A')."""

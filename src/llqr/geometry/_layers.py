@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, groupby
+from itertools import accumulate, count, groupby
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,12 @@ class Group:
         """The blocks as runs of equal length: (blocks, length) in order."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
+    def places(self) -> list[tuple[Piece, int]]:
+        """The pieces of all blocks, each with where it starts in the group."""
+        pieces = [piece for block in self.blocks for piece in block.pieces]
+        starts = accumulate((piece.numel for piece in pieces), initial=0)
+        return list(zip(pieces, starts, strict=False))
+
     def matrices(self, part: Tensor) -> list[Tensor]:
         """Return the group's part of a flat vector as (blocks, length) views, one a run."""
         sizes = [count * length for count, length in self.runs]
@@ -177,7 +183,10 @@ class Group:
 
     def view(self, flat: Tensor) -> Tensor:
         """Return the group's part of a flat vector, without a copy."""
-        part = flat[self.start : self.start + self.numel]
+        return self.shaped(flat[self.start : self.start + self.numel])
+
+    def shaped(self, part: Tensor) -> Tensor:
+        """Return the group's own flat vector as a batch of blocks, or as it is."""
         return part if self.shape is None else part.view(len(self.blocks), *self.shape)
 
 
@@ -239,16 +248,12 @@ class Layout:
         self.groups = list(groups.values())
         self._runs = [run for group in self.groups for run in group.runs]
         self.numel = 0
-        self._places: list[tuple[Piece, int]] = []
+        self._of_parameter: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
         for group in self.groups:
             group.start = self.numel
-            for block in group.blocks:
-                for piece in block.pieces:
-                    self._places.append((piece, self.numel))
-                    self.numel += piece.numel
-        self._of_parameter: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
-        for piece, start in self._places:
-            self._of_parameter[piece.name].append((piece, start))
+            for piece, offset in group.places():
+                self._of_parameter[piece.name].append((piece, group.start + offset))
+            self.numel += group.numel
 
     def _blocks(
         self, layer: str, structure: str, names: list[str]
@@ -282,10 +287,15 @@ class Layout:
         """Gather tensors shaped like the parameters into a new flat vector (missing ones: 0)."""
         device = next((t.device for t in tensors.values() if t is not None), torch.device("cpu"))
         flat = torch.empty(self.numel, dtype=self.dtype, device=device)
+        for group in self.groups:
+            self.gather(group, tensors, flat[group.start : group.start + group.numel])
+        return flat
+
+    def gather(self, group: Group, tensors: Mapping[str, Tensor | None], out: Tensor) -> None:
+        """Write a group's part of the flat vector (missing tensors: 0)."""
         targets, sources = [], []
-        for piece, start in self._places:
-            tensor = tensors.get(piece.name)
-            target = flat[start : start + piece.numel]
+        for piece, start in group.places():
+            tensor, target = tensors.get(piece.name), out[start : start + piece.numel]
             if tensor is None:
                 target.zero_()
                 continue
@@ -293,31 +303,31 @@ class Layout:
             sources.append(piece.of(tensor, self.views[piece.name]))
         if targets:
             torch._foreach_copy_(targets, sources)
-        return flat
 
     def unpack(self, flat: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return tensors shaped like the parameters; they may share the memory of ``flat``."""
+        places = self._of_parameter
         return {
-            name: self._assemble(name, flat)
-            for name in (self._of_parameter if names is None else names)
+            name: self.join(name, [flat[a : a + piece.numel] for piece, a in places[name]], flat)
+            for name in (places if names is None else names)
         }
 
-    def _assemble(self, name: str, flat: Tensor) -> Tensor:
-        view, places = self.views[name], self._of_parameter[name]
-        if not places:
-            return flat.new_empty(view.shape)
-        parts = [flat[start : start + piece.numel].view(piece.shape) for piece, start in places]
-        if places[0][0].rows is None:
-            ordered = sorted(zip(places, parts, strict=True), key=lambda x: x[0][0].columns)
+    def join(self, name: str, parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Put a parameter together from its pieces, flat and in the order of the layout."""
+        view, pieces = self.views[name], self.pieces(name)
+        if not pieces:
+            return like.new_empty(view.shape)
+        if pieces[0].rows is None:
+            ordered = sorted(zip(pieces, parts, strict=True), key=lambda x: x[0].columns)
             runs = [part for _, part in ordered]
             return (runs[0] if len(runs) == 1 else torch.cat(runs)).reshape(view.shape)
         assert view.matrix is not None
-        if len(places) == 1:
-            return view.write(parts[0])
-        matrix = flat.new_empty(view.matrix)
-        for (piece, _), part in zip(places, parts, strict=True):
+        if len(pieces) == 1:
+            return view.write(parts[0].view(view.matrix))
+        matrix = parts[0].new_empty(view.matrix)
+        for piece, part in zip(pieces, parts, strict=True):
             assert piece.rows is not None
-            matrix[slice(*piece.rows), slice(*piece.columns)] = part
+            matrix[slice(*piece.rows), slice(*piece.columns)] = part.view(piece.shape)
         return view.write(matrix)
 
     def pieces(self, name: str) -> list[Piece]:

@@ -201,9 +201,10 @@ class LLQR(Geometry):
         unknown = [n for n in gradients if n not in self.parameters]
         if unknown:
             raise KeyError(f"gradients: {unknown[0]!r} is not a parameter that U knows")
-        flat = self.layout.pack(gradients)
-        self._follow(flat.device)
-        result = self.layout.unpack(self._blocks.apply(self._states, flat), list(gradients))
+        for g in gradients.values():
+            self._follow(g.device)
+            break
+        result = self._blocks.transform(self._states, gradients)
         return {name: result[name].to(g.dtype) for name, g in gradients.items()}
 
     def _follow(self, device: torch.device) -> None:
