@@ -106,13 +106,15 @@ class Clock:
         self._wait()
         return time.perf_counter() - began
 
-    def medians(self, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-        """Time calls in turns (what slows the machine down slows all), once more to warm up."""
+    def medians(
+        self, calls: dict[str, Callable[[], Any]], repeats: int, warm: int = 1
+    ) -> dict[str, float]:
+        """Time calls in turns (what slows the machine down slows all), after ``warm`` rounds."""
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for i in range(repeats + 1):
+        for i in range(repeats + warm):
             for name, call in calls.items():
                 seconds = self(call)
-                if i:
+                if i >= warm:
                     times[name].append(seconds)
         return {name: statistics.median(t) for name, t in times.items()}
 

@@ -126,10 +126,11 @@ def refreshes(
     for case in options.cases:
         settings = {**STRUCTURES[structure], **CASES[case]}
         refresh = Refresh(p, **settings)
-        calls = {"step": p.step, "refresh": refresh}
+        calls = {"step": p.step, "refresh": refresh, "step after": p.step}
         if options.plain and case == "mean 0.1":
             calls["plain"] = Refresh(p, **settings, tolerance=0, steps=5)
-        times = clock.medians(calls, options.repeats)
+        times = clock.medians(calls, options.repeats, warm=0)
+        times["step"] = 0.5 * (times["step"] + times["step after"])
         row = {
             "model": f"{name} B{len(p.x)}",
             "structure": structure,

@@ -19,7 +19,8 @@ from ._parameters import NamedParameters, rescaled, widened
 from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
 from ._shared import SharedOptimizer
-from .curvature._quadratic_model import check_forward, normalised
+from .curvature._quadratic_model import normalised
+from .curvature._term import check_forward
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
 

@@ -13,7 +13,8 @@ from torch.func import functional_call
 
 from ._curvatures import Curvature, as_curvature
 from ._linearize import twice_differentiable
-from ._quadratic_model import _nonzero_rows, check_scale
+from ._quadratic_model import check_scale
+from ._term import nonzero_rows
 
 __all__ = ["exact_lqr_step"]
 
@@ -200,7 +201,7 @@ def _terminal_cost(
             (q,) = torch.autograd.grad(value, z, retain_graph=True)
         except RuntimeError as error:
             raise ValueError("loss: no gradient in the outputs it is called with") from error
-        rows = _nonzero_rows(value, [z])
+        rows = nonzero_rows(value, [z])
 
     def objective(v: Tensor) -> Tensor:
         z = v.view_as(outputs)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["SwappedOps", "swapped_above"]
+__all__ = ["SwappedOps", "is_swapped", "swapped_above"]
 
 Values = tuple[Tensor | None, ...]
 
@@ -263,6 +263,11 @@ class SwappedOps(TorchFunctionMode):
         return _Apply.apply(op, *op.tensors)  # type: ignore[no-untyped-call]
 
 
+def is_swapped(node: Any) -> bool:
+    """Tell whether a node of a graph is one of the functions here."""
+    return isinstance(node, (_Apply._backward_cls, _Vjp._backward_cls))
+
+
 def swapped_above(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
     """Tell whether a swapped operation stands between the loss and the outputs.
 
@@ -275,7 +280,7 @@ def swapped_above(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, _Apply._backward_cls):
+        if is_swapped(node):
             return True
         pending.extend(parent for parent, _ in node.next_functions)
     return False
