@@ -1,0 +1,83 @@
+"""scikit-learn's handwritten digits (1,797 pictures of 8 x 8) with noise on the training labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLASSES", "TEST", "VALIDATION", "Dataset", "digits", "flip_labels", "generator"]
+
+CLASSES = 10
+TEST = 500  # pictures that no training and no search sees
+VALIDATION = 297  # of the other 1,297, when settings are searched
+PURPOSES = ("order", "noise", "initialisation", "refresh", "split")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pictures (n, 1, 8, 8) and labels (n,).
+
+    Attributes:
+        train_x: training pictures.
+        train_y: the labels to train on, some of them wrong.
+        true_y: the true labels of the training pictures.
+        test_x: pictures to evaluate on.
+        test_y: their true labels.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    true_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Return a generator of its own for each purpose, so that no use of one disturbs another."""
+    return torch.Generator().manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
+
+
+def digits(seed: int, *, noise: float = 0.4, validation: bool = False) -> Dataset:
+    """Load the digits, split them, and give a share of the training labels wrong values.
+
+    The 500 test pictures are the same for every seed. With ``validation`` they are left out: the
+    other 1,297 are split by the seed into 1,000 to train on and 297 to evaluate on.
+
+    Args:
+        seed: of the noise and of the validation split.
+        noise: share of training labels that are wrong, in [0, 1].
+        validation: evaluate on a part of the training pictures.
+    """
+    from sklearn.datasets import load_digits
+
+    pictures, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(pictures).float().view(-1, 1, 8, 8)
+    y = torch.from_numpy(labels).long()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    train, test = order[TEST:], order[:TEST]
+    if validation:
+        train = train[torch.randperm(len(train), generator=generator(seed, "split"))]
+        train, test = train[VALIDATION:], train[:VALIDATION]
+    mean, std = x[train].mean(), x[train].std()
+    x = (x - mean) / std
+    noisy = flip_labels(y[train], noise, generator(seed, "noise"))
+    return Dataset(x[train], noisy, y[train], x[test], y[test])
+
+
+def flip_labels(labels: Tensor, share: float, noise: torch.Generator) -> Tensor:
+    """Return labels of which round(share n), drawn at random, are wrong: uniform over the others.
+
+    Args:
+        labels: (n,) true labels in 0 .. 9.
+        share: in [0, 1]; the exact share of wrong labels, up to rounding.
+        noise: where the draws come from.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
+    chosen = torch.randperm(len(labels), generator=noise)[: round(share * len(labels))]
+    away = torch.randint(1, CLASSES, (len(chosen),), generator=noise)
+    flipped = labels.clone()
+    flipped[chosen] = (labels[chosen] + away) % CLASSES
+    return flipped

@@ -1,0 +1,176 @@
+"""The search that found the demo's settings: ``python -m llqr_lab.search_demo``.
+
+Every method gets the same budget: a Latin hypercube of configurations in its space, and successive
+halving over rungs, each of which runs the best so far on further seeds. What counts is the mean
+accuracy after the last epoch on validation pictures; the demo's test pictures and seeds are not
+looked at. Methods share draws: configuration i of LLQR+SAM has the learning rate, the weight decay
+and the rho of configuration i of SAM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .environment import environment
+from .methods import METHODS
+from .runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH, Run, available_workers, run, run_all
+
+__all__ = ["FIRST_SEED", "RUNGS", "SETTINGS_FILE", "SPACES", "configurations", "main", "search"]
+
+SETTINGS_FILE = Path(__file__).parent / "settings" / "demo.json"
+FIRST_SEED = 1000  # the demo's seeds are 0, 1, ...
+RUNGS = ((30, 1), (8, 2), (4, 4))  # (configurations, new seeds for each)
+
+Space = dict[str, dict[str, list[Any]]]
+SGD: Space = {"lr": {"log": [0.01, 0.5]}, "weight_decay": {"log": [1e-4, 3e-2]}}
+ADAMW: Space = {"lr": {"log": [3e-4, 3e-2]}, "weight_decay": {"log": [1e-3, 1.0]}}
+RHO: Space = {"rho": {"log": [0.03, 0.5]}}
+DECAY: Space = {"decay": {"choice": [0.6, 0.9, 0.95]}}
+LEARNED: Space = {
+    "structure": {"choice": ["diagonal", "kfac", "e-kfac"]},
+    "inner_lr": {"choice": [0.01, 0.1, 1.0, 10.0]},
+    "ema": {"choice": [0.0, 0.5, 0.9]},
+    "every": {"choice": [10, 30, 100]},
+    "graft": {"choice": [False, True]},
+}
+SPACES: dict[str, Space] = {
+    "SGDM": SGD,
+    "AdamW": ADAMW,
+    "LLQR": SGD | LEARNED,
+    "SAM": SGD | RHO,
+    "FriendlySAM": SGD | RHO | DECAY,
+    "LLQR+SAM": SGD | RHO | LEARNED,
+    "LLQR+FriendlySAM": SGD | RHO | DECAY | LEARNED,
+}
+
+
+def configurations(space: Space, count: int) -> list[dict[str, Any]]:
+    """Return a Latin hypercube: each hyperparameter visits ``count`` equal shares of its range."""
+    columns = {}
+    for key, values in space.items():
+        draw = random.Random(f"{key}/{count}")
+        strata = draw.sample(range(count), count)
+        columns[key] = [_value(values, (stratum + draw.random()) / count) for stratum in strata]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _value(values: dict[str, list[Any]], u: float) -> Any:
+    if "choice" in values:
+        return values["choice"][int(u * len(values["choice"]))]
+    low, high = map(math.log, values["log"])
+    return float(f"{math.exp(low + u * (high - low)):.3g}")
+
+
+def _trial(task: Run) -> dict[str, Any]:
+    """Run; a failure is a result, and the worst."""
+    try:
+        history = run(task)
+    except (RuntimeError, ValueError) as error:
+        return {"accuracy": 0.0, "error": f"{type(error).__name__}: {error}"}
+    found = {"accuracy": round(history.test_accuracy[-1], 3)}
+    if history.reports:
+        refused = sum(not r.accepted for r in history.reports)
+        found["change"] = float(f"{statistics.median(r.change for r in history.reports):.3g}")
+        found["refused"] = round(refused / len(history.reports), 3)
+    return found
+
+
+def search(
+    methods: Sequence[str], rungs: Sequence[tuple[int, int]], epochs: int, workers: int
+) -> dict[str, Any]:
+    """Search all methods and return everything that was tried, the best settings first."""
+    began = time.perf_counter()
+    trials: dict[str, list[dict[str, Any]]] = {
+        name: [{"settings": s, "runs": []} for s in configurations(SPACES[name], rungs[0][0])]
+        for name in methods
+    }
+    seed = FIRST_SEED
+    for number, (count, new) in enumerate(rungs, 1):
+        chosen = [(name, trial) for name in methods for trial in trials[name][:count]]
+        tasks = [
+            Run(name, trial["settings"], seed + k, epochs, validation=True)
+            for name, trial in chosen
+            for k in range(new)
+        ]
+        results = iter(run_all(_trial, tasks, workers, f"rung {number} of {len(rungs)}"))
+        for _, trial in chosen:
+            trial["runs"] += [{"seed": seed + k, **next(results)} for k in range(new)]
+            trial["accuracy"] = round(statistics.fmean(r["accuracy"] for r in trial["runs"]), 3)
+        # Those that went further stay in front; sorting is stable.
+        for name in methods:
+            trials[name][:count] = sorted(trials[name][:count], key=lambda t: -t["accuracy"])
+        seed += new
+    runs = sum(count * new for count, new in rungs)
+    return {
+        "search": {
+            "command": "python -m llqr_lab.search_demo",
+            "rungs": [{"configurations": c, "seeds": s} for c, s in rungs],
+            "runs_a_method": runs,
+            "seeds": [FIRST_SEED, seed - 1],
+            "epochs": epochs,
+            "batch": BATCH,
+            "refresh_batch": REFRESH_BATCH,
+            "noise": NOISE,
+            "seconds": round(time.perf_counter() - began, 1),
+            "workers": workers,
+        },
+        "environment": environment(),
+        "methods": {
+            name: {
+                "settings": trials[name][0]["settings"],
+                "validation_accuracy": trials[name][0]["accuracy"],
+                "space": SPACES[name],
+                "trials": trials[name],
+            }
+            for name in methods
+        },
+    }
+
+
+def _rungs(text: str) -> list[tuple[int, int]]:
+    pairs = [tuple(map(int, part.split("x"))) for part in text.split(",")]
+    if any(len(p) != 2 or min(p) < 1 for p in pairs) or pairs != sorted(pairs, key=lambda p: -p[0]):
+        raise argparse.ArgumentTypeError("expected falling counts such as 30x1,8x2,4x4")
+    return [(a, b) for a, b in pairs]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search and write the settings file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llqr_lab.search_demo",
+        description=(__doc__ or "").split("\n\n", 1)[1],
+    )
+    parser.add_argument(
+        "--out", type=Path, default=SETTINGS_FILE, help="JSON to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rungs",
+        type=_rungs,
+        default=list(RUNGS),
+        help="configurations x new seeds, rung by rung (default: "
+        + ",".join(f"{c}x{s}" for c, s in RUNGS)
+        + "); 100x2,20x4,5x10 is a larger search",
+    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=available_workers(), help="processes")
+    arguments = parser.parse_args(argv)
+    found = search(list(METHODS), arguments.rungs, arguments.epochs, arguments.workers)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    for name, entry in found["methods"].items():
+        print(f"{name:18} {entry['validation_accuracy']:6.2f} %  {entry['settings']}")
+    print(f"{found['search']['seconds']} s; written to {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
