@@ -17,12 +17,12 @@ T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def add_out(parser: argparse.ArgumentParser) -> None:
+def add_out(parser: argparse.ArgumentParser, default: Path = Path("outputs")) -> None:
     """Add the option --out, the folder that results are written to (made if it is not there)."""
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("outputs"),
+        default=default,
         metavar="DIR",
         help="folder to write to (default: %(default)s)",
     )

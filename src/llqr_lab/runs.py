@@ -17,7 +17,7 @@ from .methods import build
 from .models.small_cnn import small_cnn
 from .train import History, train
 
-__all__ = ["BATCH", "EPOCHS", "NOISE", "REFRESH_BATCH", "Run", "available_workers", "run", "run_all"]
+__all__ = ["Run", "available_workers", "run", "run_all"]
 
 EPOCHS, BATCH, REFRESH_BATCH, NOISE = 30, 128, 256, 0.4
 Task = TypeVar("Task")

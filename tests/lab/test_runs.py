@@ -1,0 +1,87 @@
+"""Runs of the demo's experiment: the same noise, weights and batches for every method."""
+
+import pytest
+import torch
+
+import llqr
+from llqr_lab.methods import METHODS, build
+from llqr_lab.models.small_cnn import small_cnn
+from llqr_lab.runs import Run, run, run_all
+
+SETTINGS = {
+    "lr": 0.05,
+    "weight_decay": 1e-3,
+    "rho": 0.1,
+    "decay": 0.9,
+    "structure": "kfac",
+    "inner_lr": 0.1,
+    "ema": 0.5,
+    "every": 5,
+    "graft": False,
+}
+
+
+def curve(name, **changes):
+    history = run(Run(name, SETTINGS | changes, seed=0, epochs=2))
+    return history.loss, history.test_accuracy
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_made_of_what_its_name_says(name):
+    optimizer = build(name, small_cnn(), SETTINGS)
+    base = torch.optim.AdamW if name == "AdamW" else torch.optim.SGD
+    probe = llqr.FriendlySAM if "FriendlySAM" in name else llqr.SAM if "SAM" in name else None
+    assert type(optimizer.base) is base
+    assert type(optimizer.perturbation) is (probe or type(None))
+    assert isinstance(optimizer.geometry, llqr.LLQR) == ("LLQR" in name)
+    assert optimizer.transport
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 1e-3)
+    if probe is not None:
+        assert optimizer.perturbation.rho == 0.1
+    if optimizer.geometry is not None:
+        assert optimizer.geometry.settings["lr"] == 0.1
+
+
+def test_refreshes_disturb_nothing():
+    """With U the identity LLQR is SGDM bit for bit: same noise, weights, batches."""
+    assert curve("LLQR", structure="identity") == curve("SGDM")
+
+
+def test_no_probe_is_sgdm():
+    assert curve("SAM", rho=0.0) == curve("SGDM")
+
+
+def test_a_run_repeats_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    first = curve("LLQR+SAM")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert curve("LLQR+SAM") == first
+
+
+def test_the_history_has_what_the_demo_shows():
+    history = run(Run("LLQR", SETTINGS, seed=1, epochs=2))
+    assert len(history.loss) == len(history.test_accuracy) == 2
+    assert [r.step for r in history.reports] == [0, 5, 10, 15, 20]
+    assert len(history.spectra) == 5 and set(history.spectra[0]) == {
+        "conv1",
+        "conv2",
+        "conv3",
+        "head",
+    }
+    for report, spectrum in zip(history.reports, history.spectra, strict=True):
+        # The report's eigenvalues are estimates from inside the interval.
+        low, high = min(a for a, _ in spectrum.values()), max(b for _, b in spectrum.values())
+        assert low <= report.eigenvalue_min * 1.001
+        assert high >= report.eigenvalue_max * 0.999
+    assert 0 < history.train_accuracy < 100 and history.skipped_steps == 0
+
+
+@pytest.mark.slow
+def test_processes_change_nothing():
+    tasks = [Run("SGDM", SETTINGS, 0, 1), Run("LLQR+SAM", SETTINGS, 0, 1)]
+    alone, together = (run_all(run, tasks, workers, "test") for workers in (1, 2))
+    assert [h.test_accuracy for h in alone] == [h.test_accuracy for h in together]
+    assert [h.loss for h in alone] == [h.loss for h in together]
+    assert [h.spectra for h in alone] == [h.spectra for h in together]
