@@ -4,18 +4,17 @@ Defaults but for ``every``: 10 instead of 500, so that a run of 330 steps refres
 and probe are those of the demo's SAM.
 """
 
+import argparse
 import json
-import sys
 import warnings
 
 import torch
+from common import arguments, show
 
 import llqr
 from llqr_lab.data.digits import digits, generator
-from llqr_lab.environment import environment
 from llqr_lab.methods import build
 from llqr_lab.models.small_cnn import small_cnn
-from llqr_lab.output import table_lines
 from llqr_lab.runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH
 from llqr_lab.search_demo import SETTINGS_FILE
 from llqr_lab.train import train
@@ -59,24 +58,27 @@ def reports_of(geometry: dict[str, str], seed: int) -> list[llqr.RefreshReport]:
     return history.reports
 
 
-def main(seeds: int) -> None:
+def main(options: argparse.Namespace) -> None:
     """Print the table."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     rows = []
-    for name, geometry in GEOMETRIES.items():
-        reports = [r for seed in range(seeds) for r in reports_of(geometry, seed)]
-        refused = [r for r in reports if not r.accepted]
+    for name in options.geometries:
+        runs = [reports_of(GEOMETRIES[name], seed) for seed in range(options.seeds)]
+        reports = [report for run in runs for report in run]
+        refused = [report for report in reports if not report.accepted]
         rows.append(
             {
                 "geometry": name,
                 "refreshes": len(reports),
-                "accepted %": 100 * (1 - len(refused) / len(reports)),
+                "accepted": f"{1 - len(refused) / len(reports):.1%}",
                 "reasons": ", ".join(sorted({str(r.reason) for r in refused})) or "-",
             }
         )
-    print("\n".join(table_lines(rows)))
-    print(environment())
+    show(f"Refreshes accepted, defaults and every=10, {options.seeds} seeds", rows, options)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    parser = arguments(__doc__, geometries=list(GEOMETRIES))
+    parser.set_defaults(device="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    main(parser.parse_args())
