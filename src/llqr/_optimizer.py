@@ -22,6 +22,7 @@ from ._shared import SharedOptimizer
 from .curvature._quadratic_model import normalised
 from .curvature._term import check_forward
 from .distributed import Ranks
+from .distributed._sharded import local
 from .geometry import Geometry, RefreshReport
 
 __all__ = ["Optimizer"]
@@ -136,6 +137,11 @@ class Optimizer(SharedOptimizer):
         self.ranks, self.sync = Ranks(model, process_group), sync
         self._parameters = NamedParameters(base, model)
         self._bind()
+        if not sync and (self.ranks.sharded or (geometry is not None and geometry.shared)):
+            raise ValueError(
+                "sync: False (each process probes with its own gradient) needs whole gradients and "
+                "U in every process; with fully_shard or LLQR(shard=True), leave sync=True"
+            )
         self._passes = Passes(self, buffers, replay_rng)
 
     def _bind(self) -> None:
@@ -223,7 +229,7 @@ class Optimizer(SharedOptimizer):
         """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
         if any(bool(group["lr"] != 0) for group in self.param_groups):
             return False
-        return not any(bool(g.any()) for g in gradients.values())
+        return self.ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
     def _update(self, gradients: dict[str, Tensor]) -> None:
         if self.geometry is None or not self.transport:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._perturbations import squares, total
+from .distributed._sharded import check_sharding
 from .geometry._layers import layers_of, unwrap
 
 __all__ = ["NamedParameters", "rescaled", "widened"]
@@ -54,6 +56,7 @@ class NamedParameters:
                 raise ValueError(f"base: parameter {name!r} is {kind}, which is not supported")
             if not parameter.is_floating_point():
                 raise ValueError(f"base: parameter {name!r} has dtype {parameter.dtype}")
+        check_sharding(inner, self.named)
         layers, _ = layers_of(inner)
         self.layers = {name: layers[name] for name in self.named}
         self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
@@ -85,9 +88,6 @@ def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rescaled(moved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``moved`` with the global norm of ``like``."""
-    old, new = (
-        torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gs.values()]))
-        for gs in (like, moved)
-    )
+    old, new = (total(squares(gs, gs)).sqrt() for gs in (like, moved))
     factor = old / new.clamp(min=torch.finfo(torch.float64).tiny)
     return {n: (g * factor).to(g.dtype) for n, g in moved.items()}

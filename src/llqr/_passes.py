@@ -13,6 +13,7 @@ from torch import Tensor
 from ._checks import at
 from ._module_state import Buffers, RandomState
 from ._parameters import widened
+from .distributed._sharded import reshard
 
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
@@ -181,6 +182,7 @@ class Passes:
         self._away = [(named[n], named[n].detach().clone()) for n in eps]
         for name, e in eps.items():
             named[name].add_(e.to(named[name].dtype))
+        reshard(self._optimizer.model)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -188,6 +190,8 @@ class Passes:
         away, self._away = self._away, []
         for p, value in away:
             p.copy_(value)
+        if away:
+            reshard(self._optimizer.model)
 
     def undo(self) -> None:
         """Put the buffers back to the start of the skipped step."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import Schedule, check_choice, check_integer, check_number
+from .distributed._sharded import local, summed
 
 __all__ = ["ASAM", "FisherSAM", "FriendlySAM", "Perturbation", "SAM"]
 
@@ -310,8 +311,8 @@ class FriendlySAM(SAM):
 
 
 def squares(a: Tensors, b: Tensors) -> dict[str, Tensor]:
-    """Return the inner product of each pair of tensors."""
-    return {n: torch.dot(_wide(a[n]), _wide(b[n])) for n in b}
+    """Return the inner product of each pair of tensors (of sharded ones, over all processes)."""
+    return summed({n: torch.dot(_wide(local(a[n])), _wide(local(b[n]))) for n in b}, like=b)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -326,4 +327,4 @@ def total(scalars: Mapping[str, Tensor]) -> Tensor:
 
 def _not_positive(q: Tensor, v: Tensors) -> bool:
     """Tell whether the squared norm q of v fails to be positive although v is not zero."""
-    return not float(q) > 0 and any(bool(x.any()) for x in v.values())
+    return not float(q) > 0 and float(total(squares(v, v))) > 0

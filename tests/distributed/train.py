@@ -2,8 +2,8 @@
 
     train.py FOLDER [WHERE STEP]
 
-WHERE is "second pass" or "product" (of a refresh): the last process kills itself there, at that step.
-At the end the first process writes weights and optimizer state to FOLDER/final.pt.
+WHERE is "second pass" or "product" (of a refresh): the last process kills itself there, at STEP. At
+the end the first process writes weights and optimizer state to FOLDER/final.pt.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def test_capacity_follows_memory() -> None:
     inner = Inner(LINEAR["diagonal"])
     layout = inner.blocks.layout
     assert basis_capacity(layout, 50) == 50
-    layout.numel = 10**8  # a hundred million parameters in float64: 1.6 GB a pair
+    layout.width = 10**8  # a hundred million parameters in float64: 1.6 GB a pair
     assert basis_capacity(layout, 50) == 8
     layout.numel = 10**7
     assert basis_capacity(layout, 50) == 13

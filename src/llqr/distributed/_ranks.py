@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from ._sharded import is_sharded, local
+
 __all__ = ["Ranks"]
 
 
 class Ranks:
     """The processes of one data-parallel training; one process is the trivial case.
 
-    They are those of the DistributedDataParallel wrapper of the model; without one, those of
-    ``process_group``, by default all processes if torch.distributed is initialised.
+    They are those of the model's DistributedDataParallel wrapper or of the mesh that
+    ``fully_shard`` cut it for; without both, all if torch.distributed is initialised.
 
     Args:
         model: the network, wrapped or not.
@@ -28,7 +30,10 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
-        self._model, self._wrapper = model, _data_parallel(model)
+        self._wrapper = _data_parallel(model)
+        parameters = list(model.parameters())
+        self._sharded: Any = next((p for p in parameters if is_sharded(p)), None)
+        self._first = next(iter(parameters), torch.empty(0))
         self._given = process_group
 
     @property
@@ -36,7 +41,14 @@ class Ranks:
         """The process group; None is the default one."""
         if self._given is None and self._wrapper is not None:
             return self._wrapper.process_group  # type: ignore[no-any-return]
+        if self._given is None and self._sharded is not None:
+            return self._sharded.device_mesh.get_group()  # type: ignore[no-any-return]
         return self._given
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ``fully_shard`` has cut the model's parameters into rows."""
+        return self._sharded is not None
 
     @property
     def size(self) -> int:
@@ -51,9 +63,9 @@ class Ranks:
         return 0 if self.size == 1 else dist.get_rank(self.group)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """Where the model is, and so where the group can send from."""
-        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        return self._first.device
 
     # -- numbers -------------------------------------------------------------------------------
 
@@ -67,6 +79,12 @@ class Ranks:
         """Average a tensor over the processes, in place; all of them get the same bits."""
         return self.sum_(tensor).div_(self.size) if self.size > 1 else tensor
 
+    def join(self, part: Tensor, width: int) -> Tensor:
+        """Return the vectors of all processes, each padded to ``width``, one behind the other."""
+        padded = part.new_zeros(width)
+        padded[: part.numel()] = part
+        return self.stack(padded).view(-1)
+
     def stack(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all processes, stacked in their order."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -75,18 +93,21 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over the processes."""
-        whole = torch.tensor(value, dtype=torch.float64, device=self._device)
+        whole = torch.tensor(value, dtype=torch.float64, device=self.device)
         return float(self.sum_(whole))
 
     def range(self, value: float) -> tuple[float, float]:
         """Return the least and the greatest of a number (infinite where one is not finite)."""
         # A reduction may lose a NaN, but not an infinity.
-        ends = [-value, value] if math.isfinite(value) else [math.inf, math.inf]
-        if self.size > 1:
-            both = torch.tensor(ends, dtype=torch.float64, device=self._device)
+        ends = (value, value) if math.isfinite(value) else (-math.inf, math.inf)
+        return ends if self.size == 1 else self.ranges([ends])[0]
+
+    def ranges(self, ends: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Return the least of the first and the greatest of the second numbers."""
+        both = torch.tensor([(-a, b) for a, b in ends], dtype=torch.float64, device=self.device)
+        if self.size > 1 and ends:
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
-            ends = both.tolist()
-        return -ends[0], ends[1]
+        return [(-a, b) for a, b in both.tolist()]
 
     # -- decisions -----------------------------------------------------------------------------
 
@@ -103,6 +124,7 @@ class Ranks:
                 are not.
         """
         low, high = self.range(_largest(tensors))
+        equal = equal and not self.sharded
         if equal and low != high and math.isfinite(high):
             raise RuntimeError(
                 f"the gradients of this step differ between the {self.size} processes (largest "
@@ -115,7 +137,7 @@ class Ranks:
 
     def check_replicas(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise where the processes hold different parameters."""
-        if self.size == 1:
+        if self.size == 1 or self.sharded:
             return
         norms = torch._foreach_norm([p.detach().double() for p in parameters.values()])
         low, high = self.range(float(torch.stack(norms).sum()))
@@ -195,7 +217,7 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
-    filled = [t for t in tensors.values() if t.numel()]
+    filled = [t for t in map(local, tensors.values()) if t.numel()]
     if not filled:
         return 0.0
     norms = torch._foreach_norm(filled, ord=float("inf"))

@@ -36,7 +36,10 @@ class Geometry:
         >>> _ = optimizer.minimize(lambda: model(torch.ones(1, 2)).sum())
     """
 
+    #: The processes that train together (set by the optimizer), and whether each needs the others
+    #: to apply U, which then must be applied to the same gradient in all.
     ranks: Ranks
+    shared = False
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Meet the model and the parameters to precondition (called by the optimizer).
@@ -136,6 +139,8 @@ class FixedGeometry(Geometry):
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Check U against the parameters."""
         super().bind(model, parameters)
+        if self.ranks.sharded:
+            raise ValueError("geometry: FixedGeometry has no form for parameters of fully_shard")
         if isinstance(self.U, Tensor):
             n = sum(p.numel() for p in self.parameters.values())
             if tuple(self.U.shape) != (n, n):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ._layers import Layout
+from ._pieces import ELEMENTWISE, Group
 from ._structures import Bounds, Diagonal, EKfac, State, Structure, make_structure
 
 __all__ = ["BlockDiagonal", "States"]
 
 States = list[State]
 Exported = dict[str, dict[str, Tensor]]
+Span = tuple[int, int] | None
 
 
 class BlockDiagonal:
@@ -25,11 +28,16 @@ class BlockDiagonal:
         self.parts: list[Structure] = [
             make_structure(group, learned=learned, square=square) for group in layout.groups
         ]
+        # Of all processes, since all must take the same way.
+        self._linear = all(
+            make_structure(Group(*kind), learned=learned, square=square).linear
+            for kind in layout.kinds
+        )
 
     @property
     def linear(self) -> bool:
         """True when U is linear in its trainable entries."""
-        return all(part.linear for part in self.parts)
+        return self._linear
 
     def identity(self, device: torch.device) -> States:
         """Return the states at which U is the identity."""
@@ -122,6 +130,26 @@ class BlockDiagonal:
             leaf for part, e in zip(self.parts, entries, strict=True) for leaf in part.leaves(e)
         ]
 
+    def leaf_norms(self, entries: States) -> list[Tensor]:
+        """Return the norm of each leaf, whole also where processes share it."""
+        leaves = self.leaves(entries)
+        norms = list(torch._foreach_norm(leaves)) if leaves else []
+        ranks = self.layout.ranks
+        if ranks is None:
+            return norms
+        shared, start = [], 0
+        for part, e in zip(self.parts, entries, strict=True):
+            if part.group.structure in ELEMENTWISE:
+                shared += [(start + i, block.leaf) for i, block in enumerate(part.group.blocks)]
+            start += len(part.leaves(e))
+        squares = torch.zeros(self.layout.leaves, dtype=torch.float64, device=ranks.device)
+        for i, leaf in shared:
+            squares[leaf] = norms[i].double().square()
+        ranks.sum_(squares)
+        for i, leaf in shared:
+            norms[i] = squares[leaf].sqrt().to(norms[i].dtype)
+        return norms
+
     def extremes(self, states: States, exact: bool) -> dict[str, tuple[float, float]]:
         """Return the smallest and largest eigenvalue of each layer."""
         spectrum: dict[str, tuple[float, float]] = {}
@@ -130,7 +158,7 @@ class BlockDiagonal:
             for block, low, high in zip(part.group.blocks, lows, highs, strict=True):
                 a, b = spectrum.get(block.layer, (low, high))
                 spectrum[block.layer] = (min(a, low), max(b, high))
-        return spectrum
+        return self.layout.widest(spectrum)
 
     def export(self, states: States) -> Exported:
         """Return the states per parameter: {name: {key: tensor}} (views, canonical order).
@@ -141,6 +169,28 @@ class BlockDiagonal:
         exported: Exported = {name: {} for name in self.layout.structures}
         self._walk(states, lambda names, key, view, _: exported[names[0]].update({key: view}))
         return exported
+
+    def gather(self, states: States, template: Exported) -> Exported:
+        """Return the states of all processes, whole, in new tensors like those of the template.
+
+        Args:
+            states: this process's share.
+            template: what :meth:`export` gives where nothing is shared out.
+        """
+        ranks = self.layout.ranks
+        assert ranks is not None
+        whole: Exported = {
+            name: {key: torch.zeros_like(v, device=ranks.device) for key, v in entries.items()}
+            for name, entries in template.items()
+        }
+        self._walk(
+            states,
+            lambda names, key, view, span: _part(whole[names[0]][key], span).copy_(view),
+        )
+        for entries in whole.values():
+            for value in entries.values():
+                ranks.sum_(value)
+        return whole
 
     def load(
         self,
@@ -158,35 +208,47 @@ class BlockDiagonal:
         wrong: list[str] = []
         left = {(name, key) for name, entries in exported.items() for key in entries}
 
-        def copy(names: list[str], key: str, view: Tensor, shape: tuple[int, ...]) -> None:
+        def copy(names: list[str], key: str, view: Tensor, span: Span) -> None:
             left.discard((names[0], key))
             value = exported.get(names[0], {}).get(key)
             if value is None:
                 if not all(name in optional for name in names):
                     wrong.append(f"{names[0]}: no {key!r}")
-            elif tuple(value.shape) != shape:
+            elif span is None and value.shape != view.shape:
                 wrong.append(
-                    f"{names[0]}: {key!r} has shape {tuple(value.shape)}, expected {shape}"
+                    f"{names[0]}: {key!r} has shape {tuple(value.shape)}, "
+                    f"expected {tuple(view.shape)}"
                 )
             else:
-                view.copy_(value)
+                view.copy_(_part(value, span))
 
         self._walk(states, copy)
         return wrong + [f"{name}: {key!r} is not known here" for name, key in sorted(left)]
 
     def _walk(
-        self, states: States, visit: Callable[[list[str], str, Tensor, tuple[int, ...]], object]
+        self, states: States, visit: Callable[[list[str], str, Tensor, Span], object]
     ) -> None:
-        """Visit (parameters of the block, the owner first; key; view of the state; shape)."""
+        """Visit (parameters of the block, the owner first; key; view of the state; its span).
+
+        The span is the run of the parameter's entries that this process holds; None: all.
+        """
         for part, state in zip(self.parts, states, strict=True):
             for block, entries in zip(part.group.blocks, part.blockwise(state), strict=True):
                 if part.group.structure in ("diagonal", "vector"):
                     ends = list(accumulate(piece.numel for piece in block.pieces))
                     for piece, end in zip(block.pieces, ends, strict=True):
                         shape = self.layout.views[piece.name].shape
-                        run = entries["U"][end - piece.numel : end].view(shape)
-                        visit([piece.name], "U", run, shape)
+                        run = entries["U"][end - piece.numel : end]
+                        if piece.numel == math.prod(shape):
+                            visit([piece.name], "U", run.view(shape), None)
+                        else:
+                            visit([piece.name], "U", run, piece.columns)
                     continue
                 names = [piece.name for piece in block.pieces]
                 for key, value in entries.items():
-                    visit(names, f"{key}.{block.number}", value, tuple(value.shape))
+                    visit(names, f"{key}.{block.number}", value, None)
+
+
+def _part(tensor: Tensor, span: Span) -> Tensor:
+    """Return the run of a tensor's entries that a process holds."""
+    return tensor if span is None else tensor.reshape(-1)[slice(*span)]

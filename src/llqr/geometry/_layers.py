@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, groupby
+from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Block", "Group", "Layout", "Piece", "layers_of", "matrix_shape", "unwrap"]
+from ..distributed import Ranks
+from ..distributed._sharded import is_sharded, local, rows_of, sharded_like
+from ._pieces import ELEMENTWISE, Block, Group, Piece, Plan, View, grouped
+from ._shares import share_out
+
+__all__ = ["Layout", "layers_of", "matrix_shape", "unwrap"]
 
 STRUCTURES = ("identity", "scalar", "diagonal", "diag-kfac", "kfac", "e-kfac", "dense")
 KRONECKER = ("diag-kfac", "kfac", "e-kfac")
@@ -73,123 +79,6 @@ def matrix_shape(shape: Sequence[int], transposed: bool = False) -> tuple[int, i
     return shape[0], math.prod(shape[1:])
 
 
-@dataclass(frozen=True)
-class View:
-    """How one parameter is read as a matrix, and a matrix written back as the parameter."""
-
-    shape: tuple[int, ...]
-    matrix: tuple[int, int] | None
-    transposed: bool = False
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """Return the matrix view (a copy only where strides force one)."""
-        assert self.matrix is not None
-        return (tensor.transpose(0, 1) if self.transposed else tensor).reshape(self.matrix)
-
-    def write(self, matrix: Tensor) -> Tensor:
-        """Return ``matrix`` shaped like the parameter, sharing its memory."""
-        if not self.transposed:
-            return matrix.reshape(self.shape)
-        swapped = (self.shape[1], self.shape[0], *self.shape[2:])
-        return matrix.reshape(swapped).transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of one parameter: a rectangle of its matrix view, or a run of its flat entries."""
-
-    name: str
-    rows: tuple[int, int] | None
-    columns: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The extent of the piece: (m, n) for a rectangle, (n,) for a run."""
-        n = self.columns[1] - self.columns[0]
-        return (n,) if self.rows is None else (self.rows[1] - self.rows[0], n)
-
-    @property
-    def numel(self) -> int:
-        """The number of entries."""
-        return math.prod(self.shape)
-
-    def of(self, tensor: Tensor, view: View) -> Tensor:
-        """Cut the piece out of a tensor shaped like the parameter."""
-        a, b = self.columns
-        if self.rows is None:
-            return tensor.reshape(-1)[a:b]
-        return view.read(tensor)[self.rows[0] : self.rows[1], a:b]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One diagonal block of U: the pieces that it acts on, in the order of its flat vector.
-
-    ``number`` counts the blocks that start in the same parameter. It names the block in exported
-    states, and so depends on nothing but the parameters of its layer.
-    """
-
-    layer: str
-    pieces: tuple[Piece, ...]
-    number: int = 0
-
-    @property
-    def numel(self) -> int:
-        """The number of gradient entries that the block acts on."""
-        return sum(piece.numel for piece in self.pieces)
-
-
-@dataclass
-class Group:
-    """Blocks of one structure, held together in one contiguous run of the flat vector.
-
-    Kronecker and dense blocks of a group have one ``shape`` and are a (count, *shape) view;
-    elementwise, scalar and identity blocks are of any length and stay one flat run. "vector" is
-    the elementwise structure of a 1-D parameter in a Kronecker layer.
-    """
-
-    structure: str
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype
-    blocks: list[Block] = field(default_factory=list)
-    start: int = 0
-
-    @property
-    def numel(self) -> int:
-        """The number of gradient entries of the group."""
-        return sum(block.numel for block in self.blocks)
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of gradient entries of each block."""
-        return [block.numel for block in self.blocks]
-
-    @property
-    def runs(self) -> list[tuple[int, int]]:
-        """The blocks as runs of equal length: (blocks, length) in order."""
-        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
-
-    def places(self) -> list[tuple[Piece, int]]:
-        """The pieces of all blocks, each with where it starts in the group."""
-        pieces = [piece for block in self.blocks for piece in block.pieces]
-        starts = accumulate((piece.numel for piece in pieces), initial=0)
-        return list(zip(pieces, starts, strict=False))
-
-    def matrices(self, part: Tensor) -> list[Tensor]:
-        """Return the group's part of a flat vector as (blocks, length) views, one a run."""
-        sizes = [count * length for count, length in self.runs]
-        pieces = torch.split(part.reshape(-1), sizes)
-        return [p.view(run) for p, run in zip(pieces, self.runs, strict=True)]
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return the group's part of a flat vector, without a copy."""
-        return self.shaped(flat[self.start : self.start + self.numel])
-
-    def shaped(self, part: Tensor) -> Tensor:
-        """Return the group's own flat vector as a batch of blocks, or as it is."""
-        return part if self.shape is None else part.view(len(self.blocks), *self.shape)
-
-
 StructureOf = Callable[[str, Tensor], str]
 
 
@@ -203,6 +92,8 @@ class Layout:
             "scalar", "diagonal" and "dense", which act on whole layers.
         block_size: largest side of a Kronecker or dense block; wider ones are cut. None: whole.
         transposed: names whose matrix view puts the second dimension first.
+        ranks: processes that share the blocks out: the flat vectors of each hold its share alone,
+            and ``dot`` and ``gram`` add up all of them. None: every process holds everything.
     """
 
     def __init__(
@@ -212,8 +103,9 @@ class Layout:
         structure_of: StructureOf,
         block_size: int | None,
         transposed: set[str] | frozenset[str] = frozenset(),
+        ranks: Ranks | None = None,
     ) -> None:
-        self.block_size = block_size
+        self.block_size, self.ranks = block_size, ranks
         self.structures: dict[str, str] = {}
         self.views = {
             name: View(
@@ -237,23 +129,42 @@ class Layout:
                 )
             self.structures[name] = structure
             members.setdefault((layers[name], structure), []).append(name)
-        groups: dict[tuple[str, tuple[int, ...] | None, torch.dtype], Group] = {}
+        plans: list[Plan] = []
         numbers = {name: count() for name in parameters}
         for (layer, structure), names in members.items():
             for kind, shape, block in self._blocks(layer, structure, names):
-                block = replace(block, number=next(numbers[block.pieces[0].name]))
+                number = next(numbers[block.pieces[0].name])
+                block = replace(block, number=number, leaf=len(plans))
                 dtype = max((self._dtypes[p.name] for p in block.pieces), key=lambda t: t.itemsize)
-                key = (kind, shape, dtype)
-                groups.setdefault(key, Group(kind, shape, dtype)).blocks.append(block)
-        self.groups = list(groups.values())
+                plans.append(Plan(kind, shape, dtype, block))
+        self.layers = list(dict.fromkeys(plan.block.layer for plan in plans))
+        self.kinds = list(dict.fromkeys(plan[:3] for plan in plans))
+        self.leaves = len(plans)
+        self._shared_out(plans, parameters)
+
+    def _shared_out(self, plans: list[Plan], parameters: Mapping[str, Tensor]) -> None:
+        """Give every block its place: of this process in its flat vector, of all in the joined."""
+        size, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
+        spans = {name: _spans(p, size) for name, p in parameters.items()}
+        shares = [plans]
+        if self.ranks is not None:
+            shares = share_out(plans, size, lambda name, r: spans[name][r])
+        held = [grouped(share) for share in shares]
+        self.groups: list[Group] = held[rank]
         self._runs = [run for group in self.groups for run in group.runs]
-        self.numel = 0
-        self._of_parameter: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
-        for group in self.groups:
-            group.start = self.numel
-            for piece, offset in group.places():
-                self._of_parameter[piece.name].append((piece, group.start + offset))
-            self.numel += group.numel
+        sizes = [sum(group.numel for group in groups) for groups in held]
+        #: Of this process's share, and of the longest one; in the joined vector each takes as much.
+        self.numel, self.width = sizes[rank], max(sizes)
+        self._own: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
+        self._all: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
+        for number, groups in enumerate(held):
+            for group in groups:
+                for piece, offset in group.places():
+                    start = group.start + offset
+                    self._all[piece.name].append((piece, number * self.width + start))
+                    if number == rank:
+                        self._own[piece.name].append((piece, start))
+        self._own_leaves = [block.leaf for group in self.groups for block in group.blocks]
 
     def _blocks(
         self, layer: str, structure: str, names: list[str]
@@ -285,10 +196,44 @@ class Layout:
 
     def pack(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """Gather tensors shaped like the parameters into a new flat vector (missing ones: 0)."""
+        return self._fill(self.numel, self._own, tensors)
+
+    def pack_all(self, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Gather them for all processes: the padded vectors of each, one behind the other."""
+        if self.ranks is None:
+            return self.pack(tensors)
+        return self._fill(self.width * self.ranks.size, self._all, tensors)
+
+    def own(self, joined: Tensor) -> Tensor:
+        """Return this process's flat vector out of the joined one."""
+        if self.ranks is None:
+            return joined
+        start = self.ranks.rank * self.width
+        return joined[start : start + self.numel].clone()
+
+    def _fill(
+        self,
+        numel: int,
+        places: Mapping[str, list[tuple[Piece, int]]],
+        tensors: Mapping[str, Tensor | None],
+    ) -> Tensor:
         device = next((t.device for t in tensors.values() if t is not None), torch.device("cpu"))
-        flat = torch.empty(self.numel, dtype=self.dtype, device=device)
-        for group in self.groups:
-            self.gather(group, tensors, flat[group.start : group.start + group.numel])
+        make = torch.empty if self.ranks is None else torch.zeros
+        flat = make(numel, dtype=self.dtype, device=device)
+        targets, sources = [], []
+        for name, pieces in places.items():
+            tensor = tensors.get(name)
+            parts = [(p, flat[start : start + p.numel].view(p.shape)) for p, start in pieces]
+            if tensor is None:
+                for _, target in parts:
+                    target.zero_()
+            elif is_sharded(tensor):
+                self._fill_from_shards(name, tensor, parts)
+            else:
+                targets += [target for _, target in parts]
+                sources += [piece.of(tensor, self.views[name]) for piece, _ in parts]
+        if targets:
+            torch._foreach_copy_(targets, sources)
         return flat
 
     def gather(self, group: Group, tensors: Mapping[str, Tensor | None], out: Tensor) -> None:
@@ -304,13 +249,55 @@ class Layout:
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def _fill_from_shards(
+        self, name: str, tensor: Any, parts: Sequence[tuple[Piece, Tensor]]
+    ) -> None:
+        """Copy from a sharded tensor: its own rows, or all of them, one parameter at a time."""
+        if self._elementwise(name):
+            for _, target in parts:
+                target.copy_(local(tensor).reshape(-1))
+            return
+        whole = tensor.full_tensor()
+        for piece, target in parts:
+            target.copy_(piece.of(whole, self.views[name]))
+
+    def _elementwise(self, name: str) -> bool:
+        structure = self.structures[name]
+        return structure in ELEMENTWISE or (
+            structure in KRONECKER and self.views[name].matrix is None
+        )
+
     def unpack(self, flat: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return tensors shaped like the parameters; they may share the memory of ``flat``."""
-        places = self._of_parameter
+        joined = flat if self.ranks is None else self.ranks.join(flat, self.width)
+        places = self._all
         return {
-            name: self.join(name, [flat[a : a + piece.numel] for piece, a in places[name]], flat)
+            name: self.join(name, [joined[a : a + piece.numel] for piece, a in places[name]], flat)
             for name in (places if names is None else names)
         }
+
+    def unpack_like(self, flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors shaped like the parameters, sharded as those of ``like`` are."""
+        if not any(is_sharded(t) for t in like.values()):
+            return self.unpack(flat, list(like))
+        return {name: self._into_shards(name, flat, tensor) for name, tensor in like.items()}
+
+    def _into_shards(self, name: str, flat: Tensor, like: Tensor) -> Tensor:
+        """Return one parameter's part of the flat vectors, as rows in each process."""
+        assert self.ranks is not None
+        parts = [(p, flat[start : start + p.numel].view(p.shape)) for p, start in self._own[name]]
+        if self._elementwise(name):
+            return sharded_like(parts[0][1] if parts else flat[:0], like)
+        view = self.views[name]
+        kronecker = self.structures[name] in KRONECKER
+        whole = flat.new_zeros(view.matrix if kronecker and view.matrix else math.prod(view.shape))
+        for piece, part in parts:
+            columns = slice(*piece.columns)
+            whole[columns if piece.rows is None else (slice(*piece.rows), columns)] = part
+        self.ranks.sum_(whole)
+        full = view.write(whole) if kronecker else whole.view(view.shape)
+        first, last = rows_of(view.shape, self.ranks.rank, self.ranks.size)
+        return sharded_like(full[first:last], like)
 
     def join(self, name: str, parts: Sequence[Tensor], like: Tensor) -> Tensor:
         """Put a parameter together from its pieces, flat and in the order of the layout."""
@@ -332,21 +319,33 @@ class Layout:
 
     def pieces(self, name: str) -> list[Piece]:
         """Return the pieces that a parameter was cut into."""
-        return [piece for piece, _ in self._of_parameter[name]]
+        return [piece for piece, _ in self._all[name]]
 
-    @property
-    def leaves(self) -> int:
-        """The number of blocks."""
-        return sum(count for count, _ in self._runs)
+    # -- numbers of the whole, where the vectors are a share -------------------------------------
 
-    @staticmethod
-    def dot(a: Tensor, b: Tensor) -> Tensor:
+    def sum(self, x: Tensor) -> Tensor:
+        """Add up over the processes that share the blocks out (in place)."""
+        return x if self.ranks is None else self.ranks.sum_(x)
+
+    def all(self, good: bool) -> bool:
+        """Tell whether something holds in every process."""
+        return good if self.ranks is None else self.ranks.all(good)
+
+    def widest(self, spectrum: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """Return the smallest and largest eigenvalues of each layer in any process."""
+        if self.ranks is None:
+            return spectrum
+        nothing = (math.inf, -math.inf)
+        ends = [spectrum.get(layer, nothing) for layer in self.layers]
+        return dict(zip(self.layers, self.ranks.ranges(ends), strict=True))
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the inner product of two flat vectors, or of a matrix's rows with one."""
-        return torch.matmul(a, b)
+        return self.sum(torch.matmul(a, b))
 
     def gram(self, rows: Tensor, b: Tensor) -> Tensor:
-        """Return each block's share of the inner products of (k, P) rows with b: (blocks, k)."""
-        parts, start = [], 0
+        """Return each leaf's share of the inner products of (k, P) rows with b: (leaves, k)."""
+        parts, start = [rows.new_zeros(0, len(rows))], 0
         for many, length in self._runs:
             stop = start + many * length
             a, v = rows[:, start:stop], b[start:stop]
@@ -356,10 +355,20 @@ class Layout:
                 a = a.view(len(rows), many, length).transpose(0, 1)
                 parts.append(torch.bmm(a, v.view(many, length, 1))[:, :, 0])
             start = stop
-        return torch.cat(parts)
+        return self.per_leaf(torch.cat(parts))
+
+    def per_leaf(self, values: Tensor) -> Tensor:
+        """Add up the values of this process's blocks over all that share a leaf."""
+        if self.ranks is None:
+            return values
+        whole = values.new_zeros(self.leaves, *values.shape[1:])
+        whole[self._own_leaves] = values
+        return self.ranks.sum_(whole)
 
     def combine(self, coefficients: Tensor, rows: Tensor, out: Tensor) -> None:
-        """Add to ``out`` the rows with coefficients of each block, (blocks, k) and (k, P)."""
+        """Add to ``out`` the rows with coefficients of each leaf, (leaves, k) and (k, P)."""
+        if self.ranks is not None:
+            coefficients = coefficients[self._own_leaves]
         first = start = 0
         for many, length in self._runs:
             stop, last = start + many * length, first + many
@@ -370,6 +379,16 @@ class Layout:
                 a = a.view(len(rows), many, length).transpose(0, 1)
                 v.view(many, 1, length).baddbmm_(c[:, None, :], a)
             start, first = stop, last
+
+
+def _spans(parameter: Tensor, size: int) -> list[tuple[int, int]]:
+    """Return the run of flat entries of each process: its rows where the parameter is sharded."""
+    shape, numel = tuple(parameter.shape), parameter.numel()
+    if numel and is_sharded(parameter):
+        inner = numel // shape[0]
+        rows = [rows_of(shape, rank, size) for rank in range(size)]
+        return [(a * inner, b * inner) for a, b in rows]
+    return [rows_of((numel,), rank, size) for rank in range(size)]
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:

@@ -6,6 +6,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .._checks import Schedule
 from ..curvature import Curvature, as_curvature, quadratic_model
+from ..distributed._sharded import whole_parameters
 from ._base import Geometry, Gradients
 from ._blocks import BlockDiagonal
 from ._layers import Layout, layers_of, unwrap
@@ -70,6 +72,9 @@ class LLQR(Geometry):
         start: first optimizer step before which a refresh is due.
         max_failures: refused refreshes in a row that are tolerated; one more raises.
         renew_every: accepted refreshes between new bases (``bases="gradient"``).
+        shard: with several processes, each keeps and applies its share of U, so that memory falls
+            by their number and a gather comes with each application. Always so with
+            ``fully_shard``.
 
     Raises:
         ValueError: a value out of range; the message names argument and value.
@@ -107,6 +112,7 @@ class LLQR(Geometry):
         start: int = 0,
         max_failures: int = 3,
         renew_every: int = 5,
+        shard: bool = False,
     ) -> None:
         settings: dict[str, Any] = {
             "every": every,
@@ -126,6 +132,7 @@ class LLQR(Geometry):
             "start": start,
             "max_failures": max_failures,
             "renew_every": renew_every,
+            "shard": shard,
         }
         check_structure(structure)
         check_settings(**settings)
@@ -172,13 +179,18 @@ class LLQR(Geometry):
             )
         layers, transposed = layers_of(unwrap(model))
         structure = self.structure
-        self.layout = Layout(
+        self.shared = self.ranks.sharded or (self.settings["shard"] and self.ranks.size > 1)
+        if self.shared and self.settings["solver"] == "lbfgs":
+            raise ValueError("solver: 'lbfgs' needs all of U in one process, but U is shared out")
+        whole = partial(
+            Layout,
             self.parameters,
             layers,
             structure if callable(structure) else lambda name, parameter: str(structure),
             self.settings["block_size"],
             transposed,
         )
+        self.layout = whole(ranks=self.ranks) if self.shared else whole()
         square = self.settings["constraint"] == "square"
         others = set(self.layout.structures.values()) - {"e-kfac", "identity"}
         if square and others:
@@ -188,6 +200,10 @@ class LLQR(Geometry):
             )
         learned = self.settings["bases"] == "learned"
         self._blocks = BlockDiagonal(self.layout, learned=learned, square=square)
+        # What is stored where nothing is shared out, without memory for it.
+        self._whole = self._blocks
+        if self.shared:
+            self._whole = BlockDiagonal(whole(), learned=learned, square=square)
         self._states = self._blocks.identity(next(iter(devices), torch.device("cpu")))
         if kept:
             self._blocks.load(self._states, kept, optional=self.parameters)
@@ -204,7 +220,11 @@ class LLQR(Geometry):
         for g in gradients.values():
             self._follow(g.device)
             break
-        result = self._blocks.transform(self._states, gradients)
+        if self.shared:
+            moved = self._blocks.apply(self._states, self.layout.pack(gradients))
+            result = self.layout.unpack_like(moved, gradients)
+        else:
+            result = self._blocks.transform(self._states, gradients)
         return {name: result[name].to(g.dtype) for name, g in gradients.items()}
 
     def _follow(self, device: torch.device) -> None:
@@ -218,12 +238,19 @@ class LLQR(Geometry):
         return self._blocks.extremes(self._states, exact=True)
 
     def numel(self) -> int:
-        """Return the number of stored scalars of U."""
+        """Return the number of stored scalars of U (of all processes)."""
         self._require_bound()
-        return sum(v.numel() for s in self._states for v in s.values())
+        return sum(v.numel() for entries in self._template().values() for v in entries.values())
+
+    def _template(self) -> dict[str, dict[str, Tensor]]:
+        """Return what :meth:`state` returns, without memory."""
+        return self._whole.export(self._whole.identity(torch.device("meta")))
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: of U ("preconditioner"), and at most of a refresh beside its graph."""
+        """Return bytes in this process: of U ("preconditioner"), and at most of a refresh.
+
+        The refresh's ("refresh") are those beside its graph.
+        """
         self._require_bound()
         own = sum(v.numel() * v.element_size() for s in self._states for v in s.values())
         vector = self.layout.numel * self.layout.dtype.itemsize
@@ -235,14 +262,14 @@ class LLQR(Geometry):
     def summary(self) -> str:
         """Return a table: which parameter got which structure, blocks and stored scalars."""
         self._require_bound()
-        stored = {n: sum(v.numel() for v in e.values()) for n, e in self.state().items()}
+        stored = {n: sum(v.numel() for v in e.values()) for n, e in self._template().items()}
         rows = [("parameter", "shape", "structure", "blocks", "stored")]
         for name, parameter in self.parameters.items():
             view, structure = self.layout.views[name], self.layout.structures[name]
             if view.matrix is None and structure.endswith("kfac"):
                 structure = "diagonal"
             shape = "x".join(map(str, parameter.shape)) or "scalar"
-            pieces = len(self.layout.pieces(name))
+            pieces = len(self._whole.layout.pieces(name))
             rows.append((name, shape, structure, str(pieces), f"{stored[name]:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -280,11 +307,11 @@ class LLQR(Geometry):
         """
         self._require_bound()
         began = time.perf_counter()
-        parameters, scale = list(self.parameters.values()), self.settings["scale"]
+        scale = self.settings["scale"]
         self.ranks.check_replicas(self.parameters)
-        with self.ranks.together("refresh"):
+        with self.ranks.together("refresh"), whole_parameters(self.model, self.parameters) as own:
             model = quadratic_model(
-                forwards, parameters, self.curvature, scale=scale, weights=weights
+                forwards, own.values(), self.curvature, scale=scale, weights=weights
             )
         if scale == "sum":  # over the joined batch
             model.scale = self.ranks.sum(model.scale)
@@ -337,8 +364,13 @@ class LLQR(Geometry):
     # -- checkpoints --------------------------------------------------------------------------
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Return U per parameter: elementwise "U" in its shape, blocks as "A.0", "B.0", ..."""
+        """Return U per parameter: elementwise "U" in its shape, blocks as "A.0", "B.0", ...
+
+        It is whole in every process; where U is shared out, all must call this together.
+        """
         self._require_bound()
+        if self.shared:
+            return self._blocks.gather(self._states, self._template())
         return self._blocks.export(self._states)
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -350,12 +382,14 @@ class LLQR(Geometry):
         self._require_bound()
         states = [{k: v.clone() for k, v in s.items()} for s in self._states]
         frozen = {n for n, p in self.parameters.items() if not p.requires_grad}
-        wrong = self._blocks.load(states, state, optional=frozen)
+        meta = self._whole.identity(torch.device("meta"))
+        wrong = self._whole.load(meta, state, optional=frozen)
         if wrong:
             raise ValueError(
                 f"state: does not fit this geometry ({self.structure!r}, block_size "
                 f"{self.settings['block_size']}): {'; '.join(wrong[:3])}"
             )
+        self._blocks.load(states, state)
         self._states = states
 
     def counters(self) -> dict[str, int]:

@@ -44,8 +44,8 @@ class FlatModel:
         self.gradient = self._pack(model.gradient)
 
     def _pack(self, values: Sequence[Tensor]) -> Tensor:
-        flat = self._layout.pack(dict(zip(self._names, values, strict=True)))
-        return flat if self._ranks is None else self._ranks.mean_(flat)
+        joined = self._layout.pack_all(dict(zip(self._names, values, strict=True)))
+        return self._layout.own(joined if self._ranks is None else self._ranks.mean_(joined))
 
     def product(self, d: Tensor) -> Tensor:
         """Return C d."""
@@ -68,7 +68,8 @@ class Outcome:
         """Return the report, for the states that were kept."""
         g = flat.gradient
         ug = blocks.apply(kept, g)
-        norm, length, change = (float(v.norm()) for v in (g, ug, ug - g))
+        dot = blocks.layout.dot
+        norm, length, change = (float(dot(v, v).sqrt()) for v in (g, ug, ug - g))
         spectrum = blocks.extremes(kept, exact=False).values()
         return RefreshReport(
             step=step,
@@ -79,7 +80,7 @@ class Outcome:
             gradient_norm=norm,
             ratio=_quotient(length, norm),
             change=_quotient(change, norm),
-            cosine=_quotient(float(blocks.layout.dot(g, ug)), norm * length),
+            cosine=_quotient(float(dot(g, ug)), norm * length),
             eigenvalue_min=min((low for low, _ in spectrum), default=1.0),
             eigenvalue_max=max((high for _, high in spectrum), default=1.0),
             products=flat.model.products,
@@ -106,7 +107,7 @@ def relearn(
         number: how many refreshes were accepted, for the renewal of bases.
     """
     g, damping, positive = flat.gradient, settings["damping"], settings["constraint"] == "positive"
-    if not bool(torch.isfinite(g).all()):
+    if not blocks.layout.all(bool(torch.isfinite(g).all())):
         return Outcome(old, NAN, NAN, "the gradient is not finite")
     exact = Objective(blocks, g, flat.product, damping)
     start = _renew_bases(blocks, old, g, settings, number)
@@ -119,7 +120,8 @@ def relearn(
     )
     solved, first = _solve(exact, start, options, settings["tolerance"])
     before = float(first) if start is old else float(exact.value(old))
-    if not all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values()):
+    finite = all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values())
+    if not blocks.layout.all(finite):
         return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
     if positive:
         solved = blocks.project(solved, settings["bounds"])
@@ -151,7 +153,7 @@ def _solve(
 
 def basis_capacity(layout: Layout, steps: int) -> int:
     """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8."""
-    pair = 2 * layout.numel * layout.dtype.itemsize
+    pair = 2 * layout.width * layout.dtype.itemsize
     return min(steps, max(8, BASIS_BYTES // max(pair, 1)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._checks import Schedule, at, check_choice, check_integer, check_number
+from .._checks import Schedule, at, check_choice, check_flags, check_integer, check_number
 from ..curvature._quadratic_model import check_scale
 from ._layers import STRUCTURES
 from ._solver import SOLVERS
@@ -60,11 +60,13 @@ def check_settings(
     start: int,
     max_failures: int,
     renew_every: int,
+    shard: bool,
 ) -> None:
     """Refuse values out of range, naming the argument and the value."""
     for name, value in {"every": every, "lr": lr, "ema": ema}.items():
         check_number(name, value, **SCHEDULED[name], schedule=True)
     check_integer("steps", steps, low=1)
+    check_flags(shard=shard)
     check_number("momentum", momentum, low=0, high=1)
     if clip is not None:
         check_number("clip", clip, low=0, open_low=True)

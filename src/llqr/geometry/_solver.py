@@ -88,7 +88,7 @@ def solve(objective: Objective, states: States, options: SolverOptions) -> tuple
 
     def closure() -> Tensor:
         value, gradient = objective.value_and_gradient(states)
-        clip_(blocks.leaves(gradient), options.clip)
+        clip_(blocks, gradient, options.clip)
         entries = [
             g[k] for g, part in zip(gradient, blocks.parts, strict=True) for k in part.trainable
         ]
@@ -97,9 +97,11 @@ def solve(objective: Objective, states: States, options: SolverOptions) -> tuple
         values.append(value)
         return value
 
-    if not names:
+    if set(blocks.layout.structures.values()) == {"identity"}:
         return states, objective.value(states)
-    optimizer = SOLVERS[options.solver]([s[k] for s, k in names], options)
+    # A process may hold no block; the others need it for the products.
+    free = [s[k] for s, k in names] or [torch.empty(0)]
+    optimizer = SOLVERS[options.solver](free, options)
     for _ in range(1 if options.solver == "lbfgs" else options.steps):
         optimizer.step(closure)  # type: ignore[arg-type]  # LBFGS takes a tensor
     for state, key in names:
@@ -107,10 +109,10 @@ def solve(objective: Objective, states: States, options: SolverOptions) -> tuple
     return states, values[0]
 
 
-def clip_(leaves: list[Tensor], clip: float | None) -> None:
+def clip_(blocks: BlockDiagonal, gradient: States, clip: float | None) -> None:
     """Scale each leaf to norm at most ``clip``, in place: g c / max(c, |g|)."""
-    if clip is None or not leaves:
+    if clip is None:
         return
-    norms = torch._foreach_norm(leaves)
-    factors = [clip / norm.clamp(min=clip) for norm in norms]
-    torch._foreach_mul_(leaves, factors)
+    factors = [clip / norm.clamp(min=clip) for norm in blocks.leaf_norms(gradient)]
+    if factors:
+        torch._foreach_mul_(blocks.leaves(gradient), factors)

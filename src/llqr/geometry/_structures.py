@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._layers import Group
+from ._pieces import Group
 from ._spectra import clip_eigenvalues, extreme_eigenvalues, operator_extremes, polar
 
 __all__ = ["State", "Structure", "make_structure"]

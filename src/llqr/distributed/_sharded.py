@@ -1,0 +1,161 @@
+"""Parameters that ``fully_shard`` (FSDP2) has cut into rows: reading them, and making them whole.
+
+A process holds its rows of every parameter, as a DTensor. Nothing here imports DTensor or FSDP
+before a model uses them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = [
+    "check_sharding",
+    "fsdp_modules",
+    "is_sharded",
+    "local",
+    "reshard",
+    "rows_of",
+    "sharded_like",
+    "summed",
+    "whole_parameters",
+]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Tell whether a tensor is a DTensor, of which this process holds a part."""
+    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's rows of a sharded tensor, and any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def rows_of(shape: tuple[int, ...], rank: int, size: int) -> tuple[int, int]:
+    """Return the rows that ``fully_shard`` gives to a process: chunks of ceil(n / size)."""
+    step = -(-shape[0] // size)
+    return min(rank * step, shape[0]), min((rank + 1) * step, shape[0])
+
+
+def sharded_like(rows: Tensor, like: Any) -> Tensor:
+    """Return a DTensor placed like ``like`` with these rows in this process."""
+    return type(like.detach()).from_local(  # type: ignore[no-any-return]
+        rows.reshape(like.to_local().shape),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def summed(scalars: dict[str, Tensor], like: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Add up over the processes what each computed from its rows of sharded tensors."""
+    names = [n for n in scalars if is_sharded(like[n])]
+    if not names:
+        return scalars
+    whole = torch.stack([scalars[n] for n in names])
+    dist.all_reduce(whole, group=like[names[0]].device_mesh.get_group())
+    return {**scalars, **dict(zip(names, whole.unbind(), strict=True))}
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop gathered weights, which may be older than the sharded ones."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def check_sharding(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Refuse what is sharded in another way than by ``fully_shard`` over one mesh dimension."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            "model: FullyShardedDataParallel flattens the parameters, so that layers are lost; "
+            "use torch.distributed.fsdp.fully_shard"
+        )
+    sharded = {n: p for n, p in parameters.items() if is_sharded(p)}
+    for name, p in sharded.items():
+        placed = [str(placement) for placement in p.placements]
+        if p.device_mesh.ndim != 1 or placed not in (["S(0)"], ["Shard(dim=0)"]):
+            raise ValueError(
+                f"model: parameter {name!r} is a DTensor placed {p.placements} on a mesh of "
+                f"{p.device_mesh.ndim} dimensions; only the rows of fully_shard over one mesh "
+                "dimension are supported"
+            )
+    if sharded and not fsdp_modules(model):
+        raise ValueError(
+            f"model: parameter {next(iter(sharded))!r} is a DTensor, but fully_shard was not "
+            "called on the model; other parallel styles are not supported"
+        )
+    if sharded and len(sharded) < len(parameters):
+        name = next(n for n in parameters if n not in sharded)
+        raise ValueError(
+            f"model: parameter {name!r} is not sharded, but others are; call fully_shard on the "
+            "whole model too"
+        )
+
+
+@contextmanager
+def whole_parameters(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Swap whole parameters into a sharded model, as leaves, and keep its FSDP hooks from acting.
+
+    Yields:
+        The parameters by name, whole: for a model that is not sharded, the parameters themselves.
+    """
+    if not any(is_sharded(p) for p in parameters.values()):
+        yield dict(parameters)
+        return
+    whole: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        fsdp = fsdp_modules(model)
+        for module in model.modules():
+            if not _suspend_hooks(module, stack) and module in fsdp:
+                raise RuntimeError(
+                    f"fully_shard of torch {torch.__version__} has no hooks that can be suspended"
+                )
+            for name, p in module._parameters.items():
+                if p is None or not is_sharded(p):
+                    continue
+                if id(p) not in whole:  # tied weights stay one leaf
+                    full = p.detach().full_tensor()  # type: ignore[attr-defined]
+                    whole[id(p)] = full.requires_grad_(p.requires_grad)
+                stack.callback(module._parameters.__setitem__, name, p)
+                module._parameters[name] = whole[id(p)]  # type: ignore[assignment]
+        yield {name: whole.get(id(p), p) for name, p in parameters.items()}
+
+
+def _suspend_hooks(module: nn.Module, stack: ExitStack) -> bool:
+    """Take FSDP's forward hooks out of a module, and put them back in order at the end."""
+    found = False
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        kept = dict(hooks)
+        ours = [key for key, hook in kept.items() if _is_fsdp(hook)]
+        for key in ours:
+            del hooks[key]
+        if ours:
+            stack.callback(hooks.update, kept)
+            stack.callback(hooks.clear)  # callbacks run last first
+            found = True
+    return found
+
+
+def _is_fsdp(hook: Any) -> bool:
+    while hook is not None:
+        if type(getattr(hook, "__self__", None)).__name__ == "FSDPState":
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
