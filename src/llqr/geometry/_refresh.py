@@ -147,7 +147,9 @@ def _solve(
         return solve_reduced(objective, start, options, tolerance, capacity)
     product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.layout.dot)
     recycled = Objective(blocks, g, product, objective.damping)
-    way = solve_buffered if options.solver in REDUCIBLE else solve
+    # Leaves that processes share are clipped by what all of them have: the literal loop knows how.
+    buffered = options.solver in REDUCIBLE and blocks.layout.ranks is None
+    way = solve_buffered if buffered else solve
     return way(recycled, start, options)
 
 
