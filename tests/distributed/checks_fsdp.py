@@ -84,7 +84,7 @@ def plain(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def against_one_process(base="SGD", way="minimize", steps=5, tied=False, tolerance=1e-10, **make):
+def against_one_process(base="SGD", way="minimize", steps=3, tied=False, tolerance=1e-10, **make):
     whole = problem(tied=tied)
     joined = one_process(whole, base=BASES[base], **{k: f() for k, f in make.items()})
     optimizer, half = sharded(problem(tied=tied), base, **{k: f() for k, f in make.items()})
@@ -96,7 +96,7 @@ def against_one_process(base="SGD", way="minimize", steps=5, tied=False, toleran
 
 def check_every_geometry_and_perturbation():
     for geometry, perturbation in itertools.product(GEOMETRIES, PERTURBATIONS):
-        if geometry in ("none", "kfac") or perturbation == "SAM":
+        if geometry == "kfac" or perturbation == "SAM":
             tolerance = 1e-6 if geometry == "e-kfac-gradient" else 1e-10
             optimizer, joined, *_ = against_one_process(
                 geometry=GEOMETRIES[geometry],
@@ -137,7 +137,7 @@ def check_the_displacement():
 
 
 def check_every_way_in():
-    for way, base in itertools.product(WAYS, BASES):
+    for way, base in zip(WAYS, ["SGD", "AdamW"] * 2, strict=True):
         against_one_process(
             base, way, geometry=lambda: llqr_of("kfac", every=100), perturbation=llqr.SAM
         )
@@ -276,7 +276,7 @@ def check_mixed_precision():
 
 def check_checkpoints():
     """Saved by two processes with sharded parameters; loaded by two, by one, and without FSDP."""
-    for base, geometry in itertools.product(BASES, ("diagonal", "kfac", "e-kfac")):
+    for base, geometry in (("SGD", "diagonal"), ("AdamW", "kfac"), ("AdamW", "e-kfac")):
 
         def options(geometry=geometry):
             return {"geometry": llqr_of(geometry), "perturbation": llqr.FriendlySAM(0.1)}

@@ -51,8 +51,8 @@ def check_every_structure_against_one_process():
         optimizer, share = data_parallel(
             make(), geometry=shared(structure, **settings), **{k: f() for k, f in options.items()}
         )
-        train(joined, whole, 5)
-        train(optimizer, share, 5)
+        train(joined, whole, 3)
+        train(optimizer, share, 3)
         tolerance = 1e-6 if structure == "e-kfac-gradient" else 1e-10
         near(parameters(share.model), parameters(whole.model), tolerance)
         all_equal(optimizer)
@@ -113,7 +113,7 @@ def check_one_checkpoint_for_all_forms():
                 mlp(), geometry=shared(structure, shard=shard), perturbation=llqr.FriendlySAM(0.1)
             )
 
-        for saved, loaded in itertools.product((True, False), (True, False)):
+        for saved, loaded in ((True, True), (True, False), (False, True)):
             optimizer, share = make(saved)
             train(optimizer, share, 3)
             state = through_file(optimizer.state_dict())

@@ -222,5 +222,5 @@ def test_capacity_follows_memory() -> None:
     assert basis_capacity(layout, 50) == 50
     layout.width = 10**8  # a hundred million parameters in float64: 1.6 GB a pair
     assert basis_capacity(layout, 50) == 8
-    layout.numel = 10**7
+    layout.width = 10**7
     assert basis_capacity(layout, 50) == 13
