@@ -29,10 +29,11 @@ def beam_search(
 
     .. math:: s(y) = \frac{1}{|y|^{\alpha}} \sum_t \log p(y_t \mid y_{<t}, x)
 
-    where :math:`|y|` counts ``</s>``. The ``beam`` best unfinished prefixes are kept; a sentence is
-    done when ``beam`` of them have ended, and at the latest after ``factor`` times the length of
-    the source plus ``extra`` tokens, where every prefix must end (fairseq's rules, but that the
-    length of the source is the sentence's own, not the longest of its batch).
+    where :math:`|y|` counts ``</s>``. The ``beam`` best open prefixes are kept, and the ``beam``
+    best ended ones. A sentence is done when no open prefix has a better score than the worst of
+    ``beam`` ended ones (fairseq stops at the first ``beam``, which with few words ends on poor
+    ones), and at the latest after ``factor`` times the length of the source plus ``extra`` tokens,
+    where every prefix must end.
 
     Args:
         model: in evaluation mode.
@@ -56,6 +57,7 @@ def beam_search(
     scores = torch.full((count, beam), -torch.inf, device=device)
     scores[:, 0] = 0
     ended: list[list[tuple[float, list[int]]]] = [[] for _ in range(count)]
+    done = [False] * count
     for length in range(1, int(limits.max()) + 1):
         logits, cache = model.decode(tokens[:, -1:], cache, mask, start=length - 1)
         steps = _next(logits[:, -1], (limits <= length).repeat_interleave(beam))
@@ -66,16 +68,20 @@ def beam_search(
         parents, words = where // size, where % size
         ends = words == EOS
         for b, k in (ends[:, :beam] & best[:, :beam].isfinite()).nonzero().tolist():
-            if len(ended[b]) < beam:
+            if not done[b]:
                 prefix = tokens[b * beam + int(parents[b, k]), 1:].tolist()
                 ended[b].append((float(best[b, k]) / length**penalty, prefix))
-        if all(len(ends) >= beam for ends in ended):
-            break
         scores, kept = best.masked_fill(ends, -torch.inf).topk(beam)
+        for b, hope in enumerate((scores[:, 0] / length**penalty).tolist()):
+            ended[b] = sorted(ended[b], reverse=True)[:beam]
+            full = len(ended[b]) == beam and ended[b][-1][0] >= hope
+            done[b] = done[b] or full or hope == -torch.inf
+        if all(done):
+            break
         rows = (first + parents.gather(1, kept)).flatten()
         tokens = torch.cat([tokens[rows], words.gather(1, kept).view(-1, 1)], dim=1)
         cache = _chosen(cache, rows)
-    return [max(ends, key=lambda end: end[0])[1] for ends in ended]
+    return [best_first[0][1] for best_first in ended]
 
 
 def _next(logits: Tensor, last: Tensor) -> Tensor:

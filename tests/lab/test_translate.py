@@ -48,12 +48,13 @@ def slow_search(model: Translator, source: Tensor, beam: int, limit: int) -> lis
                     candidates.append((total + value, prefix, word))
         candidates.sort(key=lambda c: -c[0])
         for total, prefix, word in candidates[:beam]:
-            if word == EOS and len(ended) < beam:
+            if word == EOS:
                 ended.append((total / length, prefix))
-        if len(ended) >= beam:
-            break
+        ended = sorted(ended, reverse=True)[:beam]
         open_ = [(total, [*prefix, w]) for total, prefix, w in candidates if w != EOS][:beam]
-    return max(ended)[1]
+        if not open_ or (len(ended) == beam and ended[-1][0] >= open_[0][0] / length):
+            break
+    return ended[0][1]
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5])
@@ -79,6 +80,26 @@ def test_every_translation_ends():
     model = tiny()
     found = beam_search(model, SOURCE, beam=2, factor=0, extra=1)
     assert found == [[], [], []]
+
+
+def test_a_trained_model_says_what_it_was_taught():
+    torch.manual_seed(0)
+    pairs = [("a b c", "d d"), ("c b", "b a c d"), ("d", "a"), ("b b d a", "c c a")]
+    words = Words(["a b c d"])
+    sentences = Sentences(pairs, words, words)
+    size = len(words)
+    model = Translator(size, size, width=16, hidden=32, heads=2, layers=1, dropout=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    batch = sentences.batch(range(len(pairs)))
+    for _ in range(60):
+        optimizer.zero_grad()
+        logits = model(batch.source, batch.prefix)
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.target.flatten(), ignore_index=PAD
+        ).backward()
+        optimizer.step()
+    assert token_error(model(batch.source, batch.prefix), batch.target) == (0, 14)
+    assert translate(model, sentences, words) == [target for _, target in pairs]
 
 
 def test_translate_keeps_the_order_and_the_dropout_off():

@@ -64,7 +64,9 @@ IWSLT14 = Group(
         Setting("optimizer.buffers", "clean", ASSUMED, "the model has none"),
         Setting("report.metric", "best validation BLEU of all epochs", PAPER),
         Setting("report.bleu", "sacrebleu on detokenised text", RECIPE, FAIRSEQ),
-        Setting("report.beam", 5, RECIPE, FAIRSEQ),
+        Setting(
+            "report.beam", 5, RECIPE, f"{FAIRSEQ}; its search also stops at the first 5 that end"
+        ),
         Setting("report.length_penalty", 1.0, RECIPE, FAIRSEQ),
         Setting("report.max_length", "1.2 n + 10", RECIPE, FAIRSEQ),
         Setting("report.spread", "mean and standard deviation over seeds", PAPER),

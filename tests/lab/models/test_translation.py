@@ -102,6 +102,24 @@ def tiny() -> Translator:
     return Translator(11, 13, width=8, hidden=16, heads=2, layers=2).double().eval()
 
 
+def test_the_whole_is_its_parts():
+    model = tiny()
+    source, prefix = SOURCE[:1], PREFIX[:1]
+    x = 8**0.5 * model.embed_source.weight[source[0]] + positions(
+        0, 5, 8, model.embed_source.weight
+    )
+    y = 8**0.5 * model.embed_target.weight[prefix[0]] + positions(
+        0, 4, 8, model.embed_source.weight
+    )
+    x, y = x[None], y[None]
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    for layer in model.encoder:
+        x = layer(x, mask)
+    for layer in model.decoder:
+        y, _ = layer(y, layer.cross.keys_values(x), mask)
+    torch.testing.assert_close(model(source, prefix), y @ model.embed_target.weight.T)
+
+
 def test_padding_and_the_future_change_nothing():
     model = tiny()
     z = model(SOURCE, PREFIX)
