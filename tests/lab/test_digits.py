@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llqr_lab.data.digits import CLASSES, TEST, VALIDATION, digits, flip_labels, generator
+from llqr_lab.data.digits import CLASSES, TEST, VALIDATION, digits, generator
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -63,23 +63,6 @@ def unscaled(x, data):
     """Return integer pictures: 0 is the commonest value of the border, 16 the range."""
     low, high = data.train_x.min(), data.train_x.max()
     return ((x - low) * 16 / (high - low)).round().flatten(1).int().tolist()
-
-
-def test_wrong_labels_are_uniform_over_the_other_classes():
-    labels = torch.full((90_000,), 3)
-    flipped = flip_labels(labels, 1.0, torch.Generator().manual_seed(0))
-    counts = torch.bincount(flipped, minlength=CLASSES)
-    assert int(counts[3]) == 0
-    others = torch.cat([counts[:3], counts[4:]]).double()
-    # Chi-squared with 8 degrees of freedom: above 26.1 once in a thousand.
-    assert float(((others - 10_000).square() / 10_000).sum()) < 26.1
-
-
-def test_no_noise_and_bad_shares():
-    labels = torch.arange(10)
-    assert torch.equal(flip_labels(labels, 0.0, torch.Generator()), labels)
-    with pytest.raises(ValueError, match="share: expected a number in"):
-        flip_labels(labels, 1.1, torch.Generator())
 
 
 def test_purposes_draw_apart():

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CLASSES", "TEST", "VALIDATION", "Dataset", "digits", "flip_labels", "generator"]
+from .noise import flip_labels
+
+__all__ = ["CLASSES", "TEST", "VALIDATION", "Dataset", "digits", "generator"]
 
 CLASSES = 10
 TEST = 500  # pictures that no training and no search sees
@@ -62,22 +64,5 @@ def digits(seed: int, *, noise: float = 0.4, validation: bool = False) -> Datase
         train, test = train[VALIDATION:], train[:VALIDATION]
     mean, std = x[train].mean(), x[train].std()
     x = (x - mean) / std
-    noisy = flip_labels(y[train], noise, generator(seed, "noise"))
+    noisy = flip_labels(y[train], noise, CLASSES, generator(seed, "noise"))
     return Dataset(x[train], noisy, y[train], x[test], y[test])
-
-
-def flip_labels(labels: Tensor, share: float, noise: torch.Generator) -> Tensor:
-    """Return labels of which round(share n), drawn at random, are wrong: uniform over the others.
-
-    Args:
-        labels: (n,) true labels in 0 .. 9.
-        share: in [0, 1]; the exact share of wrong labels, up to rounding.
-        noise: where the draws come from.
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share: expected a number in [0, 1], got {share!r}")
-    chosen = torch.randperm(len(labels), generator=noise)[: round(share * len(labels))]
-    away = torch.randint(1, CLASSES, (len(chosen),), generator=noise)
-    flipped = labels.clone()
-    flipped[chosen] = (labels[chosen] + away) % CLASSES
-    return flipped
