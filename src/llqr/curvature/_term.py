@@ -19,7 +19,7 @@ from ._jacobian import (
     foreign,
     missing,
 )
-from ._linearize import twice_differentiable
+from ._linearize import ExactWeightNorm, twice_differentiable
 from ._swapped_ops import SwappedOps, swapped_above
 
 __all__ = ["Forward", "Term", "check_forward", "nonzero_rows"]
@@ -294,7 +294,8 @@ def _grad(
 def _run(forward: Forward, swapped: bool) -> tuple[Tensor, Any]:
     """Run the forward, with the operations whose second backward is cheap where they serve."""
     if not swapped:
-        return check_forward(forward())
+        with ExactWeightNorm():
+            return check_forward(forward())
     with SwappedOps():
         loss, outputs = check_forward(forward())
     return check_forward(forward()) if swapped_above(loss, _tensors(outputs)) else (loss, outputs)
