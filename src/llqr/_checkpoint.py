@@ -136,7 +136,8 @@ def _load_parts(
         if numbers:
             geometry.load_counters(numbers)
     optimizer._step = int(counters["step"])
-    optimizer.last_report = _report_of(counters)
+    report = _report_of(counters)
+    optimizer._reports[:] = [] if report is None else [report]
     for key in _skips(optimizer):
         setattr(optimizer, key, int(counters[key]))
 

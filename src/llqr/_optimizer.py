@@ -129,7 +129,9 @@ class Optimizer(SharedOptimizer):
         self.geometry, self.perturbation = geometry, perturbation
         self.transport, self.graft = transport, graft
         self.refresh_forward, self.refresh_autocast = refresh_forward, refresh_autocast
-        self.last_report: RefreshReport | None = None
+        # Lightning and Fabric wrap an optimizer in objects of a class derived from its own, that
+        # read its attributes but keep what is assigned: hence no assignment outside of step().
+        self._reports: list[RefreshReport] = []
         self.skipped_steps = self.skipped_probes = 0
         self._step = 0
         self._refresh_hooks: list[RefreshHook] = []
@@ -154,14 +156,14 @@ class Optimizer(SharedOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; their blocks of U start at the identity."""
-        groups, parameters = len(self.base.param_groups), self._parameters
+        groups = len(self.base.param_groups)
         self.base.add_param_group(param_group)
         try:
-            self._parameters = NamedParameters(self.base, self.model)
+            self._parameters.read()
             self._bind()
         except (TypeError, ValueError):
             del self.base.param_groups[groups:]
-            self._parameters = parameters
+            self._parameters.read()
             self._bind()
             raise
 
@@ -207,14 +209,19 @@ class Optimizer(SharedOptimizer):
                 with torch.enable_grad():
                     value = closure()
                 loss = value if loss is None else loss
+        self._advance()
+        return loss
+
+    def _advance(self) -> None:
+        """Update the parameters from the gradients that are there."""
         self._passes.close()
         gradients = self._parameters.gradients()
         if not gradients or self._idle(gradients):
             self.base.step()
-            return loss
+            return
         if not self.ranks.finite(gradients, equal=True):
             self._skip()
-            return loss
+            return
         self._warn_of_omissions()
         self._update(gradients)
         if self.perturbation is not None:
@@ -223,7 +230,6 @@ class Optimizer(SharedOptimizer):
             self.perturbation.commit()
         self._passes.forget()
         self._step += 1
-        return loss
 
     def _idle(self, gradients: Mapping[str, Tensor]) -> bool:
         """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
@@ -272,7 +278,7 @@ class Optimizer(SharedOptimizer):
         key = message[:40]
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
 
     def passes(self, scaler: Any = None) -> Iterator[int]:
         """Yield once, or twice when a perturbation is active; run forward and backward in the body.
@@ -398,7 +404,7 @@ class Optimizer(SharedOptimizer):
         precision = nullcontext() if self.refresh_autocast else autocast_off(device, self._notice)
         with undisturbed(self.model, device), precision, self.ranks.bypassed():
             report = self.geometry.refresh(forwards, step=self._step, weights=weights)
-        self.last_report = report
+        self._reports[:] = [report]
         for hook in list(self._refresh_hooks):
             hook(self, report)
         return report
@@ -408,6 +414,11 @@ class Optimizer(SharedOptimizer):
             "the forward's autocast is switched off during a refresh, since curvature products in "
             "low precision are wrong in the third digit; refresh_autocast=True leaves it on"
         )
+
+    @property
+    def last_report(self) -> RefreshReport | None:
+        """The report of the last refresh, if there was one."""
+        return self._reports[-1] if self._reports else None
 
     def refresh_if_due(
         self,

@@ -30,7 +30,12 @@ class NamedParameters:
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
-        inner = unwrap(model)
+        self._base, self._model = base, model
+        self.read()
+
+    def read(self) -> None:
+        """Take over the groups as they are now, or refuse them."""
+        base, inner = self._base, unwrap(self._model)
         groups: dict[int, int] = {}
         for index, group in enumerate(base.param_groups):
             for option, remedy in REFUSED_OPTIONS.items():
