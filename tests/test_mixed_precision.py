@@ -11,6 +11,7 @@ from byhand import length, sam_step
 from tables import BASES, FUSED, LEFT_OUT, NO_FOREACH, PERTURBATIONS
 from tiny import (
     SCALED_WAYS,
+    STRUCTURES,
     WAYS,
     Problem,
     everything,
@@ -112,6 +113,28 @@ def test_refresh_autocast_leaves_it_on():
     assert report.accepted
     assert report.J_before != exact.J_before
     assert report.J_before == pytest.approx(exact.J_before, rel=0.05)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("low", [BF16, F16])
+def test_u_acts_in_full_precision_within_autocast(low, structure):
+    """Manual loops in frameworks run passes and step under autocast: eps and U g stay float32."""
+    ends = []
+    for enabled in (True, False):
+        problem = mlp(F32)
+        optimizer = optimizer_of(
+            problem, geometry=llqr_of(structure), perturbation=llqr.SAM(0.3), graft=True
+        )
+        optimizer.refresh(problem)
+        problem.backward()
+        with torch.autocast("cpu", low, enabled=enabled):
+            with optimizer.perturbed():
+                there = weights(problem.model)
+                with torch.autocast("cpu", enabled=False):
+                    problem.backward()
+            optimizer.step()
+        ends.append((there, weights(problem.model)))
+    same(*ends)
 
 
 # -- float16 with a scaler -------------------------------------------------------------------------

@@ -241,9 +241,11 @@ class Optimizer(SharedOptimizer):
         if self.geometry is None or not self.transport:
             self.base.step()
             return
-        moved = self.geometry.apply(gradients)
-        if self.graft:
-            moved = rescaled(moved, gradients)
+        # A step may be taken within the caller's autocast.
+        with torch.autocast(self._parameters.device.type, enabled=False):
+            moved = self.geometry.apply(gradients)
+            if self.graft:
+                moved = rescaled(moved, gradients)
         named = self._parameters.named
         try:
             for name, value in moved.items():

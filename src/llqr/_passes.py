@@ -135,13 +135,15 @@ class Passes:
         chosen = {n: g for n, g in wide.items() if rho[n] > 0}
         if not chosen:
             return {}
-        eps = perturbation.displacement(
-            chosen,
-            opt._parameters.named,
-            rho,
-            dict if geometry is None else geometry.apply,
-            opt._parameters.layers,
-        )
+        # The passes may run within the caller's autocast.
+        with torch.autocast(opt._parameters.device.type, enabled=False):
+            eps = perturbation.displacement(
+                chosen,
+                opt._parameters.named,
+                rho,
+                dict if geometry is None else geometry.apply,
+                opt._parameters.layers,
+            )
         if eps is None:
             opt.skipped_probes += 1
             return {}

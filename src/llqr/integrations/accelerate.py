@@ -1,0 +1,59 @@
+"""Hugging Face Accelerate: the second pass of an accumulated step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..curvature._quadratic_model import check_forward
+from ._micro_batches import MicroBatches, unwrapped
+
+__all__ = ["TwoPasses"]
+
+
+class TwoPasses:
+    """Run the micro-batches of ``accelerator.accumulate``, and all of them again at the last.
+
+    Args:
+        accelerator: the accelerate.Accelerator.
+        optimizer: a llqr.Optimizer that ``accelerator.prepare`` returned.
+
+    In place of ``accelerator.backward(loss)``, in the usual loop::
+
+        two_passes = TwoPasses(accelerator, optimizer)
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                loss = two_passes.backward(lambda: (criterion(z := model(x), y), z))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+
+    def __init__(self, accelerator: Any, optimizer: Any) -> None:
+        """Take both as they were prepared."""
+        self._accelerator, self._optimizer = accelerator, unwrapped(optimizer)
+        self._micro_batches = MicroBatches()
+
+    def backward(self, forward: Callable[[], Any]) -> Tensor:
+        """Run the clean pass of a micro-batch and, at the last one, the second pass of them all.
+
+        Args:
+            forward: returns the loss, or (loss, outputs), which a refresh in the Fisher needs.
+
+        Returns:
+            The clean loss, detached.
+        """
+
+        def run() -> Tensor:
+            loss, _outputs = check_forward(forward())
+            self._accelerator.backward(loss)
+            return loss.detach()
+
+        self._micro_batches.record(self._optimizer, run, forward)
+        loss = run()
+        if self._accelerator.sync_gradients:
+            self._micro_batches.finish(self._optimizer, self._accelerator.scaler)
+        return loss
