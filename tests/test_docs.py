@@ -26,12 +26,21 @@ WITH_CODE = [page for page in PAGES if code_of(page)]
 
 
 def test_the_pages_with_code():
-    assert WITH_CODE == ["how-to-choose.md", "index.md", "method.md"]
+    assert WITH_CODE == ["frameworks.md", "how-to-choose.md", "index.md", "method.md"]
+
+
+NEEDS = {"frameworks.md": ("lightning", "accelerate", "transformers")}
 
 
 @pytest.mark.filterwarnings("ignore:a refresh was refused:UserWarning")
+@pytest.mark.filterwarnings("ignore:the forward's autocast is switched off:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's, as the next
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec")
+@pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval")
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_code_of_a_page_runs_in_order(page, capsys):
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     with torch.random.fork_rng():
         exec(compile("\n".join(code_of(page)), page, "exec"), {"__name__": "page"})
 
