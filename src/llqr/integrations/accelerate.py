@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..curvature._quadratic_model import check_forward
+from ..curvature._term import check_forward
 from ._micro_batches import MicroBatches, unwrapped
 
 __all__ = ["TwoPasses"]
