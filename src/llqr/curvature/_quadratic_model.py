@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_integer
 from ._curvatures import Curvature, as_curvature
 from ._term import Forward, Term
 
@@ -22,6 +23,7 @@ def quadratic_model(
     *,
     scale: Scale = "mean",
     weights: Sequence[float] | None = None,
+    micro_batch: int | None = None,
 ) -> QuadraticModel:
     r"""Expand the loss to second order around the current parameters.
 
@@ -41,6 +43,9 @@ def quadratic_model(
             dimension = classes) whose loss gradient is not zero, as in the authors' code; a
             number is taken as it is.
         weights: how much each forward counts; equal by default, normalised to sum 1.
+        micro_batch: how many of the forwards keep their graph at a time (None: all). With fewer
+            than there are, every product runs them again, one after another: the same result for
+            the memory of ``micro_batch`` of them.
 
     Returns:
         A :class:`QuadraticModel` with ``gradient``, ``product(d)``, ``value(u)`` and ``loss``.
@@ -73,7 +78,10 @@ def quadratic_model(
     parameters = list(parameters)
     curvature = as_curvature(curvature)
     check_scale(scale)
-    terms = [Term(f, parameters, curvature, scale == "sum") for f in forwards]
+    if micro_batch is not None:
+        check_integer("micro_batch", micro_batch, low=1)
+    keep = micro_batch is None or len(forwards) <= micro_batch
+    terms = [Term(f, parameters, curvature, scale == "sum", keep) for f in forwards]
     return QuadraticModel(terms, shares, scale)
 
 
@@ -117,8 +125,8 @@ class QuadraticModel:
         else:
             self.scale = 1.0 if scale == "mean" else float(scale)
         self.products = 0
-        self.loss = _mean([(w, [t.loss]) for w, t in self._terms])[0]
-        self.gradient = _mean([(w, t.gradient) for w, t in self._terms])
+        self.loss = _mean((w, [t.loss]) for w, t in self._terms)[0]
+        self.gradient = _mean((w, t.gradient) for w, t in self._terms)
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor]:
         """Return C d.
@@ -127,7 +135,7 @@ class QuadraticModel:
             d: a direction, one tensor a parameter, shaped like it.
         """
         self.products += 1
-        result = _mean([(w, t.product(d)) for w, t in self._terms])
+        result = _mean((w, t.product(d)) for w, t in self._terms)
         return result if self.scale == 1.0 else [v * self.scale for v in result]
 
     def value(self, u: Sequence[Tensor]) -> Tensor:
@@ -137,11 +145,16 @@ class QuadraticModel:
         return torch.stack(terms).sum()
 
 
-def _mean(terms: list[tuple[float, list[Tensor]]]) -> list[Tensor]:
-    """Return the weighted sum of lists of tensors (one list: the list itself)."""
-    if len(terms) == 1:
-        return terms[0][1]
-    return [
-        torch.stack([w * v for (w, _), v in zip(terms, vs, strict=True)]).sum(0)
-        for vs in zip(*(t for _, t in terms), strict=True)
-    ]
+def _mean(terms: Iterable[tuple[float, list[Tensor]]]) -> list[Tensor]:
+    """Return the weighted sum of lists of tensors, taken one by one (a single list: itself)."""
+    total: list[Tensor] = []
+    first: float | None = None
+    for weight, values in terms:
+        if not total:
+            first, total = weight, values
+            continue
+        if first is not None:
+            total, first = [first * v for v in total], None
+        for t, v in zip(total, values, strict=True):
+            t.add_(v, alpha=weight)
+    return total

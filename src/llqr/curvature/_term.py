@@ -40,10 +40,28 @@ COSTS = {
 
 
 class Term:
-    """The retained graph of one forward."""
+    """The retained graph of one forward.
+
+    Attributes:
+        loss: the loss, detached.
+        gradient: its gradient, zeros where a parameter took no part.
+        rows: output rows whose loss gradient is not zero (counted if asked for).
+    """
+
+    # What a product needs, by the way that is taken.
+    _kept: Any
+    _product: Callable[[Sequence[Tensor]], list[Tensor]]
+    _outputs: list[Tensor]
+    _points: list[Tensor]
+    _hessian_of: list[tuple[Tensor, Tensor]]
 
     def __init__(
-        self, forward: Forward, parameters: list[Tensor], curvature: Curvature, count_rows: bool
+        self,
+        forward: Forward,
+        parameters: list[Tensor],
+        curvature: Curvature,
+        count_rows: bool,
+        keep: bool = True,
     ) -> None:
         self._like, self._curvature, self._count_rows = parameters, curvature, count_rows
         self._active = [i for i, p in enumerate(parameters) if p.requires_grad]
@@ -52,8 +70,16 @@ class Term:
         # What is tried in turn, until one has all derivatives.
         self._ways = list(WAYS if curvature.gauss_newton else WAYS[1::2])
         self._lacking: str | None = None
+        self._keep = keep
         with twice_differentiable():
             self._linearise(forward)
+        self._release()
+
+    def _release(self) -> None:
+        """Let the graph go, unless it is to be kept for the next product."""
+        if not self._keep:
+            self._kept = None
+            self._outputs, self._points, self._hessian_of = [], [], []
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor]:
         """Return C d, unscaled."""
@@ -61,6 +87,8 @@ class Term:
         # kernels.
         with twice_differentiable():
             d = self._select(d)
+            if not self._keep:
+                self._linearise(self._again)
             while True:
                 try:
                     if self._unsure:
@@ -77,6 +105,7 @@ class Term:
                 stacklevel=2,
             )
             self._lacking = None
+        self._release()
         return result
 
     def _give_way(self, error: RuntimeError) -> None:
@@ -98,7 +127,7 @@ class Term:
     def _expand(self, forward: Forward) -> None:
         """Run the forward, and keep what a product by the present way needs."""
         curvature, way = self._curvature, self._ways[0]
-        self._kept: Any = None  # not two graphs at a time
+        self._kept = None  # not two graphs at a time
         loss, outputs = _run(forward, swapped=way == "swapped operations")
         names = foreign([loss, *_tensors(outputs)])
         self._unsure = names if way != "central differences" else []

@@ -113,6 +113,7 @@ class LLQR(Geometry):
         max_failures: int = 3,
         renew_every: int = 5,
         shard: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         settings: dict[str, Any] = {
             "every": every,
@@ -133,6 +134,7 @@ class LLQR(Geometry):
             "max_failures": max_failures,
             "renew_every": renew_every,
             "shard": shard,
+            "micro_batch": micro_batch,
         }
         check_structure(structure)
         check_settings(**settings)
@@ -309,20 +311,27 @@ class LLQR(Geometry):
         began = time.perf_counter()
         scale = self.settings["scale"]
         self.ranks.check_replicas(self.parameters)
-        with self.ranks.together("refresh"), whole_parameters(self.model, self.parameters) as own:
-            model = quadratic_model(
-                forwards, own.values(), self.curvature, scale=scale, weights=weights
-            )
-        if scale == "sum":  # over the joined batch
-            model.scale = self.ranks.sum(model.scale)
-        with torch.no_grad():
-            flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
-            self._follow(flat.gradient.device)
-            number = self._refreshes - self._refused
-            outcome = relearn(flat, self._blocks, self._states, self.settings, step, number)
-            if outcome.reason is None:
-                self._states = outcome.states
-            report = outcome.report(flat, self._blocks, self._states, step, began)
+        # Whole until the end: a product may run the forwards again.
+        with whole_parameters(self.model, self.parameters) as own:
+            with self.ranks.together("refresh"):
+                model = quadratic_model(
+                    forwards,
+                    own.values(),
+                    self.curvature,
+                    scale=scale,
+                    weights=weights,
+                    micro_batch=self.settings["micro_batch"],
+                )
+            if scale == "sum":  # over the joined batch
+                model.scale = self.ranks.sum(model.scale)
+            with torch.no_grad():
+                flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
+                self._follow(flat.gradient.device)
+                number = self._refreshes - self._refused
+                outcome = relearn(flat, self._blocks, self._states, self.settings, step, number)
+                if outcome.reason is None:
+                    self._states = outcome.states
+                report = outcome.report(flat, self._blocks, self._states, step, began)
         self._settle(report)
         return report
 

@@ -61,6 +61,7 @@ def check_settings(
     max_failures: int,
     renew_every: int,
     shard: bool,
+    micro_batch: int | None,
 ) -> None:
     """Refuse values out of range, naming the argument and the value."""
     for name, value in {"every": every, "lr": lr, "ema": ema}.items():
@@ -91,3 +92,5 @@ def check_settings(
     check_integer("start", start, low=0)
     check_integer("max_failures", max_failures, low=0)
     check_integer("renew_every", renew_every, low=1)
+    if micro_batch is not None:
+        check_integer("micro_batch", micro_batch, low=1)
