@@ -18,6 +18,7 @@ from ..distributed._sharded import whole_parameters
 from ._base import Geometry, Gradients
 from ._blocks import BlockDiagonal
 from ._layers import Layout, layers_of, unwrap
+from ._reduced import REDUCIBLE
 from ._refresh import FlatModel, basis_capacity, relearn
 from ._report import RefreshError, RefreshReport
 from ._settings import StructureOf, at_step, check_settings, check_structure
@@ -249,17 +250,29 @@ class LLQR(Geometry):
         return self._whole.export(self._whole.identity(torch.device("meta")))
 
     def memory(self) -> dict[str, int]:
-        """Return bytes in this process: of U ("preconditioner"), and at most of a refresh.
+        """Return bytes in this process, before training: of U, of a refresh, of what it recycles.
 
-        The refresh's ("refresh") are those beside its graph.
+        "preconditioner" is U. "refresh" is what a solve allocates beside the graph of its forward
+        (the largest, if every direction is kept); "basis" the part of it that grows with the
+        products used, a pair of vectors each, so that a refresh of k products takes
+        ``refresh - basis + k * basis / directions``; "directions" how many are kept at most. The
+        graph is about a training step's (``micro_batch`` bounds it).
         """
         self._require_bound()
         own = sum(v.numel() * v.element_size() for s in self._states for v in s.values())
         vector = self.layout.numel * self.layout.dtype.itemsize
         directions = basis_capacity(self.layout, self.settings["steps"])
-        recycled = 2 * directions * vector if self.settings["tolerance"] else 0
-        # The new state, its gradient and its momentum, and six flat work vectors.
-        return {"preconditioner": own, "refresh": 3 * own + 6 * vector + recycled}
+        basis = 2 * directions * vector if self.settings["tolerance"] else 0
+        # Nothing of U's size but the result where the solve runs on coefficients; else the new
+        # state, its gradient and its momentum. And six flat work vectors.
+        literal = not self.settings["tolerance"] or self.settings["solver"] not in REDUCIBLE
+        copies = 3 if literal or not self._blocks.linear else 1
+        return {
+            "preconditioner": own,
+            "refresh": copies * own + 6 * vector + basis,
+            "basis": basis,
+            "directions": directions if basis else 0,
+        }
 
     def summary(self) -> str:
         """Return a table: which parameter got which structure, blocks and stored scalars."""
