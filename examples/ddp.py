@@ -1,6 +1,7 @@
 """Data parallel: torchrun --nproc-per-node 2 examples/ddp.py (CPU, gloo)."""
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ def main() -> None:
             torch.save(optimizer.state_dict(), os.environ.get("CHECKPOINT", os.devnull))
 
     dist.barrier()  # nobody leaves while another still sends
+    sys.stdout.flush()
     os._exit(0)  # gloo's own teardown may abort
 
 

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 import llqr
 from tables import GEOMETRIES, PERTURBATIONS
@@ -160,6 +161,49 @@ def check_tied_weights():
             tied=True, geometry=lambda geometry=geometry: llqr_of(geometry), perturbation=llqr.SAM
         )
         assert half.model.back.weight is half.model.embed.weight
+
+
+def check_a_part_that_is_computed_again():
+    """Products run it again, with whole parameters; autograd in one process, by differences."""
+
+    class Again(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    class Sine(nn.Module):
+        def forward(self, x):
+            return Odd.apply(x)
+
+    for part, tolerance in ((Again, 1e-10), (lambda inner: nn.Sequential(inner, Sine()), 1e-6)):
+
+        def make(part=part):
+            made = problem()
+            made.model.mid = part(made.model.mid)
+            return made
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of derivatives by differences
+            whole = make()
+            joined = one_process(whole, geometry=llqr_of("kfac"), perturbation=llqr.SAM())
+            optimizer, half = sharded(make(), geometry=llqr_of("kfac"), perturbation=llqr.SAM())
+            train(joined, whole, 3)
+            train(optimizer, half, 3)
+        near(full(half.model), plain(whole.model), tolerance)
 
 
 def check_a_refresh_leaves_the_model_as_it_was():
