@@ -37,7 +37,7 @@ from tiny import (
     train,
 )
 
-TOLERANCE = 1e-10  # float64; sums are taken in another order
+TOLERANCE = 1e-12  # float64; sums are taken in another order
 
 
 def against_one_process(way="minimize", steps=4, tolerance=TOLERANCE, **options):

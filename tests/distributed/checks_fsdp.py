@@ -85,7 +85,7 @@ def plain(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def against_one_process(base="SGD", way="minimize", steps=3, tied=False, tolerance=1e-10, **make):
+def against_one_process(base="SGD", way="minimize", steps=3, tied=False, tolerance=1e-12, **make):
     whole = problem(tied=tied)
     joined = one_process(whole, base=BASES[base], **{k: f() for k, f in make.items()})
     optimizer, half = sharded(problem(tied=tied), base, **{k: f() for k, f in make.items()})
@@ -98,7 +98,7 @@ def against_one_process(base="SGD", way="minimize", steps=3, tied=False, toleran
 def check_every_geometry_and_perturbation():
     for geometry, perturbation in itertools.product(GEOMETRIES, PERTURBATIONS):
         if geometry == "kfac" or perturbation == "SAM":
-            tolerance = 1e-6 if geometry == "e-kfac-gradient" else 1e-10
+            tolerance = 1e-6 if geometry == "e-kfac-gradient" else 1e-12
             optimizer, joined, *_ = against_one_process(
                 geometry=GEOMETRIES[geometry],
                 perturbation=PERTURBATIONS[perturbation],
@@ -152,7 +152,7 @@ def check_accumulation_and_graft():
     for _ in range(4):
         joined.minimize(whole)
         optimizer.minimize([half.part(0, 3), half.part(3, 6)])
-    near(full(half.model), plain(whole.model), 1e-10)
+    near(full(half.model), plain(whole.model), 1e-12)
 
 
 def check_tied_weights():
@@ -189,7 +189,7 @@ def check_a_part_that_is_computed_again():
         def forward(self, x):
             return Odd.apply(x)
 
-    for part, tolerance in ((Again, 1e-10), (lambda inner: nn.Sequential(inner, Sine()), 1e-6)):
+    for part, tolerance in ((Again, 1e-12), (lambda inner: nn.Sequential(inner, Sine()), 1e-6)):
 
         def make(part=part):
             made = problem()
@@ -342,7 +342,7 @@ def check_checkpoints():
         for o, p in ((optimizer, half), (fresh, other), (single, whole)):
             train(o, p, 4)
         same(full(other.model), full(half.model))
-        near(full(half.model), plain(whole.model), 1e-10)
+        near(full(half.model), plain(whole.model), 1e-12)
 
 
 def load(optimizer, path, **options):
