@@ -327,6 +327,14 @@ def check_uneven_micro_batches():
     all_equal(optimizer)
 
 
+def check_join_is_refused():
+    """It is for uneven data, which would leave one process waiting."""
+    for options in ({"perturbation": llqr.SAM()}, {"geometry": llqr_of()}):
+        optimizer, share = data_parallel(mlp(), **options)
+        with raises(RuntimeError, "join", "same number of steps"), share.model.join():
+            optimizer.minimize(share)
+
+
 def check_replicas_that_differ_are_an_error():
     problem = mlp()
     optimizer = llqr.Optimizer(torch.optim.SGD(problem.model.parameters(), lr=0.1), problem.model)

@@ -123,6 +123,7 @@ class Ranks:
             equal: the tensors should be the same everywhere; raise where their largest entries
                 are not.
         """
+        self._refuse_join()
         low, high = self.range(_largest(tensors))
         equal = equal and not self.sharded
         if equal and low != high and math.isfinite(high):
@@ -135,8 +136,19 @@ class Ranks:
             )
         return math.isfinite(high)
 
+    def _refuse_join(self) -> None:
+        """Raise inside ``join``, where a process without data answers the wrapper's calls alone."""
+        config = getattr(self._wrapper, "_join_config", None)
+        if config is not None and config.enable:
+            raise RuntimeError(
+                "DistributedDataParallel.join is not supported: a process that has run out of data "
+                "would not take part in what llqr sends; let all make the same number of steps, "
+                "for example with drop_last=True in the DistributedSampler"
+            )
+
     def check_replicas(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise where the processes hold different parameters."""
+        self._refuse_join()
         if self.size == 1 or self.sharded:
             return
         norms = torch._foreach_norm([p.detach().double() for p in parameters.values()])
