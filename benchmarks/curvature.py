@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llqr
+from llqr.curvature._linearize import twice_differentiable
 
 
 def main() -> None:
@@ -79,11 +80,12 @@ def functional(
         return torch.func.functional_call(p.model, parameters, (p.x,))
 
     def call() -> list[Tensor]:
-        z, zd = torch.func.jvp(outputs, (values,), (tangents,))
-        gradient = torch.func.grad(lambda z: loss_of(p, z))
-        _, hz = torch.func.jvp(gradient, (z,), (zd,))
-        _, pull = torch.func.vjp(outputs, values)
-        return list(pull(hz)[0].values())
+        with twice_differentiable():  # math attention: the fast kernels have no forward mode
+            z, zd = torch.func.jvp(outputs, (values,), (tangents,))
+            gradient = torch.func.grad(lambda z: loss_of(p, z))
+            _, hz = torch.func.jvp(gradient, (z,), (zd,))
+            _, pull = torch.func.vjp(outputs, values)
+            return list(pull(hz)[0].values())
 
     return call
 
