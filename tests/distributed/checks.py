@@ -26,7 +26,7 @@ import torch.distributed as dist
 def main(name: str, out: str) -> None:
     torch.set_num_threads(1)
     # A process that waits for one that failed gives up.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     warnings.simplefilter("error")
     module = importlib.import_module(name)
     results: dict[str, str | None] = {}

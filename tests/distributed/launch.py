@@ -68,6 +68,6 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float) -> tuple[list
 
 
 def run(
-    script: Path, *arguments: str, ranks: int = 2, timeout: float = 120
+    script: Path, *arguments: str, ranks: int = 2, timeout: float = 300
 ) -> tuple[list[int], str]:
     return finish(start(script, *arguments, ranks=ranks), timeout)

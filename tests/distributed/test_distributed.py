@@ -27,7 +27,7 @@ def results(tmp_path_factory):
     def of(file):
         if file not in known:
             out = tmp_path_factory.mktemp(file) / "out"
-            _, printed = run(HERE / "checks.py", file, str(out), timeout=150)
+            _, printed = run(HERE / "checks.py", file, str(out), timeout=300)
             written = [Path(f"{out}.{rank}") for rank in range(2)]
             parts = [json.loads(p.read_text()) if p.exists() else {} for p in written]
             known[file] = parts, printed

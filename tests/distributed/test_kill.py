@@ -22,7 +22,7 @@ def test_resume_is_bitwise(ranks, tmp_path):
     codes, printed = run(SCRIPT, str(alone), ranks=ranks)
     assert codes == [0] * ranks, printed
     for where, step in (("second pass", 7), ("product", 10)):
-        codes, printed = run(SCRIPT, str(killed), where, str(step), ranks=ranks, timeout=60)
+        codes, printed = run(SCRIPT, str(killed), where, str(step), ranks=ranks)
         assert codes[-1] == -signal.SIGKILL, printed
         assert f"killed {where} {step}" in printed and 0 not in codes, printed
     codes, printed = run(SCRIPT, str(killed), ranks=ranks)

@@ -8,6 +8,7 @@ the end the first process writes weights and optimizer state to FOLDER/final.pt.
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ def main(folder: str, where: str = "", at: str = "-1") -> None:
         nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
     )
     if size > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
         model = DistributedDataParallel(model)
     optimizer = llqr.Optimizer(
         torch.optim.AdamW(model.parameters(), lr=0.01),
