@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from tiny import F64, WAYS, Problem, close, llqr_of, optimizer_of, same, train
+from tiny import F64, WAYS, Problem, close, llqr_of, optimizer_of, refused, same, train
 
 
 class Net(nn.Module):
@@ -89,3 +89,22 @@ def test_products_of_recomputed_graphs(curvature):
     for ours, theirs in zip(*products, strict=True):
         close(dict(enumerate(ours)), dict(enumerate(theirs)))
         assert any(bool(t.any()) for t in theirs)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reentrant_recomputation_serves_the_passes(way):
+    """What it cannot give is a second derivative."""
+    runs = [
+        trained(attentive(r, reentrant=r), way, perturbation=llqr.SAM(0.3)) for r in (True, False)
+    ]
+    same(*runs)
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
+def test_reentrant_recomputation_is_refused_in_a_refresh(curvature):
+    problem = attentive(True, reentrant=True)
+    optimizer = optimizer_of(
+        problem, geometry=llqr_of("kfac", curvature=curvature), perturbation=llqr.SAM(0.3)
+    )
+    with refused(optimizer, ValueError, "reentrant", "use_reentrant=False"):
+        optimizer.minimize(problem)
