@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
 from ._checks import check_choice, check_flags
-from ._module_state import autocast_off, undisturbed
 from ._parameters import NamedParameters, rescaled, widened
 from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
-from ._shared import SharedOptimizer
+from ._refreshing import Forward, RefreshHook, Refreshing, as_list
 from .curvature._quadratic_model import normalised
 from .curvature._term import check_forward
 from .distributed import Ranks
@@ -28,11 +26,9 @@ from .geometry import Geometry, RefreshReport
 __all__ = ["Optimizer"]
 
 log = logging.getLogger("llqr")
-Forward = Callable[[], Any]
-RefreshHook = Callable[["Optimizer", RefreshReport], None]
 
 
-class Optimizer(SharedOptimizer):
+class Optimizer(Refreshing):
     r"""Wrap a torch.optim optimizer with a learned metric and a sharpness-aware second pass.
 
     .. math::
@@ -276,12 +272,6 @@ class Optimizer(SharedOptimizer):
                 "refresh_forward to llqr.Optimizer"
             )
 
-    def _warn_once(self, message: str) -> None:
-        key = message[:40]
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=5)
-
     def passes(self, scaler: Any = None) -> Iterator[int]:
         """Yield once, or twice when a perturbation is active; run forward and backward in the body.
 
@@ -369,73 +359,6 @@ class Optimizer(SharedOptimizer):
         assert clean is not None
         return clean
 
-    # -- the geometry --------------------------------------------------------------------------
-
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the geometry wants a refresh before the next step."""
-        return self.geometry is not None and self.geometry.due(self._step)
-
-    def refresh(
-        self,
-        forward: Forward | Sequence[Forward] | None = None,
-        *,
-        weights: Sequence[float] | None = None,
-    ) -> RefreshReport:
-        """Refresh the geometry now, due or not.
-
-        The model is in evaluation mode meanwhile; buffers, random state and p.grad stay untouched.
-
-        Args:
-            forward: as in :meth:`minimize`; default ``refresh_forward``.
-            weights: how much each forward counts.
-
-        Returns:
-            The report, also kept as ``last_report`` and handed to the refresh hooks.
-        """
-        if self.geometry is None:
-            raise RuntimeError("refresh: this optimizer has no geometry (geometry=None)")
-        forward = self.refresh_forward if forward is None else forward
-        if forward is None:
-            raise ValueError(
-                "refresh: no forward; hand one over, or pass refresh_forward to llqr.Optimizer"
-            )
-        self._passes.close()
-        forwards = as_list(forward)
-        device = self._parameters.device
-        precision = nullcontext() if self.refresh_autocast else autocast_off(device, self._notice)
-        with undisturbed(self.model, device), precision, self.ranks.bypassed():
-            report = self.geometry.refresh(forwards, step=self._step, weights=weights)
-        self._reports[:] = [report]
-        for hook in list(self._refresh_hooks):
-            hook(self, report)
-        return report
-
-    def _notice(self) -> None:
-        self._warn_once(
-            "the forward's autocast is switched off during a refresh, since curvature products in "
-            "low precision are wrong in the third digit; refresh_autocast=True leaves it on"
-        )
-
-    @property
-    def last_report(self) -> RefreshReport | None:
-        """The report of the last refresh, if there was one."""
-        return self._reports[-1] if self._reports else None
-
-    def refresh_if_due(
-        self,
-        forward: Forward | Sequence[Forward] | None = None,
-        *,
-        weights: Sequence[float] | None = None,
-    ) -> RefreshReport | None:
-        """Refresh the geometry if it is due; return the report or None."""
-        return self.refresh(forward, weights=weights) if self.refresh_due else None
-
-    def register_refresh_hook(self, hook: RefreshHook) -> Callable[[], None]:
-        """Call ``hook(optimizer, report)`` after every refresh; return what removes it again."""
-        self._refresh_hooks.append(hook)
-        return lambda: self._refresh_hooks.remove(hook)
-
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -455,16 +378,6 @@ class Optimizer(SharedOptimizer):
         """
         self._passes.close()
         load_state_dict(self, state_dict)
-
-
-def as_list(forward: Forward | Sequence[Forward]) -> list[Forward]:
-    """Return one forward or several as a list; refuse what is not callable."""
-    forwards = list(forward) if isinstance(forward, Sequence) else [forward]
-    if not forwards or not all(callable(f) for f in forwards):
-        raise TypeError(
-            f"forward: expected a function without arguments or a list of them, got {forward!r}"
-        )
-    return forwards
 
 
 def check_parts(base: Any, model: Any, geometry: Any, perturbation: Any) -> None:
