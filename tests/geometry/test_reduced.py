@@ -224,3 +224,22 @@ def test_capacity_follows_memory() -> None:
     assert basis_capacity(layout, 50) == 8
     layout.width = 10**7
     assert basis_capacity(layout, 50) == 13
+
+
+def test_the_first_value_survives_cancellation() -> None:
+    """J is small beside its two terms; in float32 both ways must lose the same digits."""
+    torch.manual_seed(0)
+    inner = Inner(LINEAR["diagonal"], dtype=torch.float32)
+    blocks, n = inner.blocks, inner.blocks.layout.numel
+    g = torch.randn(n) * 100
+    curvature = 2 + torch.randn(n) * 1e-3  # J = -g'g + g'Cg / 2 is a thousandth of g'g
+    objective = Objective(blocks, g, lambda d: curvature * d, 0.0)
+    options = SolverOptions("momentum", 1, 1e-6, 0.9, None)
+    d, exact = g.double(), curvature.double()
+    expected = float(-(d @ d) + 0.5 * d @ (exact * d))
+    with torch.no_grad():
+        _, literal = solve(objective, inner.states, options)
+        _, first = solve_reduced(objective, inner.states, options, 1e-2, 50)
+    assert abs(expected) < 1e-3 * float(d @ d)
+    size = abs(float(literal) - expected) + 1e-6 * abs(expected)
+    assert float(first) == pytest.approx(expected, abs=20 * size)

@@ -188,8 +188,9 @@ class _Stage:
         f = self.F.append()
         torch.add(self.blocks.turn(self.start, image), q, alpha=self.objective.damping, out=f)
         if self.first is None:
-            dot = self.layout.dot
-            self.first = length * (dot(q, self.g) + 0.5 * length * dot(q, f))
+            # The sum before the inner product, as in the literal loop: the two terms of J cancel.
+            half = torch.add(self.g, f, alpha=0.5 * length, out=self.work)
+            self.first = self.layout.dot(self.d0, half)
         self._measure(q)
         self.exact, self.rest = self.x, 0.0
 
