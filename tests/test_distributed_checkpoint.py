@@ -168,7 +168,7 @@ def test_the_flattened_form_says_what_it_loses():
     problem, optimizer = start(WITH_STATE, steps=3)
     state = copy.deepcopy(get_optimizer_state_dict(problem.model, optimizer, options=options))
     other, fresh = start(WITH_STATE)
-    with pytest.warns(UserWarning, match="geometry and the perturbation start anew"):
+    with pytest.warns(UserWarning, match="geometry and the perturbation stay as they are"):
         set_optimizer_state_dict(other.model, fresh, state, options=options)
     same(fresh.base.state_dict(), optimizer.base.state_dict())
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._parameters import check_options
 from .geometry import RefreshReport
 
 if TYPE_CHECKING:
@@ -78,11 +79,12 @@ def load_state_dict(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
                 own.setdefault(part, {}).setdefault(names[key], {})[rest] = v
     groups = [
         {
-            **{k: v for k, v in ours.items() if k == "rho" and callable(v)},
+            **{k: v for k, v in ours.items() if k == "rho"},
             **{k: v for k, v in group.items() if not str(k).startswith(PREFIX)},
         }
         for group, ours in zip(given["param_groups"], optimizer.param_groups, strict=True)
     ]
+    check_options(groups)
     counters = {
         k[len(PREFIX) :]: v
         for k, v in given["param_groups"][0].items()
@@ -92,7 +94,7 @@ def load_state_dict(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
     if not counters:
         warnings.warn(
             "load_state_dict: the state was saved by a plain optimizer; the base takes it over, "
-            "the geometry and the perturbation start anew",
+            "the geometry and the perturbation stay as they are",
             stacklevel=3,
         )
         optimizer.base.load_state_dict(base)

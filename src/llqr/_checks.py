@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 __all__ = ["Schedule", "at", "check_choice", "check_flags", "check_integer", "check_number"]
@@ -18,7 +19,7 @@ def at(value: Schedule, step: int) -> float:
 
 def check_integer(name: str, value: Any, *, low: int) -> None:
     """Refuse what is not an integer >= low."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
 
 
@@ -37,7 +38,7 @@ def check_number(
     """
     if schedule and callable(value):
         return
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = isinstance(value, Real) and not isinstance(value, bool)
     good = good and (low < value if open_low else low <= value) and value < high
     if not good:
         sign = ">" if open_low else ">="

@@ -219,7 +219,9 @@ class Optimizer(Refreshing):
             self._skip()
             return
         self._warn_of_omissions()
-        self._update(gradients)
+        if not self._update(gradients):
+            self._skip()
+            return
         if self.perturbation is not None:
             if not self._passes.observed:  # one pass of the user's own, without passes()
                 self.perturbation.observe(widened(gradients))
@@ -229,19 +231,23 @@ class Optimizer(Refreshing):
 
     def _idle(self, gradients: Mapping[str, Tensor]) -> bool:
         """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
-        if any(bool(group["lr"] != 0) for group in self.param_groups):
+        if any(bool(group.get("lr", 1.0) != 0) for group in self.param_groups):
             return False
         return self.ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
-    def _update(self, gradients: dict[str, Tensor]) -> None:
+    def _update(self, gradients: dict[str, Tensor]) -> bool:
+        """Hand U g to the base, unless it is not finite."""
         if self.geometry is None or not self.transport:
             self.base.step()
-            return
+            return True
         # A step may be taken within the caller's autocast.
         with torch.autocast(self._parameters.device.type, enabled=False):
             moved = self.geometry.apply(gradients)
             if self.graft:
                 moved = rescaled(moved, gradients)
+        coarse = any(g.dtype.itemsize < 4 for g in moved.values())
+        if coarse and not self.ranks.finite(moved):  # U may take float16 out of its range
+            return False
         named = self._parameters.named
         try:
             for name, value in moved.items():
@@ -250,6 +256,7 @@ class Optimizer(Refreshing):
         finally:
             for name, gradient in gradients.items():
                 named[name].grad = gradient
+        return True
 
     def _skip(self) -> None:
         self.skipped_steps += 1

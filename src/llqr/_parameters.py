@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,21 @@ from ._perturbations import squares, total
 from .distributed._sharded import check_sharding
 from .geometry._layers import layers_of, unwrap
 
-__all__ = ["NamedParameters", "rescaled", "widened"]
+__all__ = ["NamedParameters", "check_options", "rescaled", "widened"]
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
     "differentiable": "leave it out",
     "capturable": "leave it out",
 }
+
+
+def check_options(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse options of the base that do not go with two passes or a metric."""
+    for group in groups:
+        for option, remedy in REFUSED_OPTIONS.items():
+            if group.get(option, False):
+                raise ValueError(f"base: {option}=True is not supported; {remedy}")
 
 
 class NamedParameters:
@@ -37,11 +46,14 @@ class NamedParameters:
         """Take over the groups as they are now, or refuse them."""
         base, inner = self._base, unwrap(self._model)
         groups: dict[int, int] = {}
+        check_options(base.param_groups)
         for index, group in enumerate(base.param_groups):
-            for option, remedy in REFUSED_OPTIONS.items():
-                if group.get(option, False):
-                    raise ValueError(f"base: {option}=True is not supported; {remedy}")
             for parameter in group["params"]:
+                if isinstance(parameter, nn.UninitializedParameter):
+                    raise ValueError(
+                        f"base: group {index} has a parameter of a lazy module that is not "
+                        "initialised; run the model once before the optimizer is made"
+                    )
                 groups[id(parameter)] = index
         self.named: dict[str, nn.Parameter] = {
             name: p for name, p in inner.named_parameters() if id(p) in groups
@@ -65,6 +77,11 @@ class NamedParameters:
         layers, _ = layers_of(inner)
         self.layers = {name: layers[name] for name in self.named}
         self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
+
+    def others(self) -> list[nn.Parameter]:
+        """Return the model's parameters that the base does not hold."""
+        own = {id(p) for p in self.named.values()}
+        return [p for p in unwrap(self._model).parameters() if id(p) not in own]
 
     @property
     def device(self) -> torch.device:

@@ -106,13 +106,19 @@ class Passes:
         if start is not None and not self._keep_clean:
             start.restore()
         opt.zero_grad()
-        self._move(eps)
-        if random is not None:
-            random.restore()
+        # Gradients of parameters that are not ours would add up over the two passes.
+        others = [(p, p.grad) for p in opt._parameters.others()]
         try:
+            for p, _ in others:
+                p.grad = None
+            self._move(eps)
+            if random is not None:
+                random.restore()
             yield
         finally:
             self.close()
+            for p, gradient in others:
+                p.grad = gradient
             if self._keep_clean or start is None:
                 advanced.restore()
         self.probed = True

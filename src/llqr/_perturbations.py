@@ -255,6 +255,12 @@ class FriendlySAM(SAM):
 
     def bind(self, parameters: Tensors) -> None:
         """Start the memory of new parameters at zero."""
+        for name, p in parameters.items():
+            if self._parameters.get(name, p) is not p:
+                raise ValueError(
+                    f"perturbation: this FriendlySAM remembers gradients of another {name!r}; make "
+                    "a new one for this model"
+                )
         known, self._memory, self._parameters = self._memory, {}, parameters
         for name, p in parameters.items():
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32

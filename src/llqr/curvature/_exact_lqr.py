@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .._checks import check_number
 from ._curvatures import Curvature, as_curvature
 from ._linearize import twice_differentiable
 from ._quadratic_model import check_scale
@@ -88,8 +88,7 @@ def exact_lqr_step(
     """
     modules, curvature = _chain(layers, x), as_curvature(curvature)
     check_scale(scale)
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping: expected a number >= 0, got {damping!r}")
+    check_number("damping", damping, low=0)
     with _unobserved(x):
         stages, outputs = _roll_out(modules, x)
         q_N, Q_N, factor = _terminal_cost(loss, outputs, curvature, scale)

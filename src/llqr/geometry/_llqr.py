@@ -157,8 +157,8 @@ class LLQR(Geometry):
         """
         settings: dict[str, Any] = {
             "lr": 1e-3,
-            "ema": 0.9 if curvature == "newton" else 0.95,
-            "scale": "mean" if curvature == "newton" else "sum",
+            "ema": 0.95 if as_curvature(curvature).gauss_newton else 0.9,
+            "scale": "sum" if as_curvature(curvature).gauss_newton else "mean",
             "constraint": "none",
             "block_size": None,
             "tolerance": 0,
@@ -174,6 +174,11 @@ class LLQR(Geometry):
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Lay out the parameters in blocks; new ones start at the identity."""
         kept = self.state() if hasattr(self, "_states") else {}
+        if kept and unwrap(model) is not unwrap(self.model):
+            raise ValueError(
+                "geometry: this LLQR holds what it learned of another model; make a new one for "
+                "this model"
+            )
         super().bind(model, parameters)
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
