@@ -139,4 +139,4 @@ def test_refreshes_do_not_grow() -> None:
         geometry.refresh([problem])
         gc.collect()
         counts.append(sum(issubclass(type(x), Tensor) for x in gc.get_objects()))
-    assert counts[1] == counts[2]
+    assert counts[2] <= counts[1]
