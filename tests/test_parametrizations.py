@@ -103,7 +103,7 @@ def test_fisher_products_against_the_jacobian(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_newton_products_against_differences_of_gradients(kind):
-    """Not against torch's own Hessian: that of weight norm is wrong in torch (2.6 to 2.13)."""
+    """Not against torch's own Hessian: that of weight norm is wrong in torch (2.9 to 2.13)."""
     problem = parametrized(kind)
     problem.model.eval()
     named = dict(problem.model.named_parameters())

@@ -216,7 +216,7 @@ class _Stage:
         self.YY = _bordered(self.YY, host["YY"])
         leaves, rows, columns = self.QY.shape
         larger = self.QY.new_zeros(leaves, rows + int(q is not None), columns + 1)
-        larger[:, :rows, :columns] = self.QY  # pad() of torch 2.6 refuses what has no rows
+        larger[:, :rows, :columns] = self.QY  # pad() of torch 2.9 refuses what has no rows
         self.QY = larger
         if Q.count:
             self.QY[:, :, -1] = host["QY"]
