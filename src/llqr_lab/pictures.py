@@ -19,7 +19,8 @@ COLOURS = {
     "LLQR+SAM": "#d55e00",
     "LLQR+FriendlySAM": "#cc79a7",
 }
-LAYERS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
+# The layers of the spectrum; norm layers, which are elementwise in every structure, are left out.
+LAYERS = {"conv1": "#0072b2", "conv2": "#e69f00", "conv3": "#009e73", "head": "#cc79a7"}
 
 
 def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
@@ -62,7 +63,7 @@ def draw_spectrum(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     panels = figure.subplots(1, len(learned), sharey=True, squeeze=False)[0]
     for axes, (name, method) in zip(panels, learned.items(), strict=True):
         steps = [report["step"] for report in method["reports"][0]]
-        for colour, layer in zip(LAYERS, method["spectra"][0][0], strict=True):
+        for layer, colour in LAYERS.items():
             low, high = zip(*(s[layer] for s in method["spectra"][0]), strict=True)
             axes.plot(steps, low, ".-", color=colour, linewidth=1, label=layer)
             axes.plot(steps, high, ".-", color=colour, linewidth=1)
