@@ -38,9 +38,20 @@ SMALL_STEPS: Space = SGD | {"lr": {"log": [0.001, 0.5]}}
 ADAMW: Space = {"lr": {"log": [1e-4, 3e-2]}, "weight_decay": {"log": [1e-3, 1.0]}}
 RHO: Space = {"rho": {"log": [0.03, 0.5]}}
 DECAY: Space = {"decay": {"choice": [0.6, 0.9, 0.95]}}
+# A decade above the largest rate of kfac nearly all refreshes are refused, and U stays as it was.
+INNER_RATES = {
+    "diagonal": (0.01, 0.1, 1.0, 10.0),
+    "kfac": (0.001, 0.01, 0.1),
+    "e-kfac": (0.01, 0.1, 1.0),
+}
 LEARNED: Space = {
-    "structure": {"choice": ["diagonal", "kfac", "e-kfac"]},
-    "inner_lr": {"choice": [0.01, 0.1, 1.0, 10.0]},
+    "geometry": {
+        "choice": [
+            {"structure": structure, "inner_lr": rate}
+            for structure, rates in INNER_RATES.items()
+            for rate in rates
+        ]
+    },
     "ema": {"choice": [0.0, 0.5, 0.9]},
     "every": {"choice": [10, 30, 100]},
     "graft": {"choice": [False, True]},
@@ -57,13 +68,18 @@ SPACES: dict[str, Space] = {
 
 
 def configurations(space: Space, count: int) -> list[dict[str, Any]]:
-    """Return a Latin hypercube: each hyperparameter visits ``count`` equal shares of its range."""
-    columns = {}
+    """Return a Latin hypercube: each hyperparameter visits ``count`` equal shares of its range.
+
+    A choice among dicts sets several settings at once.
+    """
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in space.items():
         draw = random.Random(f"{key}/{count}")
         strata = draw.sample(range(count), count)
-        columns[key] = [_value(values, (stratum + draw.random()) / count) for stratum in strata]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for row, stratum in zip(rows, strata, strict=True):
+            value = _value(values, (stratum + draw.random()) / count)
+            row.update(value if isinstance(value, dict) else {key: value})
+    return rows
 
 
 def _value(values: dict[str, list[Any]], u: float) -> Any:

@@ -2,12 +2,20 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 
 from llqr_lab import search_demo
 from llqr_lab.methods import METHODS
-from llqr_lab.search_demo import FIRST_SEED, RUNGS, SETTINGS_FILE, SPACES, configurations
+from llqr_lab.search_demo import (
+    FIRST_SEED,
+    INNER_RATES,
+    RUNGS,
+    SETTINGS_FILE,
+    SPACES,
+    configurations,
+)
 
 RECORDED = json.loads(SETTINGS_FILE.read_text())
 
@@ -20,9 +28,17 @@ def test_configurations_are_a_latin_hypercube():
         count * math.log(row["lr"] / low) / math.log(high / low) for row in rows
     ]  # each in a share of its own, up to rounding to three digits
     assert [round(s - 0.5) for s in sorted(shares)] == list(range(count))
-    for choice in ("diagonal", "kfac", "e-kfac"):
-        assert sum(row["structure"] == choice for row in rows) == count // 3
+    for choice in (10, 30, 100):
+        assert sum(row["every"] == choice for row in rows) == count // 3
     assert rows == configurations(SPACES["LLQR+SAM"], count)
+
+
+def test_every_structure_is_tried_at_every_rate():
+    rows = configurations(SPACES["LLQR+SAM"], RUNGS[0][0])
+    pairs = Counter((row["structure"], row["inner_lr"]) for row in rows)
+    assert set(pairs) == {(s, rate) for s, rates in INNER_RATES.items() for rate in rates}
+    assert set(pairs.values()) == {RUNGS[0][0] // len(pairs)}
+    assert "geometry" not in rows[0]
 
 
 def test_methods_share_draws():
