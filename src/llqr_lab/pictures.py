@@ -29,7 +29,7 @@ def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
 
     figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    lowest = []
+    lowest, highest = [], []
     for name, method in methods.items():
         by_epoch = list(zip(*method["test_accuracy_by_epoch"], strict=True))
         epochs = range(1, len(by_epoch) + 1)
@@ -40,8 +40,9 @@ def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         low, high = [min(v) for v in by_epoch], [max(v) for v in by_epoch]
         axes.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
         lowest.append(means[len(means) // 3])
+        highest.append(max(high))
     # The first epochs leave the picture, so that the last ones can be told apart.
-    axes.set_ylim(max(0.0, min(lowest) - 5), None)
+    axes.set_ylim(max(0.0, min(lowest) - 5), max(highest) + 1)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy, clean labels (%)")
     seeds = len(next(iter(methods.values()))["test_accuracy"])
@@ -81,6 +82,10 @@ def draw_spectrum(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, 0.5), max(high, 2.0))  # a U near the identity shall look so
     panels[0].set_ylabel("smallest and largest eigenvalue of U")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", title="layer")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside right center",
+        title="layer\n(norms not shown)",
+    )
     figure.savefig(path)
     return path
