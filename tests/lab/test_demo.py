@@ -1,7 +1,9 @@
 """``llqr demo``, from the command line to its files."""
 
 import json
+import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from llqr_lab.cli import main
 from llqr_lab.demo import read_settings
 from llqr_lab.methods import METHODS
-from llqr_lab.search_demo import SETTINGS_FILE
+from llqr_lab.search_demo import RUNGS, SETTINGS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,18 @@ def test_a_settings_file_without_a_method(tmp_path):
     path.write_text(json.dumps({"methods": {name: {} for name in METHODS if name != "SAM"}}))
     with pytest.raises(ValueError, match="has no settings of SAM"):
         main(["demo", "--settings", str(path)])
+
+
+def test_the_page_names_the_recorded_settings():
+    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text()
+    recorded = json.loads(SETTINGS_FILE.read_text())["methods"]
+    assert f"gave every method {sum(c * s for c, s in RUNGS)} runs" in page
+    for name, entry in recorded.items():
+        settings = entry["settings"]
+        row = re.findall(rf"^\| {re.escape(name)} \| (lr .*) \|$", page, re.MULTILINE)
+        assert len(row) == 1
+        numbers = [v for v in settings.values() if isinstance(v, (int, float)) and v is not True]
+        expected = [f"{v:g}" for v in numbers if v is not False]
+        assert re.findall(r"(?:lr|decay|rho|memory|ema|every) ([\d.e-]+)", row[0]) == expected
+        assert ("graft" in row[0]) == settings.get("graft", False)
+        assert settings.get("structure", "") in row[0]
