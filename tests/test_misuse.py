@@ -91,3 +91,12 @@ def test_a_radius_of_a_group_survives_a_checkpoint_without_one():
     optimizer = optimizer_of(problem, torch.optim.SGD([group], lr=0.1), perturbation=llqr.SAM())
     optimizer.load_state_dict(optimizer_of(mlp(), perturbation=llqr.SAM()).state_dict())
     assert optimizer.param_groups[0]["rho"] == 0.2
+
+
+def test_the_rho_of_adadelta_is_no_radius():
+    ends = []
+    for rho in (0.9, 0.5):
+        problem = mlp()
+        base = torch.optim.Adadelta(problem.model.parameters(), rho=rho)
+        ends.append(optimizer_of(problem, base, perturbation=llqr.SAM(0.05))._passes.radii)
+    assert set(ends[0].values()) == set(ends[1].values()) == {0.05}

@@ -1,5 +1,6 @@
 """Displacements against the formulas on explicit dense vectors and matrices, in float64."""
 
+import copy
 import math
 
 import pytest
@@ -249,7 +250,7 @@ class Signed(llqr.Geometry):
 )
 def test_an_indefinite_metric_skips_the_probe_and_counts_it(probe, signs, way):
     problem = mlp()
-    geometry = Signed(**signs)
+    geometry, probe = Signed(**signs), copy.deepcopy(probe)  # one memory a run
     optimizer = optimizer_of(
         problem, sgd(problem), geometry=geometry, perturbation=probe, transport=False
     )

@@ -79,8 +79,8 @@ def load_state_dict(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
                 own.setdefault(part, {}).setdefault(names[key], {})[rest] = v
     groups = [
         {
-            **{k: v for k, v in ours.items() if k == "rho"},
             **{k: v for k, v in group.items() if not str(k).startswith(PREFIX)},
+            **{k: v for k, v in ours.items() if k == "rho" and k not in group},
         }
         for group, ours in zip(given["param_groups"], optimizer.param_groups, strict=True)
     ]

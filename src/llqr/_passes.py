@@ -47,8 +47,10 @@ class Passes:
         if perturbation is None or opt._step < perturbation.start:
             return dict.fromkeys(named.named, 0.0)
         groups: list[float] = []
+        taken = "rho" in opt.base.defaults  # Adadelta's own option of that name is no radius
         for index, group in enumerate(opt.param_groups):
-            rho = at(group.get("rho", perturbation.rho), opt._step)
+            rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
+            rho = at(rho, opt._step)
             if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
                 raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
             groups.append(float(rho))
