@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import llqr
+from integrations.small import forget_accelerator
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -41,6 +42,8 @@ NEEDS = {"frameworks.md": ("lightning", "accelerate", "transformers")}
 def test_code_of_a_page_runs_in_order(page, capsys):
     for package in NEEDS.get(page, ()):
         pytest.importorskip(package, reason=f"{package} is not installed")
+    if page in NEEDS:
+        forget_accelerator()
     with torch.random.fork_rng():
         exec(compile("\n".join(code_of(page)), page, "exec"), {"__name__": "page"})
 

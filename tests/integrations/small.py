@@ -70,3 +70,11 @@ def backward(model, x, y):
     loss = nn.functional.cross_entropy(model(x), y)
     loss.backward()
     return float(loss.detach())
+
+
+def forget_accelerator():
+    """Accelerate keeps its settings for the life of a process, also those of other tests."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import llqr
-from integrations.small import CLIP, base_of, by_hand, loader, net, parts
+from integrations.small import CLIP, base_of, by_hand, forget_accelerator, loader, net, parts
 from llqr.integrations.accelerate import TwoPasses
 from tiny import same, weights
 
@@ -19,9 +19,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def fresh_state():
+    forget_accelerator()
     yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    forget_accelerator()
 
 
 def prepared(precision=None, accumulate=1, dropout=0.0):

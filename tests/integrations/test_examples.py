@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from integrations.small import forget_accelerator
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lightning_trainer": ["lightning"],
@@ -27,10 +29,7 @@ def test_an_example(example, tmp_path, monkeypatch, capsys):
     for package in NEEDS[example]:
         pytest.importorskip(package, reason=f"{package} is not installed")
     if "accelerate" in NEEDS[example]:
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerator()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [example])
     runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")

@@ -8,7 +8,7 @@ from torch import nn
 
 import llqr
 from byhand import sam_step
-from integrations.small import CLIP, RHO, base_of, parts
+from integrations.small import CLIP, RHO, base_of, forget_accelerator, parts
 from llqr.integrations.transformers import TwoPasses
 from tiny import same, weights
 
@@ -32,11 +32,9 @@ class Trainer(TwoPasses, transformers.Trainer):
 
 @pytest.fixture(autouse=True)
 def fresh_state():
+    forget_accelerator()
     yield
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
 
 
 def causal(dropout=0.0):
