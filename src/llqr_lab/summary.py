@@ -12,7 +12,7 @@ import llqr
 
 from .train import History
 
-__all__ = ["INACTIVE", "accuracy_rows", "paired", "refresh_lines", "summarise"]
+__all__ = ["INACTIVE", "accuracy_rows", "paired", "refresh_lines", "refreshes", "summarise"]
 
 INACTIVE = 0.1  # below this median of |Ug-g|/|g|, U hardly acts
 Summary = dict[str, Any]
@@ -52,7 +52,7 @@ def summarise(
             "loss_by_epoch": [h.loss for h in hs],
             "skipped_steps": [h.skipped_steps for h in hs],
             "seconds": [h.seconds for h in hs],
-            "refreshes": _refreshes([r for h in hs for r in h.reports]),
+            "refreshes": refreshes([r for h in hs for r in h.reports]),
             "reports": [[_plain(r) for r in h.reports] for h in hs],
             "spectra": [h.spectra for h in hs],
         }
@@ -66,7 +66,8 @@ def _plain(report: llqr.RefreshReport) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entries}
 
 
-def _refreshes(reports: Sequence[llqr.RefreshReport]) -> Summary | None:
+def refreshes(reports: Sequence[llqr.RefreshReport]) -> Summary | None:
+    """Return what refreshes did: counts, medians, extreme eigenvalues; None if there were none."""
     if not reports:
         return None
     accepted = [r for r in reports if r.accepted]

@@ -1,4 +1,4 @@
-"""``llqr table N``: the tables of the paper that are made here."""
+"""``llqr table N``: the tables of the paper, counted here or collected from finished runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .output import add_out, table_lines, write_csv, write_json
+from .collect.runs import add_options
+from .output import table_lines, write_csv, write_json
+from .paper import TABLES as COLLECTED
 
 __all__ = ["TABLES", "add_arguments", "main"]
 
@@ -31,16 +33,24 @@ TABLES: dict[str, Callable[[Path], list[Path]]] = {"9": table9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the number of the table and --out."""
-    parser.add_argument("number", metavar="N", help=f"number in the paper: {', '.join(TABLES)}")
-    add_out(parser)
+    """Add the number of the table and where the runs are."""
+    numbers = ", ".join(sorted([*TABLES, *COLLECTED], key=int))
+    parser.add_argument(
+        "number", metavar="N", help=f"number in the paper: {numbers}; 9 counts and needs no runs"
+    )
+    add_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Make one table; 2 if there is none of that number."""
+    """Make one table: 2 if there is none of that number, 1 if no run was found for it."""
+    if arguments.number in COLLECTED:
+        from .collect.make import make_table
+
+        return make_table(arguments.number, arguments)
     if arguments.number not in TABLES:
+        numbers = ", ".join(sorted([*TABLES, *COLLECTED], key=int))
         print(
-            f"llqr: there is no table {arguments.number!r} here; there is: {', '.join(TABLES)}",
+            f"llqr: there is no table {arguments.number!r} here; there is: {numbers}",
             file=sys.stderr,
         )
         return 2

@@ -1,0 +1,173 @@
+"""Table 10: seconds an epoch and a refresh, by network, method and interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..paper import TABLES
+from ..protocols import METHODS
+from .cells import Chosen, choose, choose_scale, command, mean_std
+from .runs import Cell, Found, Run
+from .tables import Table, notes_of, plus_minus
+
+__all__ = ["EPOCH", "fill_cadence", "machines", "timed_cells"]
+
+EPOCH = "epoch_seconds_without"  # the first refresh's overhead is left out, as in the paper
+MEASURED = ("Epoch time", "Steady update")
+READING = (
+    "Ours: mean ± sample standard deviation (number of runs). Updates are refreshes of the whole "
+    "run; the steady update is the median of the refreshes after the first, measured directly. The "
+    "JSON file also has what the protocol derives from the epochs: (epoch - that of the method "
+    "without LLQR) / refreshes an epoch."
+)
+
+
+def fill_cadence(found: Found, asked: str | None = None) -> Table:
+    """Fill table 10. At the paper's scale it has the paper's rows, else those that were run."""
+    paper = TABLES["10"]
+    cells = timed_cells(found)
+    scale, notes = choose_scale(found, cells, asked)
+    runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
+    rows = paper["rows"] if scale == "paper" else _rows_of(runs)
+    chosen = {}
+    for row in rows:
+        cell = cell_of(row)
+        chosen[cell] = choose(runs, cell, "table10")
+    filled = [
+        {"labels": row["labels"], "cells": _cells(row, chosen, scale, str(found.root))}
+        for row in rows
+    ]
+    used = [run for c in chosen.values() for run in c.runs.values()]
+    notes = [
+        *notes_of(scale, used, paper["seeds"]),
+        *machines(used),
+        *(note for c in chosen.values() for note in c.notes),
+        *notes,
+        *found.notes,
+        *(f"Of the paper's text: {note}" for note in paper["notes"]),
+    ]
+    columns = [{"group": "", "label": name} for name in paper["columns"]]
+    return Table("10", scale, paper["heads"], columns, filled, notes, used, READING)
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """Return the cell of a row."""
+    return Cell(**TABLES["10"]["run"], **row["run"])
+
+
+def timed_cells(found: Found) -> list[Cell]:
+    """Return the cells of the timings."""
+    return sorted({run.cell for run in found.runs if run["timing"]}, key=_order)
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    return (cell.dataset, cell.model, list(METHODS).index(cell.method), cell.every or 0)
+
+
+def _rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return rows for what was run at a scale that the paper does not have."""
+    names = {row["run"]["model"]: row["labels"][0] for row in TABLES["10"]["rows"]}
+    labels = {row["run"]["method"]: row["labels"][1] for row in TABLES["10"]["rows"]}
+    shown = [
+        c
+        for c in sorted({run.cell for run in runs}, key=_order)
+        if c.model in names and c.method in labels
+    ]
+    return [
+        {
+            "labels": [names[c.model], labels[c.method], *([str(c.every)] if c.every else [])],
+            "run": {"model": c.model, "method": c.method, "every": c.every},
+            "cells": [None] * len(TABLES["10"]["columns"]),
+        }
+        for c in shown
+    ]
+
+
+def machines(runs: Sequence[Run]) -> list[str]:
+    """Say what the timings were measured on, and warn where that is more than one machine."""
+    said = sorted({machine_of(run) for run in runs})
+    if not said:
+        return []
+    warning = "NOT ONE MACHINE, so times do not compare: " if len(said) > 1 else "Measured on "
+    return [warning + "; ".join(said) + "."]
+
+
+def machine_of(run: Run) -> str:
+    """Say the accelerator, or else the processor, of a run."""
+    about = run["environment"]
+    return str(about.get("device") or about.get("gpu") or about.get("processor") or "unknown")
+
+
+def _cells(
+    row: dict[str, Any], chosen: dict[Cell, Chosen], scale: str, root: str
+) -> list[dict[str, Any]]:
+    """Return the five cells of a row."""
+    cell = cell_of(row)
+    mine = chosen[cell]
+    learned = METHODS[cell.method].curvature is not None
+    epoch, spread = mean_std(mine.values(EPOCH).values())
+    steady, steady_spread = mean_std(mine.values("update_seconds").values())
+    updates = [_updates(run) for run in mine.runs.values() if learned]
+    texts: list[str | None] = [
+        f"{max(updates)}" if updates else None,
+        None if epoch is None else plus_minus(epoch, spread),
+        _ratio(epoch, chosen, cell, "SGDM"),
+        _ratio(epoch, chosen, cell, "SAM"),
+        None if steady is None else plus_minus(steady, steady_spread),
+    ]
+    derived = _from_epochs(epoch, mine, chosen, cell) if learned else None
+    cells = []
+    for i, (name, text, theirs) in enumerate(
+        zip(TABLES["10"]["columns"], texts, row["cells"], strict=True)
+    ):
+        unused = not learned and i in (0, 4)
+        cells.append(
+            {
+                "model": cell.model,
+                "method": cell.method,
+                "every": cell.every,
+                "quantity": name,
+                "ours": "–" if unused else text,
+                "seeds": list(mine.runs),
+                "n": len(mine.runs) if name in MEASURED and not unused else 0,
+                "paper": theirs,
+                "minus": None,
+                "baseline": None,
+                "changed": mine.changed,
+                "from_epochs": derived if i == 4 else None,
+                "command": command("table10", cell, scale, out=root),
+            }
+        )
+    return cells
+
+
+def _updates(run: Run) -> int:
+    """Count the refreshes of a run's epochs, at steps 0, every, 2 every ..."""
+    timing = run["timing"]
+    steps = timing["steps_an_epoch"] * run["settings"].get("train.epochs", 1)
+    return math.ceil(steps / timing["every"])
+
+
+def _seconds(chosen: dict[Cell, Chosen], like: Cell, method: str) -> float | None:
+    """Return the epoch's seconds of another method on the same network, which has no interval."""
+    other = chosen.get(Cell(like.dataset, like.model, method))
+    return mean_std(other.values(EPOCH).values())[0] if other else None
+
+
+def _ratio(epoch: float | None, chosen: dict[Cell, Chosen], cell: Cell, method: str) -> str | None:
+    base = _seconds(chosen, cell, method)
+    return f"{epoch / base:.2f}" if epoch is not None and base else None
+
+
+def _from_epochs(
+    epoch: float | None, mine: Chosen, chosen: dict[Cell, Chosen], cell: Cell
+) -> float | None:
+    """Return (epoch - that without LLQR) / refreshes an epoch, as the protocol has it."""
+    base = _seconds(chosen, cell, "SAM" if METHODS[cell.method].probe else "SGDM")
+    if epoch is None or base is None:
+        return None
+    run = next(iter(mine.runs.values()))
+    refreshes = run["timing"]["steps_an_epoch"] / run["timing"]["every"]
+    return (epoch - base) / refreshes

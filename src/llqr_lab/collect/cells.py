@@ -1,0 +1,178 @@
+"""The cells of a table: which runs belong to one, which of them are used, and their statistics."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..protocols import EXPERIMENTS, METHODS
+from ..summary import paired
+from .runs import SCALES, Cell, Found, Run, RunError, numbers
+
+__all__ = ["Chosen", "choose", "choose_scale", "command", "difference", "mean_std", "slug"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The runs of a cell that are used, by seed, and what has to be said of them."""
+
+    runs: Mapping[int, Run] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def values(self, key: str) -> dict[int, float]:
+        """Return a number of each run (``best``, ``last``, or one of the timing) by seed."""
+        found = {seed: (run["timing"] or run.content).get(key) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @property
+    def changed(self) -> list[str]:
+        """Return the settings that were changed by hand, with their values."""
+        run = next(iter(self.runs.values()), None)
+        return [f"{key}={run['settings'].get(key)}" for key in run.changed] if run else []
+
+
+def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tuple[str, list[str]]:
+    """Return the scale to use, and notes on runs of the others.
+
+    Args:
+        found: the runs.
+        cells: those that are wanted.
+        asked: by the user; None: the largest scale that any of the cells has runs of.
+    """
+    wanted = set(cells)
+    counts = dict.fromkeys(SCALES, 0)
+    for run in found.runs:
+        counts[run["scale"]] += run.cell in wanted
+    scale = asked or next((name for name in SCALES if counts[name]), SCALES[0])
+    notes = [
+        f"{count} runs of scale {name} are not used: scales never mix."
+        for name, count in counts.items()
+        if count and name != scale
+    ]
+    return scale, notes
+
+
+def choose(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
+    """Choose the runs of a cell, one a seed, all of equal settings.
+
+    Runs with settings of the protocol go before those that were changed by hand; of two equal runs
+    of a seed, that of the recipe asked for goes before those of other recipes. What is left out is
+    said; where neither rule decides, nothing is chosen silently.
+
+    Args:
+        runs: of one scale.
+        cell: the cell.
+        recipe: the experiment that is made.
+
+    Raises:
+        RunError: two runs are equally good.
+    """
+    mine = [run for run in runs if run.cell == cell]
+    notes = []
+    variants: dict[str, list[Run]] = defaultdict(list)
+    for run in mine:
+        variants[run.variant].append(run)
+    if len(variants) > 1:
+        plain = [name for name, members in variants.items() if not members[0].changed]
+        if len(plain) != 1:
+            differing = _differing([members[0] for members in variants.values()])
+            folders = ", ".join(str(members[0].folder) for members in variants.values())
+            raise RunError(
+                f"{describe(cell)}: runs with different settings ({differing}): {folders}; "
+                "choose with --where KEY=VALUE, or move the others elsewhere"
+            )
+        others = len(mine) - len(variants[plain[0]])
+        notes.append(f"{describe(cell)}: {others} runs with settings changed by hand are not used.")
+        mine = variants[plain[0]]
+    by_seed: dict[int, list[Run]] = defaultdict(list)
+    for run in mine:
+        by_seed[run["seed"]].append(run)
+    chosen = {}
+    for seed, candidates in sorted(by_seed.items()):
+        own = [run for run in candidates if run["recipe"] == recipe]
+        best = own if len(own) == 1 else candidates
+        if len(best) > 1:
+            raise RunError(
+                f"{describe(cell)}: {len(best)} runs of seed {seed}: "
+                f"{', '.join(str(run.folder) for run in best)}; delete all but one, or choose with "
+                "--where recipe=NAME"
+            )
+        if len(candidates) > 1:
+            notes.append(
+                f"{describe(cell)}, seed {seed}: of {len(candidates)} equal runs that of {recipe} "
+                "is used."
+            )
+        if best[0]["timing"] is None and not list(numbers([best[0]["best"]])):
+            notes.append(f"{describe(cell)}, seed {seed}: no finite result; left out of the mean.")
+            continue
+        chosen[seed] = best[0]
+    return Chosen(chosen, notes)
+
+
+def _differing(runs: Sequence[Run]) -> str:
+    keys = sorted({key for run in runs for key in run["settings"]} | {"source"})
+    said = []
+    for key in keys:
+        values = {json.dumps(run.setting(key)) for run in runs}
+        if len(values) > 1 and key not in ("noise", "read"):
+            said.append(f"{key}: {' or '.join(sorted(values))}")
+    return ", ".join(said)
+
+
+def describe(cell: Cell) -> str:
+    """Say a cell in words."""
+    parts = [cell.dataset, cell.model, cell.method]
+    parts += [f"noise {cell.noise:g}"] * bool(cell.noise)
+    parts += [f"every {cell.every}"] * (cell.every is not None)
+    return ", ".join(parts)
+
+
+def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Return mean and sample standard deviation (n - 1); None where there are too few values."""
+    known = list(values)
+    return (
+        statistics.fmean(known) if known else None,
+        statistics.stdev(known) if len(known) > 1 else None,
+    )
+
+
+def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
+    """Return mean and standard error of the differences over shared seeds; None without any."""
+    shared = [seed for seed in values if seed in baseline]
+    if not shared:
+        return None
+    found = paired([values[s] for s in shared], [baseline[s] for s in shared])
+    return {**found, "seeds": shared}
+
+
+def slug(name: str) -> str:
+    """Return a name as the command line takes it: "LLQR+SAM (NGD)" is llqr-sam.
+
+    Example:
+        >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
+        ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
+    """
+    return name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))
+
+
+def command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:
+    """Return the command that makes a run of a cell.
+
+    Example:
+        >>> command("table1", Cell("CIFAR-10", "resnet18", "LLQR+SAM (NGD)"), "paper")
+        'llqr run table1 model=resnet18 method=llqr-sam seed=0 data=/path out=outputs'
+    """
+    several = len(EXPERIMENTS[recipe].datasets) > 1
+    words = [f"dataset={slug(cell.dataset)}"] * several
+    words += [f"model={cell.model}", f"method={slug(cell.method)}"]
+    words += [f"noise={cell.noise:g}"] * bool(cell.noise)
+    words += [f"llqr.every={cell.every}"] * bool(cell.every and METHODS[cell.method].curvature)
+    words += [f"scale={scale}"] * (scale != SCALES[0])
+    words += [f"seed={seed}"]
+    # Timings read no data; what smaller runs read comes with the lab.
+    words += ["data=/path"] * (scale == SCALES[0] and not cell.model.startswith("vit"))
+    return " ".join(["llqr run", recipe, *words, f"out={out}"])

@@ -1,0 +1,216 @@
+"""Finished runs: folders with a ``result.json``, found below a root and read with suspicion."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..output import add_out
+from ..protocols import METHODS
+
+__all__ = ["SCALES", "Found", "Run", "RunError", "add_options", "find", "read"]
+
+FORMAT = 1
+SCALES = ("paper", "small", "smoke")  # the largest first
+NUMBER = (int, float)
+REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "recipe": str,
+    "scale": str,
+    "dataset": str,
+    "source": str,
+    "model": str,
+    "method": str,
+    "noise": NUMBER,
+    "seed": int,
+    "settings": dict,
+    "changed": list,
+    "metric": str,
+    "environment": dict,
+}
+
+
+class RunError(ValueError):
+    """Say which run cannot be used, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and what its ``result.json`` says."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        """Return what the run says of a key; None if it is silent."""
+        return self.content.get(key)
+
+    @property
+    def cell(self) -> Cell:
+        """Return what the run is a run of."""
+        timed = self["timing"]
+        return Cell(
+            self["dataset"],
+            self["model"],
+            self["method"],
+            float(self["noise"]),
+            timed["every"] if timed else None,
+        )
+
+    @property
+    def variant(self) -> str:
+        """Return what has to agree for two runs of a cell to be repetitions, as text."""
+        kept = {k: v for k, v in self["settings"].items() if k not in ("noise", "llqr.every")}
+        every = None if self["timing"] else self["settings"].get("llqr.every")
+        return json.dumps([self["source"], every, kept], sort_keys=True)
+
+    @property
+    def changed(self) -> list[str]:
+        """Return the settings that were changed by hand; the interval of a timing is its cell's."""
+        return [k for k in self["changed"] if not (k == "llqr.every" and self["timing"])]
+
+    def setting(self, key: str) -> Any:
+        """Return a setting, or one of the run's own entries such as ``recipe``."""
+        return self["settings"].get(key, self.content.get(key))
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """What runs that differ by their seeds are runs of.
+
+    Attributes:
+        dataset: the paper's name.
+        model: as in the protocols.
+        method: as in the protocols.
+        noise: share of the training labels that are wrong.
+        every: steps between refreshes, of a timing; else None.
+    """
+
+    dataset: str
+    model: str
+    method: str
+    noise: float = 0.0
+    every: int | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies below a root.
+
+    Attributes:
+        root: where it was looked for.
+        runs: the finished ones that were asked for.
+        unfinished: folders of runs that have not written a result.
+        notes: what was left out, and why.
+    """
+
+    root: Path
+    runs: Sequence[Run]
+    unfinished: Sequence[Path]
+    notes: Sequence[str] = ()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --out, --runs, --scale and --where."""
+    add_out(parser)
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", help="folder with the runs (default: that of --out)"
+    )
+    parser.add_argument(
+        "--scale", choices=SCALES, help="of the runs that are used (default: the largest found)"
+    )
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="leave out runs whose setting has another value (base.weight_decay=0.001); repeatable",
+    )
+
+
+def read(path: Path) -> Run:
+    """Read a ``result.json``.
+
+    Raises:
+        RunError: it is damaged, of an unknown format, or lacks something.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); delete it and run again") from error
+
+    def refuse(key: str, expected: str, got: Any) -> RunError:
+        return RunError(
+            f"{path}: {key}: expected {expected}, got {got!r}; delete the folder and run again"
+        )
+
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        got = content.get("format") if isinstance(content, dict) else content
+        raise refuse("format", f"{FORMAT}", got)
+    for key, kind in REQUIRED.items():
+        value = content.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise refuse(key, " or ".join(k.__name__ for k in kinds), value)
+    for key, allowed in (("scale", SCALES), ("method", tuple(METHODS))):
+        if content[key] not in allowed:
+            raise refuse(key, f"one of {', '.join(allowed)}", content[key])
+    if content.get("timing"):
+        for key in ("every", "step_seconds", "epoch_seconds", "epoch_seconds_without"):
+            if key not in content["timing"]:
+                raise refuse(f"timing.{key}", "a number or null", None)
+    elif not content.get("epochs") or "best" not in content or "last" not in content:
+        raise refuse("epochs, best, last", "what was measured", content.get("epochs"))
+    return Run(path.parent, content)
+
+
+def find(root: Path, where: Sequence[str] = ()) -> Found:
+    """Find the runs below a root, at any depth.
+
+    Args:
+        root: a folder; that it is not there is no error.
+        where: ``key=value`` of settings; runs that have the key with another value are left out.
+
+    Raises:
+        RunError: a result is damaged.
+        ValueError: ``where`` is not of that form, or no run has the key.
+    """
+    results = sorted(root.rglob("result.json"))
+    runs = [read(path) for path in results]
+    begun = {p.parent for name in ("metrics.jsonl", "checkpoint.pt") for p in root.rglob(name)}
+    unfinished = sorted(begun - {path.parent for path in results})
+    notes = []
+    for condition in where:
+        key, value = _condition(condition)
+        if runs and all(run.setting(key) is None for run in runs):
+            raise ValueError(f"--where: no run has the setting {key!r}")
+        kept = [run for run in runs if run.setting(key) in (None, value)]
+        notes.append(f"{len(runs) - len(kept)} runs were left out by --where {condition}.")
+        runs = kept
+    held_out = [run for run in runs if run.setting("data.holdout")]
+    if held_out:
+        notes.append(
+            f"{len(held_out)} runs were left out: they were evaluated on held out training data "
+            "(data.holdout)."
+        )
+    runs = [run for run in runs if run not in held_out]
+    return Found(root, runs, unfinished, notes)
+
+
+def _condition(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--where: expected KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def numbers(values: Sequence[Any]) -> Iterator[float]:
+    """Return those of the values that are finite numbers."""
+    return (float(v) for v in values if v is not None and math.isfinite(v))

@@ -1,0 +1,209 @@
+"""The paper's tables 1 to 8 filled with finished runs: rows and columns as printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..paper import TABLES, printed
+from .cells import Chosen, choose, choose_scale, command, difference, mean_std
+from .runs import Cell, Found, Run, RunError
+
+__all__ = ["Table", "fill", "notes_of", "plus_minus"]
+
+READING = (
+    "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
+    "Minus: difference to another method of the row, mean ± standard error over shared seeds "
+    "(their number)."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its numbers.
+
+    Attributes:
+        number: the paper's.
+        scale: of the runs.
+        heads: of the columns with labels.
+        columns: "group" and "label" of the columns with cells.
+        rows: "labels" and "cells" of each row. A cell has at least "ours" (text, None: missing),
+            "seeds", "paper" (text, None: the paper has none) and "minus" (text or None).
+        notes: what has to be said, the most important first.
+        reading: how a cell is read.
+        runs: those that were used.
+    """
+
+    number: str
+    scale: str
+    heads: Sequence[str]
+    columns: Sequence[dict[str, str]]
+    rows: Sequence[dict[str, Any]]
+    notes: Sequence[str]
+    runs: Sequence[Run]
+    reading: str
+
+    @property
+    def title(self) -> str:
+        """Say what the table is."""
+        return f"Table {self.number}: {TABLES[self.number]['title']}"
+
+    @property
+    def missing(self) -> int:
+        """Count the cells that no run fills."""
+        return sum(cell["ours"] is None for row in self.rows for cell in row["cells"])
+
+    def content(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        rows = [{"labels": row["labels"], "cells": row["cells"]} for row in self.rows]
+        return {
+            "table": self.number,
+            "title": TABLES[self.number]["title"],
+            "entries": TABLES[self.number]["entries"],
+            "scale": self.scale,
+            "comparable": self.scale == "paper",
+            "heads": list(self.heads),
+            "columns": list(self.columns),
+            "rows": rows,
+            "missing": self.missing,
+            "notes": list(self.notes),
+            "runs": [str(run.folder) for run in self.runs],
+        }
+
+    def long(self) -> list[dict[str, Any]]:
+        """Return a flat row a cell, for CSV."""
+        found = []
+        for row in self.rows:
+            labels = {
+                **dict.fromkeys(self.heads, ""),
+                **dict(zip(self.heads, row["labels"], strict=False)),
+            }
+            for column, cell in zip(self.columns, row["cells"], strict=True):
+                plain = {k: v for k, v in cell.items() if not isinstance(v, (list, dict))}
+                found.append({**labels, "column": column["label"], **plain})
+        return found
+
+
+def fill(number: str, found: Found, asked: str | None = None) -> Table:
+    """Fill a table of accuracies or BLEU.
+
+    Args:
+        number: 1 to 8.
+        found: the runs.
+        asked: the scale; None: the largest there is.
+
+    Raises:
+        RunError: runs of a cell contradict each other.
+    """
+    paper, recipe = TABLES[number], f"table{number}"
+    cells = [
+        [Cell(**run_of(paper, row, column)) for column in paper["columns"]] for row in paper["rows"]
+    ]
+    scale, notes = choose_scale(found, (c for line in cells for c in line), asked)
+    runs = [run for run in found.runs if run["scale"] == scale]
+    chosen: dict[Cell, Chosen] = {
+        cell: choose(runs, cell, recipe) for line in cells for cell in line
+    }
+    rows = []
+    for row, line in zip(paper["rows"], cells, strict=True):
+        filled = []
+        for text, column, cell in zip(row["cells"], paper["columns"], line, strict=True):
+            baseline = row.get("minus") or column["minus"]
+            against = _with(cell, baseline) if baseline else None
+            filled.append(
+                {
+                    "dataset": cell.dataset,
+                    "model": cell.model,
+                    "method": cell.method,
+                    "noise": cell.noise,
+                    **_ours(chosen[cell], paper["metric"]),
+                    "paper": text,
+                    "paper_mean": printed(text).mean,
+                    "paper_std": printed(text).std,
+                    "baseline": baseline,
+                    **_minus(chosen[cell], chosen.get(against) if against else None),
+                    "command": command(recipe, cell, scale, out=str(found.root)),
+                }
+            )
+        rows.append({"labels": row["labels"], "cells": filled})
+    used = [run for c in chosen.values() for run in c.runs.values()]
+    notes = [
+        *notes_of(scale, used, paper["seeds"]),
+        *(note for c in chosen.values() for note in c.notes),
+        *notes,
+        *found.notes,
+        *(f"Of the paper's text: {note}" for note in paper["notes"]),
+    ]
+    columns = [{"group": c["group"], "label": c["label"]} for c in paper["columns"]]
+    return Table(number, scale, paper["heads"], columns, rows, notes, used, READING)
+
+
+def run_of(paper: dict[str, Any], row: dict[str, Any], column: dict[str, Any]) -> dict[str, Any]:
+    """Return what a cell shows: what the table, the row and the column say together."""
+    return {**paper["run"], **row["run"], **column["run"]}
+
+
+def _with(cell: Cell, method: str) -> Cell:
+    return Cell(cell.dataset, cell.model, method, cell.noise, cell.every)
+
+
+def _ours(chosen: Chosen, metric: str) -> dict[str, Any]:
+    """Return the statistics of a cell; ``ours`` is their text."""
+    for run in chosen.runs.values():
+        if run["metric"] != metric:
+            raise RunError(
+                f"{run.folder}: metric: expected {metric!r}, got {run['metric']!r}; delete it "
+                "and run again"
+            )
+    best, last = chosen.values("best"), chosen.values("last")
+    mean, std = mean_std(best.values())
+    last_mean, last_std = mean_std(last.values())
+    return {
+        "ours": None if mean is None else plus_minus(mean, std),
+        "seeds": list(best),
+        "n": len(best),
+        "mean": mean,
+        "std": std,
+        "last_mean": last_mean,
+        "last_std": last_std,
+        "changed": chosen.changed,
+    }
+
+
+def _minus(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
+    """Return the difference to the baseline; ``minus`` is its text."""
+    found = baseline and difference(chosen.values("best"), baseline.values("best"))
+    if not found:
+        return {"minus": None, "difference": None, "standard_error": None, "pairs": 0}
+    return {
+        "minus": plus_minus(found["mean"], found["standard_error"], "+"),
+        "difference": found["mean"],
+        "standard_error": found["standard_error"],
+        "pairs": len(found["seeds"]),
+    }
+
+
+def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
+    """Say a number and its spread with two decimals."""
+    return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
+    """Say what the runs are, above all where they are not the paper's."""
+    notes = []
+    if scale != "paper":
+        read = sorted({f"{run['source']} in place of {run['dataset']}" for run in runs})
+        notes.append(
+            f"SCALE {scale}: {', '.join(read) or 'other data'}, smaller networks and shorter "
+            "training than the paper's. NOT COMPARABLE with the paper's numbers, which are printed "
+            "beside for the place they stand in."
+        )
+    changed = sorted({key for run in runs for key in run.changed})
+    if changed:
+        notes.append(f"* settings were changed by hand: {', '.join(changed)}.")
+    counts = {len({run["seed"] for run in runs if run.cell == c}) for c in {r.cell for r in runs}}
+    if seeds and counts and counts != {seeds}:
+        said = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+        notes.append(f"Seeds a cell: {said}; the paper has {seeds}.")
+    return notes
