@@ -1,4 +1,4 @@
-"""``llqr figure N``: the figures of the paper that are made here, and the window of the toy."""
+"""``llqr figure N``: the paper's figures, computed here or collected from finished runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .output import add_out, table_lines, write_csv, write_json
+from .collect.runs import add_options
+from .output import table_lines, write_csv, write_json
 
 __all__ = ["FIGURES", "add_arguments", "main"]
 
@@ -130,17 +131,30 @@ FIGURES: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
+# figures that are drawn of runs, by llqr_lab.collect
+COLLECTED = ("1", "4", "5", "6")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the number of the figure and --out."""
-    parser.add_argument("number", metavar="N", help=f"number or name: {', '.join(FIGURES)}")
-    add_out(parser)
+    """Add the number of the figure and where the runs are."""
+    parser.add_argument(
+        "number",
+        metavar="N",
+        help=f"number or name: {', '.join(FIGURES)} are computed; {', '.join(COLLECTED)} show runs",
+    )
+    add_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Make one figure; 2 if there is none of that number."""
+    """Make one figure: 2 if there is none of that number, 1 if no run was found for it."""
+    if arguments.number in COLLECTED:
+        from .collect.make import make_figure
+
+        return make_figure(arguments.number, arguments)
     if arguments.number not in FIGURES:
         print(
-            f"llqr: there is no figure {arguments.number!r} here; there are: {', '.join(FIGURES)}",
+            f"llqr: there is no figure {arguments.number!r} here; there are: "
+            f"{', '.join([*FIGURES, *COLLECTED])}",
             file=sys.stderr,
         )
         return 2

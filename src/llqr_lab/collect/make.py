@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..output import write_csv, write_json
 from ..protocols import EXPERIMENTS
 from .cadence import fill_cadence
 from .cells import command
+from .curves import figure1, figure4
+from .figures import Figure
 from .render import markdown, terminal
 from .runs import Cell, Found, find
 from .tables import Table, fill
+from .timing import figure5, figure6
 
-__all__ = ["first_command", "look", "make_table", "table_of"]
+__all__ = ["COLLECTED_FIGURES", "first_command", "look", "make_figure", "make_table", "table_of"]
+
+COLLECTED_FIGURES: dict[str, Callable[[Found, str | None], Figure]] = {
+    "1": figure1,
+    "4": figure4,
+    "5": figure5,
+    "6": figure6,
+}
+
+
+# figure -> the recipe whose runs it shows
+RECIPES = {"1": "table5", "4": "table6", "5": "table10", "6": "figure6"}
 
 
 def look(arguments: argparse.Namespace) -> Found:
@@ -74,3 +89,31 @@ def write_table(table: Table, out: Path) -> list[Path]:
     ]
     page.write_text(markdown(table), encoding="utf-8")
     return paths
+
+
+def make_figure(number: str, arguments: argparse.Namespace) -> int:
+    """Draw a figure and write its numbers; 1 if there is no run, 2 on bad runs."""
+    try:
+        found = look(arguments)
+        figure = COLLECTED_FIGURES[number](found, arguments.scale)
+    except ValueError as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
+    if not figure.rows:
+        return nothing(f"figure {number}", RECIPES[number], found, arguments.scale)
+    print(figure.caption())
+    for path in write_figure(figure, arguments.out):
+        print(f"wrote {path}")
+    return 0
+
+
+def write_figure(figure: Figure, out: Path) -> list[Path]:
+    """Write a figure as PNG, its numbers as CSV, and everything as JSON."""
+    from ..theory.pictures import save
+
+    name = f"figure{figure.number}"
+    return [
+        save(figure.paint(), out / f"{name}.png", figure.caption()),
+        write_csv(out / f"{name}.csv", figure.rows),
+        write_json(out / f"{name}.json", figure.content()),
+    ]

@@ -138,7 +138,7 @@ def test_scales_never_mix_and_small_is_not_comparable(root):
 
 
 def test_a_run_without_a_finite_result_is_left_out_and_said(root):
-    run(root, "nan", *ROW, "SAM", 7, 0.0, best_is_null=True)
+    run(root, "nan", *ROW, "SAM", 7, 0.0)
     path = root / "nan" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "best": None}))
     table = fill("1", find(root))

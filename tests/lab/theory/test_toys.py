@@ -138,7 +138,7 @@ def test_the_map_is_written(tmp_path, monkeypatch, capsys):
 
 
 def test_another_figure_says_which_exist(tmp_path, capsys):
-    assert main(["figure", "6", "--out", str(tmp_path)]) != 0
+    assert main(["figure", "7", "--out", str(tmp_path)]) != 0
     said = capsys.readouterr().err
     assert all(name in said for name in figures.FIGURES)
     assert not any(tmp_path.iterdir())

@@ -1,0 +1,167 @@
+"""Figures 1 and 4: how accuracy, loss, BLEU and token error change over training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..paper import TABLES
+from ..protocols import EXPERIMENTS
+from .cadence import machines
+from .cells import Chosen, choose, choose_scale, mean_std
+from .drawing import Line, draw, label_lines, line_of
+from .figures import Figure
+from .runs import Cell, Found
+from .tables import notes_of
+
+__all__ = ["figure1", "figure4"]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a panel shows: a column of the rows, against another."""
+
+    x: str
+    y: str
+    title: str
+    label: str
+
+
+def error(epoch: Mapping[str, Any]) -> float | None:
+    """Return the top-1 error of an epoch, percent."""
+    accuracy = epoch.get("test_accuracy")
+    return None if accuracy is None else 100 - accuracy
+
+
+def curve(method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]) -> list[dict]:
+    """Return a row an epoch: mean and standard deviation over seeds of each column.
+
+    An epoch where a seed has no finite value has None there.
+    """
+    by_epoch: dict[int, list[dict[str, Any]]] = {}
+    for run in chosen.runs.values():
+        for epoch in run["epochs"]:
+            by_epoch.setdefault(epoch["epoch"], []).append(epoch)
+    rows = []
+    for number, epochs in sorted(by_epoch.items()):
+        if len(epochs) < len(chosen.runs):
+            continue
+        row: dict[str, Any] = {"method": method, "seeds": len(epochs), "epoch": number}
+        row["seconds"] = mean_std(e["seconds"] for e in epochs)[0]
+        for name, value in columns.items():
+            values = [value(e) for e in epochs]
+            known = values if all(v is not None for v in values) else []
+            row[name], row[f"{name}_std"] = mean_std(known)
+        rows.append(row)
+    return rows
+
+
+def collect(
+    number: str,
+    table: str,
+    found: Found,
+    asked: str | None,
+    columns: Mapping[str, Callable[..., Any]],
+    panels: tuple[Panel, Panel],
+) -> Figure:
+    """Collect the runs of a table that a figure shows by epoch."""
+    about = EXPERIMENTS[f"figure{number}"]
+    cells = {m: Cell(about.datasets[0], about.models[0], m) for m in about.methods}
+    scale, notes = choose_scale(found, cells.values(), asked)
+    runs = [run for run in found.runs if run["scale"] == scale]
+    chosen = {m: choose(runs, cell, f"table{table}") for m, cell in cells.items()}
+    used = [run for c in chosen.values() for run in c.runs.values()]
+    rows = [r for m, c in chosen.items() for r in curve(m, c, columns)]
+    notes = [
+        *notes_of(scale, used, TABLES[table]["seeds"]),
+        "Lines are means over seeds, bands one standard deviation.",
+        *machines(used),
+        *(note for c in chosen.values() for note in c.notes),
+        *notes,
+        *found.notes,
+    ]
+    missing = [m for m, c in chosen.items() if not c.runs]
+    facts = {"panels": [vars(panel) for panel in panels]}
+    return Figure(
+        number, about.title, scale, rows, facts, notes, missing, used, lambda: paint(rows, panels)
+    )
+
+
+def figure1(found: Found, asked: str | None = None) -> Figure:
+    """Show ImageNet's error by epoch, and its test loss by time."""
+    return collect(
+        "1",
+        "5",
+        found,
+        asked,
+        {"error": error, "test_loss": lambda e: e.get("test_loss")},
+        (
+            Panel("epoch", "error", "top-1 error", "test error (%)"),
+            Panel("seconds", "test_loss", "test loss by time", "test loss"),
+        ),
+    )
+
+
+def figure4(found: Found, asked: str | None = None) -> Figure:
+    """Show IWSLT14's validation BLEU and token error."""
+    return collect(
+        "4",
+        "6",
+        found,
+        asked,
+        {
+            "bleu": lambda e: e.get("bleu"),
+            "token_error": lambda e: e.get("token_error"),
+            "validation_loss": lambda e: e.get("validation_loss"),
+        },
+        (
+            Panel("epoch", "bleu", "validation BLEU", "BLEU"),
+            Panel("epoch", "token_error", "validation token error", "token error (%)"),
+        ),
+    )
+
+
+UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+
+
+def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
+    """Draw two panels of curves, each labelled at its end."""
+    from ..theory.pictures import new_figure
+
+    figure, both = new_figure((1, 2), (13.5, 5.6))
+    longest = max(row["seconds"] for row in rows)
+    unit, seconds = next((u, s) for u, s in UNITS if longest > 2 * s or s == 1)
+    for axes, panel in zip(both, panels, strict=True):
+        lines = []
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [r for r in rows if r["method"] == method and r[panel.y] is not None]
+            if not mine:
+                continue
+            timed = panel.x == "seconds"
+            x = [r["seconds"] / seconds if timed else r["epoch"] for r in mine]
+            y = [r[panel.y] for r in mine]
+            std = [r[f"{panel.y}_std"] for r in mine]
+            several = all(s is not None for s in std)
+            label = (
+                f"{method}  {y[-1]:.3g}" if panel.y.endswith("loss") else f"{method}  {y[-1]:.1f}"
+            )
+            lines.append(line_of(method, x, y, label, std if several else None))
+        draw(axes, lines)
+        _zoom(axes, lines)
+        axes.set_title(panel.title, fontsize=12)
+        axes.set_xlabel(f"training time ({unit})" if panel.x == "seconds" else "epoch", fontsize=11)
+        axes.set_ylabel(panel.label, fontsize=11)
+        if panel.x == "epoch":
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        label_lines(axes, lines)
+    return figure
+
+
+def _zoom(axes: Any, lines: Sequence[Line]) -> None:
+    """Let the first fifth of training leave the picture, so that the ends can be told apart."""
+    kept = [y for line in lines for y in line.y[math.ceil(len(line.y) / 5) - 1 :]]
+    if kept:
+        margin = 0.06 * (max(kept) - min(kept)) or 1.0
+        axes.set_ylim(min(kept) - margin, max(kept) + margin)
