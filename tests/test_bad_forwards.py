@@ -1,5 +1,7 @@
 """Bad forwards, gradients and scalers: a clear error that names the thing; all else as before."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,10 @@ from tiny import (
     norm_net,
     optimizer_of,
     refused,
+    same,
     sgd,
     train,
+    weights,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -200,6 +204,49 @@ def test_what_is_not_a_scaler(scaler):
     with refused(optimizer, TypeError, "scaler: "):
         for _ in optimizer.passes(scaler):
             problem.backward()
+
+
+@dataclass
+class Output:
+    """A dataclass as many models return it; pytree does not look inside."""
+
+    logits: object
+    loss: object = None
+
+
+class Named(dict):
+    """Like transformers' ModelOutput: a dict whose entries are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "named", "pair", "dict"])
+def test_model_outputs_are_unpacked(kind):
+    problem, plain = mlp(), mlp()
+    options = {"perturbation": llqr.SAM(0.1)}
+    optimizer = optimizer_of(problem, geometry=llqr_of(), **options)
+    twin = optimizer_of(plain, geometry=llqr_of(), **options)
+
+    def forward():
+        loss, z = problem()
+        return {
+            "dataclass": Output(z, loss),
+            "named": Named(logits=z, loss=loss),
+            "pair": (loss, Output(z)),
+            "dict": (loss, {"logits": z}),
+        }[kind]
+
+    for _ in range(3):
+        optimizer.minimize(forward)
+    train(twin, plain, 3)
+    same(weights(problem.model), weights(plain.model))
+
+
+def test_outputs_without_a_tensor_are_named():
+    problem = mlp()
+    optimizer = optimizer_of(problem, geometry=llqr_of())
+    with refused(optimizer, ValueError, "forward: no tensor found", "Output", "logits"):
+        optimizer.refresh(lambda: (problem.loss(), Output(None)))
 
 
 def test_an_error_of_the_users_own_comes_through():

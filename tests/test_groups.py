@@ -123,6 +123,52 @@ def test_a_group_that_the_geometry_refuses_is_taken_out_again():
     train(optimizer, problem, 2)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_group_may_join_through_the_base_itself(way):
+    """As through us: its blocks start at the identity, its radius counts, checkpoints hold it."""
+
+    def build():
+        problem = mlp()
+        base = torch.optim.SGD(problem.model[0].parameters(), lr=0.1, momentum=0.9)
+        options = {"geometry": llqr_of("kfac"), "perturbation": llqr.FriendlySAM(0.1)}
+        return problem, optimizer_of(problem, base, **options)
+
+    (problem, optimizer), (plain, twin) = build(), build()
+    for o, p, add in (
+        (optimizer, problem, optimizer.base.add_param_group),
+        (twin, plain, twin.add_param_group),
+    ):
+        train(o, p, 3, way)
+        add({"params": list(p.model[2].parameters()), "lr": 0.01, "rho": 0.0})
+        state = o.state_dict()
+        assert set(state["state"][2]) >= {"llqr.geometry.A.0", "llqr.perturbation.memory"}
+        train(o, p, 3, way)
+    same(everything(optimizer), everything(twin))
+
+
+def test_a_bad_group_in_the_base_itself_is_named_at_the_next_use():
+    problem = mlp()
+    optimizer = optimizer_of(problem, geometry=llqr_of())
+    train(optimizer, problem, 1)
+    optimizer.base.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    for use in (optimizer.state_dict, optimizer.step, lambda: optimizer.minimize(problem)):
+        with pytest.raises(ValueError, match=r"base: a parameter of shape \(2,\) in group 1"):
+            use()
+
+
+@pytest.mark.parametrize("structure", ["dense", "scalar"])
+def test_a_parameter_that_joins_a_layer_of_one_block_says_what_is_lost(structure):
+    """A layer's dense matrix and its number cannot grow; what was learned is not lost silently."""
+    problem = mlp()
+    base = torch.optim.SGD([problem.model[0].bias], lr=0.1)
+    optimizer = optimizer_of(problem, base, geometry=llqr_of(structure))
+    train(optimizer, problem, 3)
+    with pytest.warns(UserWarning, match="starts anew at the identity .0.bias"):
+        optimizer.add_param_group({"params": [problem.model[0].weight]})
+    g = {n: x for n, x in problem.gradient().items() if n.startswith("0")}
+    same(optimizer.geometry.apply(g), g)
+
+
 # -- gradients that come and go --------------------------------------------------------------------
 
 

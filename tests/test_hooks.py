@@ -88,6 +88,24 @@ def test_step_hooks_are_removed():
     assert seen == [1]
 
 
+@pytest.mark.parametrize("how", ["remove", "call"])
+def test_refresh_hooks_are_removed_as_torchs_are(how):
+    problem, seen = mlp(), []
+    optimizer = optimizer_of(problem, geometry=llqr_of())
+    handle = optimizer.register_refresh_hook(lambda opt, report: seen.append((opt, report)))
+    other = optimizer.register_refresh_hook(lambda *_: seen.append("other"))
+    report = optimizer.refresh(problem)
+    assert seen == [(optimizer, report), "other"]
+    for _ in range(2):  # again does nothing
+        handle.remove() if how == "remove" else handle()
+    optimizer.refresh(problem)
+    assert seen[2:] == ["other"]
+    with other:
+        pass
+    optimizer.refresh(problem)
+    assert len(seen) == 3
+
+
 def test_state_dict_hooks():
     problem = mlp()
     optimizer = optimizer_of(problem, geometry=llqr_of())

@@ -179,6 +179,20 @@ def test_a_plain_step_with_bad_gradients_is_skipped():
     same(everything(optimizer), skipped(before, 1))
 
 
+@pytest.mark.parametrize("way, said", [("passes", "weights, buffers"), ("perturbed", "as the")])
+def test_the_warning_says_which_buffers_a_skipped_step_leaves(way, said):
+    """Only passes() knows those of the start; they are BatchNorm's statistics here."""
+    problem, optimizer = start("SAM")
+    before = everything(optimizer)["model"]
+    poisoned(problem, {0})
+    with pytest.warns(UserWarning, match=said):
+        train(optimizer, problem, 1, way)
+    after = problem.model.state_dict()
+    assert torch.equal(after["1.running_mean"], before["1.running_mean"]) is (way == "passes")
+    for n, _ in problem.model.named_parameters():
+        same(after[n], before[n])
+
+
 @pytest.mark.parametrize("when", [0, 1])
 def test_breaking_out_at_a_bad_loss_and_stepping_skips(when):
     problem, optimizer = start("SAM")

@@ -17,6 +17,7 @@ from tiny import (
     mlp,
     norm_net,
     optimizer_of,
+    poisoned,
     random_metric,
     same,
     sgd,
@@ -137,33 +138,172 @@ def test_an_iterator_that_is_dropped_brings_the_weights_back():
     same(weights(problem.model), start)
 
 
-@pytest.mark.parametrize("rescue", ["step", "state_dict", "passes", "refresh", "perturbed"])
+def left_open(optimizer, problem):
+    """An iterator in its second pass, held, so that nobody but us can close it."""
+    passes = optimizer.passes()
+    next(passes)
+    problem.backward()
+    next(passes)
+    problem.backward()
+    return passes
+
+
+@pytest.mark.parametrize("rescue", ["step", "passes", "perturbed"])
 def test_a_pass_left_open_is_closed_by_what_comes_next(rescue):
-    problem = mlp()
+    problem = norm_net()
     optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.3), geometry=llqr_of())
     optimizer.refresh(problem)
     start = weights(problem.model)
-    passes = optimizer.passes()  # held, so that nobody but us can close it
-    next(passes)
-    problem.backward()
-    next(passes)
-    problem.backward()
+    passes = left_open(optimizer, problem)
     assert moved(problem, start)
     if rescue == "step":
         optimizer.zero_grad()
         optimizer.step()
-    elif rescue == "state_dict":
-        optimizer.state_dict()
-    elif rescue == "refresh":
-        optimizer.refresh(problem)
     elif rescue == "passes":
-        next(optimizer.passes())
+        newer = optimizer.passes()
+        next(newer)
     else:
-        optimizer.perturbed().__enter__()
-        optimizer.state_dict()
+        with optimizer.perturbed():
+            problem.backward()
     same(weights(problem.model), start)
+    assert buffers(problem.model)["1.num_batches_tracked"] == 1  # as in the clean pass alone
     passes.close()
     same(weights(problem.model), start)
+
+
+@pytest.mark.parametrize("end", ["close", "exhaust", "exit"])
+@pytest.mark.parametrize("way", ["passes", "perturbed"])
+def test_the_late_end_of_an_old_pass_ends_nothing_newer(way, end):
+    problem = norm_net()
+    optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.3))
+    start = weights(problem.model)
+    if end == "exit":
+        problem.backward()
+        old = optimizer.perturbed()
+        old.__enter__()
+        problem.backward()
+    else:
+        old = left_open(optimizer, problem)
+    if way == "passes":
+        newer = optimizer.passes()
+        next(newer)
+        problem.backward()
+        clean = buffers(problem.model)
+        next(newer)
+    else:
+        newer, first = optimizer.perturbed(), norm_net()
+        newer.__enter__()
+        first.backward()
+        clean = buffers(first.model)  # the old pass leaves those of its clean backward
+    problem.backward()
+    away, dirty, g = weights(problem.model), buffers(problem.model), gradients(problem.model)
+    assert moved(problem, start)
+    {"close": lambda: old.close(), "exhaust": lambda: list(old), "exit": lambda: leave(old)}[end]()
+    same(weights(problem.model), away)
+    same(buffers(problem.model), dirty)
+    same(gradients(problem.model), g)
+    list(newer) if way == "passes" else leave(newer)
+    same(weights(problem.model), start)
+    same(buffers(problem.model), clean)
+    optimizer.step()  # without a warning: the newer pass counts
+    assert moved(problem, start)
+
+
+def leave(context):
+    context.__exit__(None, None, None)
+
+
+def test_going_on_with_an_old_iterator_does_not_move_the_weights_of_a_newer_pass():
+    problem = mlp()
+    optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.3))
+    old = optimizer.passes()
+    next(old)
+    problem.backward()
+    newer = optimizer.passes()
+    next(newer)
+    problem.backward()
+    next(newer)
+    away = weights(problem.model)
+    with pytest.raises(RuntimeError, match="passes: .* after the loop"):
+        next(old)
+    same(weights(problem.model), away)
+
+
+def test_a_step_within_the_loop_over_passes():
+    """An error where a second pass would follow the update; harmless where there is one pass."""
+    problem, plain = mlp(), mlp()
+    optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.3))
+    with (
+        pytest.raises(RuntimeError, match="passes: .* after the loop"),
+        pytest.warns(UserWarning, match="without a perturbed pass"),
+    ):
+        for _ in optimizer.passes():
+            problem.backward()
+            optimizer.step()
+    problem = mlp()
+    optimizer = optimizer_of(problem)
+    for _ in optimizer.passes():
+        problem.backward()
+        optimizer.step()
+    train_plainly(sgd(plain, momentum=0.9), plain, 1)
+    same(weights(problem.model), weights(plain.model))
+
+
+@pytest.mark.parametrize("what", ["refresh", "refresh_if_due", "state_dict", "load_state_dict"])
+@pytest.mark.parametrize("way", ["passes", "perturbed"])
+def test_a_refresh_or_checkpoint_within_a_perturbed_pass_is_refused(way, what):
+    """The pass stays open, and the step is the one that it would have been."""
+    problem, plain = norm_net(), norm_net()
+    options = {"perturbation": llqr.SAM(0.3), "geometry": llqr_of("kfac", start=1)}
+    optimizer = optimizer_of(problem, **options)
+    options["geometry"] = llqr_of("kfac", start=1)
+    twin = optimizer_of(plain, **options)
+    for o, p in ((optimizer, problem), (twin, plain)):
+        train(o, p, 2)
+    state = optimizer.state_dict()
+    arguments = {"refresh": [problem], "refresh_if_due": [problem], "load_state_dict": [state]}
+
+    def body(i):
+        problem.backward()
+        if i:
+            away, seen = weights(problem.model), buffers(problem.model)
+            with pytest.raises(RuntimeError, match=rf"(load_)?{what[:7]}.*within a perturbed pass"):
+                getattr(optimizer, what)(*arguments.get(what, []))
+            same(weights(problem.model), away)
+            same(buffers(problem.model), seen)
+
+    optimizer.geometry._last = twin.geometry._last = 0  # due again
+    if way == "passes":
+        for i in optimizer.passes():
+            body(i)
+    else:
+        optimizer.zero_grad()
+        problem.backward()
+        with optimizer.perturbed():
+            body(1)
+    with pytest.warns(UserWarning, match="refresh of the geometry is due"):
+        optimizer.step()
+    twin.geometry._last = 1
+    train(twin, plain, 1, way)
+    same(weights(problem.model), weights(plain.model))
+    same(buffers(problem.model), buffers(plain.model))
+
+
+def test_a_refresh_and_a_checkpoint_within_the_clean_pass_are_fine():
+    problem, plain = dropout_mlp(), dropout_mlp()
+    options = {"perturbation": llqr.SAM(0.3)}
+    optimizer = optimizer_of(problem, geometry=llqr_of("kfac"), **options)
+    twin = optimizer_of(plain, geometry=llqr_of("kfac"), **options)
+    torch.manual_seed(5)
+    for i in optimizer.passes():
+        if i == 0:
+            optimizer.refresh_if_due(problem)
+            optimizer.state_dict()
+        problem.backward()
+    optimizer.step()
+    torch.manual_seed(5)
+    train(twin, plain, 1, "passes")
+    same(weights(problem.model), weights(plain.model))
 
 
 def test_weights_keep_their_identity_and_memory():
@@ -210,6 +350,43 @@ class History(nn.Module):
                 self.last = z.detach().clone()
                 self.log = torch.cat([self.log, z.detach().mean().reshape(1)])
         return z
+
+
+class Ring(nn.Module):
+    """Buffers that change their size in place, or are expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("grown", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("one", torch.zeros(1, dtype=torch.float64))
+        self.register_buffer("many", self.one.expand(4))
+        self.register_buffer("wide", torch.ones(2, 1, 3).expand(2, 5, 3))
+
+    def forward(self, z):
+        if self.training:
+            with torch.no_grad():
+                self.grown.resize_(len(self.grown) + 1)[-1] = z.sum()
+                self.one += z.mean()
+        return z
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_are_resized_or_expanded_come_back(fails):
+    """To those after the clean pass; to those of the start where the step is skipped."""
+    problem, alone = mlp(), mlp()
+    for p in (problem, alone):
+        p.model.append(Ring())
+    optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.3), geometry=llqr_of("kfac"))
+    if fails:
+        poisoned(problem, {2})  # the refresh calls first
+        with pytest.warns(UserWarning, match="skipped"):
+            train(optimizer, problem, 1)
+    else:
+        train(optimizer, problem, 1)
+        alone.backward()
+    same(buffers(problem.model), buffers(alone.model))
+    ring = problem.model[-1]
+    assert ring.many.data_ptr() == ring.one.data_ptr() and ring.many.stride() == (0,)
 
 
 def with_history():

@@ -28,8 +28,13 @@ class Buffers:
         for module, name, buffer, value in self._entries:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
+            if buffer is None or value is None:
+                continue
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            # Along expanded dimensions all entries are one, which torch does not write to twice.
+            once = tuple(slice(1) if step == 0 else slice(None) for step in buffer.stride())
+            buffer[once].copy_(value[once])
 
 
 class RandomState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -130,10 +131,10 @@ class Optimizer(Refreshing):
         self._reports: list[RefreshReport] = []
         self.skipped_steps = self.skipped_probes = 0
         self._step = 0
-        self._refresh_hooks: list[RefreshHook] = []
+        self._refresh_hooks: OrderedDict[int, RefreshHook] = OrderedDict()
         self._warned: set[str] = set()
         self.ranks, self.sync = Ranks(model, process_group), sync
-        self._parameters = NamedParameters(base, model)
+        self._named = NamedParameters(base, model)
         self._bind()
         if not sync and (self.ranks.sharded or (geometry is not None and geometry.shared)):
             raise ValueError(
@@ -142,8 +143,18 @@ class Optimizer(Refreshing):
             )
         self._passes = Passes(self, buffers, replay_rng)
 
+    @property
+    def _parameters(self) -> NamedParameters:
+        if self._named.outdated:  # a group was added to the base itself
+            self._take_groups()
+        return self._named
+
+    def _take_groups(self) -> None:
+        self._named.read()
+        self._bind()
+
     def _bind(self) -> None:
-        named = self._parameters.named
+        named = self._named.named
         if self.geometry is not None:
             self.geometry.ranks = self.ranks
             self.geometry.bind(self.model, named)
@@ -155,12 +166,10 @@ class Optimizer(Refreshing):
         groups = len(self.base.param_groups)
         self.base.add_param_group(param_group)
         try:
-            self._parameters.read()
-            self._bind()
+            self._take_groups()
         except (TypeError, ValueError):
             del self.base.param_groups[groups:]
-            self._parameters.read()
-            self._bind()
+            self._take_groups()
             raise
 
     def __repr__(self) -> str:
@@ -171,7 +180,7 @@ class Optimizer(Refreshing):
         return f"{type(self).__name__} ({body}\n)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_refresh_hooks": []}
+        return {**super().__getstate__(), "_refresh_hooks": OrderedDict()}
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -260,10 +269,14 @@ class Optimizer(Refreshing):
 
     def _skip(self) -> None:
         self.skipped_steps += 1
-        self._passes.undo()
+        kept = (
+            "weights, buffers and counters are as before it"
+            if self._passes.undo()
+            else "weights and counters are as before it, buffers as the backward pass left them"
+        )
         self._warn_once(
-            "a step was skipped because its gradients are not finite; weights, buffers and "
-            "counters are as before it (optimizer.skipped_steps counts)"
+            f"a step was skipped because its gradients are not finite; {kept} "
+            "(optimizer.skipped_steps counts)"
         )
 
     def _warn_of_omissions(self) -> None:
@@ -373,8 +386,12 @@ class Optimizer(Refreshing):
 
         The base's state is in it, and under ``llqr.*`` keys the geometry's, the perturbation's and
         the counters. It loads with ``torch.load(weights_only=True)``.
+
+        Raises:
+            RuntimeError: called within a perturbed pass. Nothing of ours is perturbed there, but
+                the model's weights are, and a checkpoint of both would hold theta + eps.
         """
-        self._passes.close()
+        self._passes.refuse("state_dict", "make checkpoints after the pass has ended")
         return state_dict(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -382,8 +399,9 @@ class Optimizer(Refreshing):
 
         Raises:
             ValueError: the state does not fit this geometry or perturbation; nothing is changed.
+            RuntimeError: called within a perturbed pass, whose end would bring old weights back.
         """
-        self._passes.close()
+        self._passes.refuse("load_state_dict", "load after the pass has ended")
         load_state_dict(self, state_dict)
 
 

@@ -77,6 +77,15 @@ class NamedParameters:
         layers, _ = layers_of(inner)
         self.layers = {name: layers[name] for name in self.named}
         self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
+        self._count = self._held()
+
+    def _held(self) -> int:
+        return sum(len(group["params"]) for group in self._base.param_groups)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the base holds more or fewer parameters than were read."""
+        return self._held() != self._count
 
     def others(self) -> list[nn.Parameter]:
         """Return the model's parameters that the base does not hold."""

@@ -21,21 +21,51 @@ if TYPE_CHECKING:
 __all__ = ["Passes", "check_scaler"]
 
 
+class Displaced:
+    """What one perturbed pass has to put back, once.
+
+    Attributes:
+        weights: (parameter, its clean value).
+        gradients: (parameter that is not ours, its p.grad).
+        buffers: those after the clean pass, or None where they may stay.
+    """
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[Tensor, Tensor]] = []
+        self.gradients: list[tuple[Tensor, Tensor | None]] = []
+        self.buffers: Buffers | None = None
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put everything back; a second call does nothing."""
+        weights, self.weights = self.weights, []
+        gradients, self.gradients = self.gradients, []
+        buffers, self.buffers = self.buffers, None
+        for p, value in weights:
+            p.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+        if buffers is not None:
+            buffers.restore()
+
+
 class Passes:
     """Run the passes of one step for an optimizer.
 
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
         observed: whether the perturbation saw the clean gradients of the coming step.
+        displaced: whether a perturbed pass is open, so that the weights are theta + eps.
     """
 
     def __init__(self, optimizer: Optimizer, buffers: str, replay_rng: bool) -> None:
         self._optimizer = optimizer
         self._keep_clean = buffers == "clean"
         self._replay_rng = replay_rng
-        self.probed = self.observed = False
+        self.probed = self.observed = self.displaced = False
         self._start: Buffers | None = None
-        self._away: list[tuple[Tensor, Tensor]] = []  # (parameter, its clean value)
+        # Each step's passes have their own, so that those left open end nothing but themselves.
+        self._open = Displaced()
 
     # -- what is needed ------------------------------------------------------------------------
 
@@ -68,12 +98,19 @@ class Passes:
         check_scaler(scaler)
         self.close()
         self.forget()
-        opt = self._optimizer
+        opt, own = self._optimizer, self._open
         self._start = Buffers(opt.model)
         random = RandomState(opt._parameters.device) if self._replay_rng else None
         opt.zero_grad()
         with opt.ranks.quiet(opt.local_probes and self.needed):
             yield 0
+        if self._open is not own:
+            if self.needed:
+                raise RuntimeError(
+                    "passes: step() or other passes came between the first pass and the second; "
+                    "call step() after the loop over passes()"
+                )
+            return
         clean = self._clean_gradients("the first pass")
         if not self.needed:
             self._observe(clean, scaler)
@@ -101,28 +138,30 @@ class Passes:
         start: Buffers | None,
         random: RandomState | None,
     ) -> Iterator[None]:
-        opt = self._optimizer
+        opt, own = self._optimizer, self._open
         healthy = opt.ranks.finite(clean)
         eps = self._displacement(clean, scaler) if healthy else {}
-        advanced = Buffers(opt.model)
-        if start is not None and not self._keep_clean:
+        if self._keep_clean or start is None:
+            own.buffers = Buffers(opt.model)
+        else:
             start.restore()
         opt.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.
-        others = [(p, p.grad) for p in opt._parameters.others()]
+        own.gradients = [(p, p.grad) for p in opt._parameters.others()]
         try:
-            for p, _ in others:
+            for p, _ in own.gradients:
                 p.grad = None
-            self._move(eps)
+            self._move(own, eps)
             if random is not None:
                 random.restore()
+            self.displaced = True
             yield
         finally:
-            self.close()
-            for p, gradient in others:
-                p.grad = gradient
-            if self._keep_clean or start is None:
-                advanced.restore()
+            if self._open is own:
+                self.displaced = False
+            self._end(own)
+        if self._open is not own:
+            return  # step() or other passes came before the end: the rest is no more ours
         self.probed = True
         second = self._clean_gradients("the second pass")
         if not healthy:
@@ -186,28 +225,41 @@ class Passes:
     # -- weights and buffers -------------------------------------------------------------------
 
     @torch.no_grad()
-    def _move(self, eps: dict[str, Tensor]) -> None:
+    def _move(self, own: Displaced, eps: dict[str, Tensor]) -> None:
         """Add eps to the weights, keeping copies: subtraction would not give the bits back."""
         named = self._optimizer._parameters.named
-        self._away = [(named[n], named[n].detach().clone()) for n in eps]
+        own.weights = [(named[n], named[n].detach().clone()) for n in eps]
         for name, e in eps.items():
             named[name].add_(e.to(named[name].dtype))
         reshard(self._optimizer.model)
 
-    @torch.no_grad()
-    def close(self) -> None:
-        """Bring the weights back, if a pass was left open."""
-        away, self._away = self._away, []
-        for p, value in away:
-            p.copy_(value)
-        if away:
+    def _end(self, own: Displaced) -> None:
+        moved = bool(own.weights)
+        own.end()
+        if moved:
             reshard(self._optimizer.model)
 
-    def undo(self) -> None:
-        """Put the buffers back to the start of the skipped step."""
+    def close(self) -> None:
+        """End the passes so far, bringing the weights back if one was left open."""
+        self.displaced = False
+        self._end(self._open)
+        self._open = Displaced()
+
+    def refuse(self, what: str, remedy: str) -> None:
+        """Raise while the weights are at theta + eps; the pass stays open."""
+        if self.displaced:
+            raise RuntimeError(
+                f"{what}: called within a perturbed pass, where the weights are theta + eps; "
+                f"{remedy}"
+            )
+
+    def undo(self) -> bool:
+        """Put the buffers back to the start of the skipped step; tell whether that was known."""
+        known = self._start is not None
         if self._start is not None:
             self._start.restore()
         self.forget()
+        return known
 
     def forget(self) -> None:
         """Start over: nothing was probed or observed for the coming step."""

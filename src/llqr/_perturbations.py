@@ -281,8 +281,8 @@ class FriendlySAM(SAM):
 
     def _recall(self, name: str, like: Tensor) -> Tensor:
         memory = self._memory[name]
-        if memory.device != like.device:
-            memory = self._memory[name] = memory.to(like.device)
+        if (memory.device, memory.dtype) != (like.device, like.dtype):  # the model was moved
+            memory = self._memory[name] = memory.to(like)
         return memory
 
     def observe(self, gradients: Tensors) -> None:

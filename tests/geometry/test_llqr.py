@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import llqr
 from explicit import F64, agree, explicit_U, vector
 from nets import Zoo, bound, copied, entries, zoo
-from tiny import STRUCTURES, mlp, norm_net, optimizer_of, same, says, train
+from tiny import STRUCTURES, llqr_of, mlp, norm_net, optimizer_of, same, says, sgd, train
 
 # -- when ------------------------------------------------------------------------------------------
 
@@ -348,3 +348,83 @@ def test_a_refresh_sees_batch_norm_in_evaluation_mode():
     alone = bound(problem, "kfac", ema=0.0)
     alone.refresh([problem])
     same(optimizer.geometry.state(), alone.state())
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["LLQR", "elementwise", "matrix"])
+def test_gradients_that_are_not_the_parameters_are_named(kind):
+    problem = mlp()
+    geometry = {
+        "LLQR": llqr.LLQR("kfac"),
+        "elementwise": llqr.FixedGeometry({"0.bias": torch.tensor(2.0)}),
+        "matrix": llqr.FixedGeometry(torch.eye(57, dtype=F64)),
+    }[kind]
+    geometry.bind(problem.model)
+    good = problem.gradient()
+    for bad, error, parts in [
+        ({"1.weight": good["0.weight"]}, KeyError, ["1.weight"]),
+        ({"0.weight": good["0.weight"].T}, ValueError, ["0.weight", r"\(5, 6\)", r"\(6, 5\)"]),
+        ({"0.bias": torch.tensor(1.0)}, ValueError, ["0.bias", r"\(\)", r"\(6,\)"]),
+        ({"0.bias": torch.ones(6).long()}, ValueError, ["0.bias", "int64"]),
+        ({"0.bias": torch.ones(6) * 1j}, ValueError, ["0.bias", "complex64"]),
+    ]:
+        with says(error, "gradients: ", *parts):
+            geometry.apply({**good, **bad})
+    assert list(geometry.apply({"2.bias": good["2.bias"].float()})) == ["2.bias"]
+
+
+# -- a model that changes its dtype ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["apply", "refresh", "train"])
+@pytest.mark.parametrize("structure", STRUCTURES[1:])
+def test_U_follows_the_model_to_double(structure, use):
+    """It is what it would be in double from a checkpoint of it in single precision."""
+    problem, plain = mlp(torch.float32), mlp(F64)
+
+    def build(p):
+        options = {"geometry": llqr_of(structure), "perturbation": llqr.FriendlySAM(0.1)}
+        return optimizer_of(p, sgd(p), **options)
+
+    optimizer = build(problem)
+    train(optimizer, problem, 3)
+    saved = optimizer.state_dict()
+    plain.model.load_state_dict(problem.model.state_dict())
+    twin = build(plain)
+    twin.load_state_dict(saved)
+    problem.model.double()
+    problem.x = problem.x.double()
+    plain.x, plain.y = problem.x, problem.y
+    for o, p in ((optimizer, problem), (twin, plain)):
+        if use == "apply":
+            o.geometry.apply(p.gradient())
+        elif use == "refresh":
+            assert o.refresh(p).accepted
+        else:
+            train(o, p, 3)
+    same(optimizer.geometry.state(), twin.geometry.state())
+    same(problem.model.state_dict(), plain.model.state_dict())
+    for entry in optimizer.geometry.state().values():
+        assert all(v.dtype == F64 for v in entry.values())
+    assert optimizer.geometry.memory() == twin.geometry.memory()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_U_stays_float32_for_half_precision(dtype):
+    problem = mlp(torch.float32)
+    optimizer = optimizer_of(problem, geometry=llqr_of("kfac"), perturbation=llqr.SAM(0.1))
+    train(optimizer, problem, 1)
+    U = copied(optimizer.geometry)
+    problem.model.to(dtype)
+    moved = optimizer.geometry.apply({n: g for n, g in problem_gradient(problem, dtype).items()})
+    assert all(g.dtype == dtype for g in moved.values())
+    same(optimizer.geometry.state(), U)
+    fresh = mlp(dtype)
+    assert optimizer.geometry.layout.rounding == bound(fresh, "kfac").layout.rounding
+
+
+def problem_gradient(problem, dtype):
+    problem.x = problem.x.to(dtype)
+    return problem.gradient()

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 import llqr
 from explicit import agree, explicit_U, vector
 from nets import LEARNED, bound, copied, entries, trio, zoo
-from tiny import STRUCTURES, mlp, optimizer_of, same, says, train
+from tiny import STRUCTURES, mlp, optimizer_of, same, says, sgd, through_file, train
+
+
+def kl(z: Tensor, at: Tensor) -> Tensor:
+    old = at.log_softmax(1)
+    return (old.exp() * (old - z.log_softmax(1))).sum(1).mean()
+
 
 # -- warm start and average ------------------------------------------------------------------------
 
@@ -251,10 +257,67 @@ def test_squared_eigenvalues():
         assert float(torch.linalg.eigvalsh(U[own, own])[0]) > 0
 
 
+def test_squared_eigenvalues_are_refused_too_when_J_does_not_go_down():
+    """Only constraint="none" takes what the solve came to, as the authors' code does."""
+    problem, geometry = wild("e-kfac", constraint="square", lr=0.5)
+    before = copied(geometry)
+    with pytest.warns(UserWarning, match="refused"):
+        report = geometry.refresh([problem])
+    assert not report.accepted and report.reason is not None
+    assert not report.J_after <= report.J_before
+    same(geometry.state(), before)
+
+
 @pytest.mark.parametrize("structure", ["kfac", "diagonal", "scalar", "dense", "diag-kfac"])
 def test_square_is_for_e_kfac_alone(structure):
     with says(ValueError, "constraint", "'square'", "'e-kfac' alone", structure):
         bound(mlp(), structure, constraint="square")
+
+
+@pytest.mark.parametrize("curvature", ["fisher", llqr.Divergence(kl)])
+def test_a_saturated_network_refuses_the_refresh_in_the_middle_of_training(curvature):
+    """Its softmax is one-hot in floating point, so H is zero though the gradient is not.
+
+    Nothing that a setting could help with: it may happen any number of times.
+    """
+    problem = mlp()
+    optimizer = optimizer_of(
+        problem,
+        sgd(problem, lr=0.0),
+        geometry=llqr.LLQR("kfac", curvature=curvature, every=1, max_failures=0),
+        perturbation=llqr.SAM(0.1),
+    )
+    train(optimizer, problem, 2)
+    U = copied(optimizer.geometry)
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e6)
+    with pytest.warns(UserWarning, match="refused because the loss has no curvature") as found:
+        train(optimizer, problem, 3)
+    assert len(found) == 1
+    report = optimizer.last_report
+    assert not report.accepted and report.step == 4 and "certain" in report.reason
+    assert optimizer.geometry.counters() == {"refreshes": 5, "refused": 3, "failures": 0, "last": 4}
+    same(optimizer.geometry.state(), U)
+    optimizer.load_state_dict(through_file(optimizer.state_dict()))
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e-6)
+    assert optimizer.refresh(problem).accepted
+
+
+def test_without_curvature_from_the_first_refresh_on_it_is_an_error():
+    """Then the likely reason is a loss that is linear in the outputs handed over."""
+    problem = mlp()
+    geometry = bound(problem)
+
+    def linear():
+        z = problem.model(problem.x).log_softmax(1)
+        return nn.functional.nll_loss(z, problem.y), z
+
+    with says(ValueError, "loss is linear in `outputs`"):
+        geometry.refresh([linear])
+    geometry.refresh([problem])
+    with pytest.warns(UserWarning, match="has become linear"):
+        assert not geometry.refresh([linear]).accepted
 
 
 # -- the report ------------------------------------------------------------------------------------

@@ -97,6 +97,23 @@ class Geometry:
     def load_counters(self, counters: Mapping[str, int]) -> None:
         """Take over numbers that :meth:`counters` returned."""
 
+    def _check(self, gradients: Gradients) -> None:
+        """Refuse gradients that are not those of the parameters."""
+        self._require_bound()
+        for name, g in gradients.items():
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                raise KeyError(f"gradients: {name!r} is not a parameter that U knows")
+            if g.shape != parameter.shape:
+                raise ValueError(
+                    f"gradients: {name!r} has shape {tuple(g.shape)}, its parameter "
+                    f"{tuple(parameter.shape)}"
+                )
+            if not g.is_floating_point():
+                raise ValueError(
+                    f"gradients: {name!r} has dtype {g.dtype}, expected a real floating-point one"
+                )
+
     def _require_bound(self) -> None:
         if not hasattr(self, "parameters"):
             raise RuntimeError(
@@ -174,7 +191,7 @@ class FixedGeometry(Geometry):
 
     def apply(self, gradients: Gradients) -> dict[str, Tensor]:
         """Return U g."""
-        self._require_bound()
+        self._check(gradients)
         if isinstance(self.U, Tensor):
             like = next(iter(gradients.values()), None)
             if like is None:

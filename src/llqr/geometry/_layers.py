@@ -113,8 +113,9 @@ class Layout:
             )
             for name, p in parameters.items()
         }
-        self._dtypes = {name: _state_dtype(p) for name, p in parameters.items()}
-        self.dtype = max(self._dtypes.values(), key=lambda t: t.itemsize, default=torch.float32)
+        self.dtypes = {name: p.dtype for name, p in parameters.items()}
+        wide = {name: _state_dtype(p) for name, p in parameters.items()}
+        self.dtype = max(wide.values(), key=lambda t: t.itemsize, default=torch.float32)
         # What an inner product over gradients and curvature products loses to rounding, relative to
         # the norms: its own sums, or the coarsest parameter's arithmetic.
         coarsest = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
@@ -135,7 +136,7 @@ class Layout:
             for kind, shape, block in self._blocks(layer, structure, names):
                 number = next(numbers[block.pieces[0].name])
                 block = replace(block, number=number, leaf=len(plans))
-                dtype = max((self._dtypes[p.name] for p in block.pieces), key=lambda t: t.itemsize)
+                dtype = max((wide[p.name] for p in block.pieces), key=lambda t: t.itemsize)
                 plans.append(Plan(kind, shape, dtype, block))
         self.layers = list(dict.fromkeys(plan.block.layer for plan in plans))
         self.kinds = list(dict.fromkeys(plan[:3] for plan in plans))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import Schedule
-from ..curvature import Curvature, as_curvature, quadratic_model
+from ..curvature import Curvature, QuadraticModel, as_curvature, quadratic_model
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, Gradients
 from ._blocks import BlockDiagonal
@@ -26,6 +26,14 @@ from ._settings import StructureOf, at_step, check_settings, check_structure
 __all__ = ["LLQR"]
 
 log = logging.getLogger("llqr")
+
+NAN = float("nan")
+#: How the error begins that a loss without second derivative in its outputs raises.
+LINEAR = "loss is linear in `outputs`"
+SATURATED = (
+    "the loss has no curvature in its outputs (the network is certain of every answer, or the "
+    "loss has become linear in `outputs`)"
+)
 
 
 class LLQR(Geometry):
@@ -215,16 +223,27 @@ class LLQR(Geometry):
         self._states = self._blocks.identity(next(iter(devices), torch.device("cpu")))
         if kept:
             self._blocks.load(self._states, kept, optional=self.parameters)
+            meta = self._whole.identity(torch.device("meta"))
+            wrong = self._whole.load(meta, kept, optional=self.parameters)
+            lost = [text for text in wrong if text.partition(": ")[0] in self.parameters]
+            if lost:
+                warnings.warn(
+                    "geometry: a parameter joined a layer that shares one block, so what was "
+                    f"learned there is dropped and starts anew at the identity ({lost[0]})",
+                    stacklevel=4,
+                )
 
     # -- using U ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def apply(self, gradients: Gradients) -> dict[str, Tensor]:
-        """Return U g as {name: tensor}, each in its gradient's dtype."""
-        self._require_bound()
-        unknown = [n for n in gradients if n not in self.parameters]
-        if unknown:
-            raise KeyError(f"gradients: {unknown[0]!r} is not a parameter that U knows")
+        """Return U g as {name: tensor}, each in its gradient's dtype.
+
+        Raises:
+            KeyError: a name that is no parameter's.
+            ValueError: another shape than the parameter's, or no floating-point dtype.
+        """
+        self._check(gradients)
         for g in gradients.values():
             self._follow(g.device)
             break
@@ -236,7 +255,9 @@ class LLQR(Geometry):
         return {name: result[name].to(g.dtype) for name, g in gradients.items()}
 
     def _follow(self, device: torch.device) -> None:
-        """Move U to where the gradients are, if the model was moved."""
+        """Take U where the parameters were taken since: to another device or to double."""
+        if self.layout.dtypes != {name: p.dtype for name, p in self.parameters.items()}:
+            self.bind(self.model, self.parameters)
         if any(v.device != device for s in self._states for v in s.values()):
             self._states = [{k: v.to(device) for k, v in s.items()} for s in self._states]
 
@@ -332,19 +353,16 @@ class LLQR(Geometry):
         # Whole until the end: a product may run the forwards again.
         with whole_parameters(self.model, self.parameters) as own:
             with self.ranks.together("refresh"):
-                model = quadratic_model(
-                    forwards,
-                    own.values(),
-                    self.curvature,
-                    scale=scale,
-                    weights=weights,
-                    micro_batch=self.settings["micro_batch"],
-                )
+                model = self._expand(forwards, list(own.values()), weights)
+            if not self.ranks.all(model is not None) or model is None:
+                report = self._refusal(SATURATED, step, began)
+                self._settle(report)
+                return report
             if scale == "sum":  # over the joined batch
                 model.scale = self.ranks.sum(model.scale)
             with torch.no_grad():
+                self._follow(next(iter(own.values())).device)
                 flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
-                self._follow(flat.gradient.device)
                 number = self._refreshes - self._refused
                 outcome = relearn(flat, self._blocks, self._states, self.settings, step, number)
                 if outcome.reason is None:
@@ -352,6 +370,49 @@ class LLQR(Geometry):
                 report = outcome.report(flat, self._blocks, self._states, step, began)
         self._settle(report)
         return report
+
+    def _expand(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        parameters: list[Tensor],
+        weights: Sequence[float] | None,
+    ) -> QuadraticModel | None:
+        """Return the quadratic model, or None where the loss has lost its curvature."""
+        settings = self.settings
+        try:
+            return quadratic_model(
+                forwards,
+                parameters,
+                self.curvature,
+                scale=settings["scale"],
+                weights=weights,
+                micro_batch=settings["micro_batch"],
+            )
+        except ValueError as error:
+            # A loss that had curvature before is not linear: where a network is certain of every
+            # answer, the second derivative in the outputs underflows.
+            if self._refreshes > self._refused and str(error).startswith(LINEAR):
+                return None
+            raise
+
+    def _refusal(self, reason: str, step: int, began: float) -> RefreshReport:
+        """Return the report of a refresh that could not begin."""
+        spectrum = self._blocks.extremes(self._states, exact=False).values()
+        return RefreshReport(
+            step=step,
+            accepted=False,
+            reason=reason,
+            J_before=NAN,
+            J_after=NAN,
+            gradient_norm=NAN,
+            ratio=NAN,
+            change=NAN,
+            cosine=NAN,
+            eigenvalue_min=min((low for low, _ in spectrum), default=1.0),
+            eigenvalue_max=max((high for _, high in spectrum), default=1.0),
+            products=0,
+            seconds=time.perf_counter() - began,
+        )
 
     def _settle(self, report: RefreshReport) -> None:
         """Count the refresh, and say what the user should know of it."""
@@ -368,7 +429,7 @@ class LLQR(Geometry):
                 )
             return
         self._refused += 1
-        self._failures += 1
+        self._failures += report.reason != SATURATED  # no setting helps there
         if self._failures > self.settings["max_failures"]:
             lr = at_step(self.settings, "lr", report.step)
             raise RefreshError(

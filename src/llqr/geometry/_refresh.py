@@ -107,6 +107,7 @@ def relearn(
         number: how many refreshes were accepted, for the renewal of bases.
     """
     g, damping, positive = flat.gradient, settings["damping"], settings["constraint"] == "positive"
+    judged = settings["constraint"] != "none"
     if not blocks.layout.all(bool(torch.isfinite(g).all())):
         return Outcome(old, NAN, NAN, "the gradient is not finite")
     exact = Objective(blocks, g, flat.product, damping)
@@ -130,7 +131,7 @@ def relearn(
     after, rounding = (float(v) for v in exact.value_and_rounding(new))
     if not (math.isfinite(before) and math.isfinite(after)):
         return Outcome(old, before, after, "J is not finite")
-    if positive and after > before + rounding:
+    if judged and after > before + rounding:
         return Outcome(old, before, after, "J did not go down")
     return Outcome(new, before, after, None)
 
