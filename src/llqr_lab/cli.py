@@ -18,6 +18,7 @@ COMMANDS = {
     "theory": ("llqr_lab.theory.report", "check every statement of the paper's theory"),
     "table": ("llqr_lab.tables", "make a table of the paper"),
     "figure": ("llqr_lab.figures", "make a figure of the paper"),
+    "report": ("llqr_lab.collect.report", "show all finished runs in one HTML file"),
 }
 
 

@@ -97,7 +97,7 @@ def machines(runs: Sequence[Run]) -> list[str]:
 def machine_of(run: Run) -> str:
     """Say the accelerator, or else the processor, of a run."""
     about = run["environment"]
-    return str(about.get("device") or about.get("gpu") or about.get("processor") or "unknown")
+    return str(about.get("accelerator") or about.get("processor") or "unknown")
 
 
 def _cells(
@@ -146,6 +146,8 @@ def _cells(
 def _updates(run: Run) -> int:
     """Count the refreshes of a run's epochs, at steps 0, every, 2 every ..."""
     timing = run["timing"]
+    if "updates" in timing:
+        return int(timing["updates"])
     steps = timing["steps_an_epoch"] * run["settings"].get("train.epochs", 1)
     return math.ceil(steps / timing["every"])
 

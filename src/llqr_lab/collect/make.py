@@ -18,7 +18,15 @@ from .runs import Cell, Found, find
 from .tables import Table, fill
 from .timing import figure5, figure6
 
-__all__ = ["COLLECTED_FIGURES", "first_command", "look", "make_figure", "make_table", "table_of"]
+__all__ = [
+    "COLLECTED_FIGURES",
+    "first_command",
+    "look",
+    "make_figure",
+    "make_table",
+    "table_of",
+    "write_figure",
+]
 
 COLLECTED_FIGURES: dict[str, Callable[[Found, str | None], Figure]] = {
     "1": figure1,

@@ -64,9 +64,9 @@ class Run:
     @property
     def variant(self) -> str:
         """Return what has to agree for two runs of a cell to be repetitions, as text."""
-        kept = {k: v for k, v in self["settings"].items() if k not in ("noise", "llqr.every")}
-        every = None if self["timing"] else self["settings"].get("llqr.every")
-        return json.dumps([self["source"], every, kept], sort_keys=True)
+        own = ("noise", "read", *(["llqr.every"] if self["timing"] else []))
+        kept = {k: v for k, v in self["settings"].items() if k not in own}
+        return json.dumps([self["source"].lower(), kept], sort_keys=True)
 
     @property
     def changed(self) -> list[str]:

@@ -1,0 +1,93 @@
+"""What the report says of the runs: refreshes, machines, changed and assumed values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import llqr
+
+from ..protocols import EXPERIMENTS, Source, resolve
+from ..summary import INACTIVE, refreshes
+from .runs import Run
+
+__all__ = ["assumed", "changed", "environments", "refresh_rows"]
+
+
+def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return a row a cell that learns U: what its refreshes did, and whether U acts."""
+    rows = []
+    for cell in sorted({run.cell for run in runs}):
+        mine = [run for run in runs if run.cell == cell]
+        found = refreshes([_report(r) for run in mine for r in run["refreshes"] or ()])
+        if found is None:
+            continue
+        rows.append(
+            {
+                "dataset": cell.dataset + f", noise {cell.noise:g}" * bool(cell.noise),
+                "network": cell.model,
+                "method": cell.method,
+                "runs": len(mine),
+                "accepted": f"{found['accepted']} of {found['count']}",
+                "|Ug-g|/|g|": found["change"],
+                "|Ug|/|g|": found["ratio"],
+                "cos(g, Ug)": found["cosine"],
+                "J before": found["J_before"],
+                "J after": found["J_after"],
+                "U": "acts" if found["active"] else f"INACTIVE (below {INACTIVE:g})",
+            }
+        )
+    return rows
+
+
+def _report(values: dict[str, Any]) -> llqr.RefreshReport:
+    """Return a report from a run's JSON, in which what was not finite is null."""
+    names = [field.name for field in dataclasses.fields(llqr.RefreshReport)]
+    known = {n: values.get(n) for n in names}
+    missing = {n: float("nan") for n, v in known.items() if v is None and n != "reason"}
+    return llqr.RefreshReport(**{**known, **missing})  # type: ignore[arg-type]
+
+
+def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return each machine and set of versions, with the number of runs on it."""
+    counts = Counter(json.dumps(run["environment"], sort_keys=True) for run in runs)
+    return [{"runs": count, **json.loads(text)} for text, count in counts.most_common()]
+
+
+def changed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
+    """Return cell, setting, value and how many runs, of what was changed by hand."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for run in runs:
+        cell = ", ".join((run["recipe"], run["dataset"], run["model"], run["method"]))
+        for key in run.changed:
+            counts[cell, key, json.dumps(run.setting(key))] += 1
+    return [(*entry, str(count)) for entry, count in sorted(counts.items())]
+
+
+def assumed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
+    """Return setting, value, experiments and note of what neither paper nor authors say.
+
+    Values are the protocol's at the paper's size, for the data, networks and methods that were run.
+    """
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for recipe, dataset, model, method in sorted(
+        {(run["recipe"], run["dataset"], run["model"], run["method"]) for run in runs}
+    ):
+        if recipe not in EXPERIMENTS:
+            continue
+        for key, setting in resolve(recipe, dataset, model, method).items():
+            if setting.source is Source.ASSUMED:
+                entry = (key, str(setting.value), setting.note)
+                names = found.setdefault(entry, [])
+                if recipe not in names:
+                    names.append(recipe)
+    return [
+        (key, value, _short(names), note) for (key, value, note), names in sorted(found.items())
+    ]
+
+
+def _short(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names, key=lambda name: (len(name), name)))

@@ -1,0 +1,236 @@
+"""``llqr report``: every table and figure that has runs, in one HTML file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..paper import TABLES
+from ..summary import INACTIVE
+from . import about, html
+from .figures import Figure
+from .html import escape
+from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
+from .render import head, minus, missing_commands, ours
+from .runs import SCALES, Found, Run, add_options
+from .tables import Table
+
+__all__ = ["add_arguments", "main", "report"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --out, --runs, --scale and --where."""
+    add_options(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write report.html; 1 if there is no run, 2 on bad runs."""
+    try:
+        found = look(arguments)
+        text = report(found, arguments.scale)
+    except ValueError as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
+    if text is None:
+        print(
+            f"llqr: no finished run below {found.root}; make one:\n"
+            f"    {first_command('table1', found.root, arguments.scale)}",
+            file=sys.stderr,
+        )
+        return 1
+    path = arguments.out / "report.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")
+    return 0
+
+
+def report(found: Found, asked: str | None = None) -> str | None:
+    """Return the report as HTML; None if there is no run.
+
+    Args:
+        found: the runs.
+        asked: the scale; None: the largest there is. A report has one scale.
+
+    Raises:
+        RunError: runs of a cell contradict each other.
+    """
+    scale = asked or next((s for s in SCALES if any(r["scale"] == s for r in found.runs)), None)
+    runs = [run for run in found.runs if run["scale"] == scale]
+    if scale is None or not runs:
+        return None
+    # What holds of all runs is said once, not in every table.
+    quiet = replace(found, runs=runs, notes=())
+    tables = [t for n in TABLES if (t := table_of(n, quiet, scale)).runs]
+    figures = [f for make in COLLECTED_FIGURES.values() if (f := make(quiet, scale)).rows]
+    used = {run.folder: run for part in (*tables, *figures) for run in part.runs}
+    sections = [
+        *(table_section(table) for table in tables),
+        *(figure_section(figure) for figure in figures),
+        refreshes_section(list(used.values())),
+        values_section(list(used.values())),
+        machines_section(list(used.values())),
+    ]
+    left_out = len(found.runs) - len(runs)
+    opening = [
+        *banner(scale, tables),
+        html.paragraph(
+            f"{len(used)} finished runs of scale {scale}, below {found.root}. "
+            f"{sum(t.missing for t in tables)} cells of these tables have no run and are marked "
+            "missing; nothing is filled in for them."
+        ),
+        html.list_of(
+            [
+                *found.notes,
+                *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
+                *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
+            ]
+        ),
+        unfinished(found.unfinished),
+    ]
+    return html.page("Runs beside the paper's numbers", [*opening, *sections])
+
+
+def banner(scale: str, tables: Sequence[Table]) -> Iterator[str]:
+    """Warn where the runs are not the paper's."""
+    if scale != "paper":
+        read = sorted({f"{r['source']} for {r['dataset']}" for t in tables for r in t.runs})
+        yield html.paragraph(
+            f"Scale {scale}: other data ({', '.join(read) or 'none'}), smaller networks and "
+            "shorter training than the paper's. These numbers do not compare with the paper's.",
+            "warn",
+        )
+
+
+def unfinished(folders: Sequence[Path]) -> str:
+    """List runs that are going on or were broken off."""
+    if not folders:
+        return ""
+    listed = html.list_of(str(folder) for folder in folders)
+    return html.details(f"{len(folders)} unfinished runs, not used", listed)
+
+
+def table_section(table: Table) -> str:
+    """Return a table in the paper's layout, with its notes and the commands for what is missing."""
+    status, reading, *notes = head(table)
+    parts = [f"<h2>{escape(table.title)}</h2>", html.paragraph(status), table_of_cells(table)]
+    parts += [html.paragraph(reading, "soft"), html.list_of(notes)]
+    commands = "\n".join(missing_commands(table))
+    if commands:
+        parts.append(
+            html.details(
+                "Commands for the first seed of each missing cell",
+                f"<pre>{escape(commands)}</pre>",
+            )
+        )
+    return "\n".join(parts)
+
+
+def table_of_cells(table: Table) -> str:
+    """Return the cells: ours, below it the paper's and the difference to the baseline."""
+    labels = len(table.heads)
+    groups = [c["group"] for c in table.columns]
+    lines = []
+    if any(groups):
+        starts = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
+        spans = [b - a for a, b in zip(starts, [*starts[1:], len(groups)], strict=True)]
+        tops = "".join(
+            f'<th colspan="{n}">{escape(groups[i])}</th>'
+            for i, n in zip(starts, spans, strict=True)
+        )
+        lines.append(f'<tr><th colspan="{labels}"></th>{tops}</tr>')
+    names = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
+    names += "".join(f"<th{_geometry(c['label'])}>{escape(c['label'])}</th>" for c in table.columns)
+    lines.append(f"<tr>{names}</tr>")
+    body = []
+    for row in table.rows:
+        shown = [*row["labels"], *["–"] * (labels - len(row["labels"]))]
+        first = "".join(f"<th{_geometry(text)}>{escape(text)}</th>" for text in shown)
+        body.append(f"<tr>{first}{''.join(_cell(cell) for cell in row['cells'])}</tr>")
+    return html.wide(
+        f"<table><thead>{''.join(lines)}</thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def _geometry(label: str) -> str:
+    """Return the class of the paper's colours: NGD blue, Newton orange."""
+    kind = re.search(r"\((NGD|Newton)\)", label)
+    return f' class="{kind[1].lower()}"' if kind else ""
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    gone = cell["ours"] is None
+    parts = [f"<b>{escape(ours(cell))}</b>"]
+    if cell["paper"]:
+        parts.append(f'<span class="paper">paper {escape(cell["paper"])}</span>')
+    if cell["minus"]:
+        text = f"minus {cell['baseline']}: {minus(cell)}"
+        parts.append(f'<span class="minus">{escape(text)}</span>')
+    return f'<td class="number{" missing" * gone}">{"".join(parts)}</td>'
+
+
+def figure_section(figure: Figure) -> str:
+    """Return a figure, drawn into the page."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, *_ = write_figure(figure, Path(folder))
+        drawn = html.picture(path, f"Figure {figure.number}: {figure.title}")
+    parts = [f"<h2>Figure {figure.number}: {escape(figure.title)}</h2>", drawn]
+    for method, fit in figure.facts.get("fits", {}).items():
+        exponents = " and ".join(map(str, figure.facts["paper_exponents"]))
+        parts.append(
+            html.paragraph(
+                f"{method}: exponent {fit['exponent']:.2f} of {fit['points']} networks; the paper "
+                f"has {exponents}."
+            )
+        )
+    if figure.missing:
+        parts.append(html.paragraph(f"Missing: {', '.join(figure.missing)}."))
+    return "\n".join(parts)
+
+
+def refreshes_section(runs: Sequence[Run]) -> str:
+    """Say what the refreshes of U did."""
+    rows = about.refresh_rows(runs)
+    if not rows:
+        return ""
+    text = (
+        "Medians over all refreshes of the runs (J: over the accepted ones). |Ug-g|/|g| is how "
+        f"much U changes the gradient; below {INACTIVE:g} U hardly acts, and LLQR+SAM is SAM."
+    )
+    shown = html.table(list(rows[0]), [list(row.values()) for row in rows])
+    return f"<h2>Refreshes</h2>\n{html.paragraph(text)}\n{shown}"
+
+
+def values_section(runs: Sequence[Run]) -> str:
+    """Say which values were changed by hand, and which are assumed."""
+    parts = ["<h2>Values</h2>", "<h3>Changed by hand</h3>"]
+    rows = about.changed(runs)
+    heads = ("run", "setting", "value", "runs")
+    parts.append(
+        html.table(heads, rows) if rows else html.paragraph("None: all as the protocol has them.")
+    )
+    parts.append("<h3>Assumed</h3>")
+    parts.append(
+        html.paragraph(
+            "Neither the paper nor its authors' code has these values of the protocol at the "
+            "paper's size. A result that differs from the paper's may be due to one of them."
+        )
+    )
+    assumed = about.assumed(runs)
+    shown = html.table(("setting", "value", "experiments", "note"), assumed)
+    parts.append(html.details(f"{len(assumed)} values", shown))
+    return "\n".join(parts)
+
+
+def machines_section(runs: Sequence[Run]) -> str:
+    """Say what was computed on."""
+    rows = about.environments(runs)
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    shown = html.table(heads, [[row.get(key) for key in heads] for row in rows])
+    return f"<h2>Machines and versions</h2>\n{shown}"
