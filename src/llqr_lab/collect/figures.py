@@ -40,7 +40,7 @@ class Figure:
     def caption(self) -> str:
         """Say in the picture what has to be known to read it."""
         gone = [f"Missing: {', '.join(self.missing)}."] if self.missing else []
-        return " ".join([f"{self.title}. Scale {self.scale}.", *self.notes, *gone])
+        return " ".join([f"{self.title}.", *self.notes, *gone])
 
     def content(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -31,7 +31,8 @@ def terminal(table: Table) -> list[str]:
         blank = [""] * (labels - len(row["labels"]))
         cells = row["cells"]
         lines.append([*row["labels"], *blank, "ours", *(ours(c) for c in cells)])
-        lines.append([*[""] * labels, "paper", *(c["paper"] or "-" for c in cells)])
+        if any(c["paper"] for c in cells):
+            lines.append([*[""] * labels, "paper", *(c["paper"] or "–" for c in cells)])
         if any(c["minus"] for c in cells):
             lines.append([*[""] * labels, "minus", *(minus(c) for c in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -76,6 +77,9 @@ def markdown(table: Table) -> str:
         parts.append("## Differences, seed by seed\n")
         parts += [f"{line}\n" for line in _baselines(table)]
         parts.append(_rows(table, lambda c: minus(c) or "–"))
+    if any(cell.get("last") for row in table.rows for cell in row["cells"]):
+        parts.append("## Ours after the last epoch\n")
+        parts.append(_rows(table, lambda c: c["last"] or "–"))
     commands = list(missing_commands(table))
     if commands:
         parts.append("## Missing\n\nThe first seed of each:\n")

@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .html import escape
 from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
 from .render import head, minus, missing_commands, ours
 from .runs import SCALES, Found, Run, add_options
-from .tables import Table
+from .tables import Table, data_of
 
 __all__ = ["add_arguments", "main", "report"]
 
@@ -100,10 +100,10 @@ def report(found: Found, asked: str | None = None) -> str | None:
 def banner(scale: str, tables: Sequence[Table]) -> Iterator[str]:
     """Warn where the runs are not the paper's."""
     if scale != "paper":
-        read = sorted({f"{r['source']} for {r['dataset']}" for t in tables for r in t.runs})
+        read = data_of([run for table in tables for run in table.runs])
         yield html.paragraph(
-            f"Scale {scale}: other data ({', '.join(read) or 'none'}), smaller networks and "
-            "shorter training than the paper's. These numbers do not compare with the paper's.",
+            f"Scale {scale}: {read}, smaller networks and shorter training than the paper's. "
+            "These numbers do not compare with the paper's.",
             "warn",
         )
 
@@ -119,8 +119,12 @@ def unfinished(folders: Sequence[Path]) -> str:
 def table_section(table: Table) -> str:
     """Return a table in the paper's layout, with its notes and the commands for what is missing."""
     status, reading, *notes = head(table)
-    parts = [f"<h2>{escape(table.title)}</h2>", html.paragraph(status), table_of_cells(table)]
-    parts += [html.paragraph(reading, "soft"), html.list_of(notes)]
+    parts = [f"<h2>{escape(table.title)}</h2>", html.paragraph(status)]
+    if table.scale != "paper":
+        parts.append(html.paragraph(notes.pop(0), "warn"))
+    parts += [table_of_cells(table, _cell), html.paragraph(reading, "soft"), html.list_of(notes)]
+    if any(cell.get("last") for row in table.rows for cell in row["cells"]):
+        parts.append(html.details("Ours after the last epoch", table_of_cells(table, _last)))
     commands = "\n".join(missing_commands(table))
     if commands:
         parts.append(
@@ -132,8 +136,8 @@ def table_section(table: Table) -> str:
     return "\n".join(parts)
 
 
-def table_of_cells(table: Table) -> str:
-    """Return the cells: ours, below it the paper's and the difference to the baseline."""
+def table_of_cells(table: Table, show: Callable[[dict[str, Any]], str]) -> str:
+    """Return the paper's rows and columns, with what ``show`` makes of each cell."""
     labels = len(table.heads)
     groups = [c["group"] for c in table.columns]
     lines = []
@@ -152,7 +156,7 @@ def table_of_cells(table: Table) -> str:
     for row in table.rows:
         shown = [*row["labels"], *["–"] * (labels - len(row["labels"]))]
         first = "".join(f"<th{_geometry(text)}>{escape(text)}</th>" for text in shown)
-        body.append(f"<tr>{first}{''.join(_cell(cell) for cell in row['cells'])}</tr>")
+        body.append(f"<tr>{first}{''.join(map(show, row['cells']))}</tr>")
     return html.wide(
         f"<table><thead>{''.join(lines)}</thead><tbody>{''.join(body)}</tbody></table>"
     )
@@ -164,7 +168,13 @@ def _geometry(label: str) -> str:
     return f' class="{kind[1].lower()}"' if kind else ""
 
 
+def _last(cell: dict[str, Any]) -> str:
+    """Return a cell with the last epoch's result."""
+    return f"<td>{escape(cell['last'] or '–')}</td>"
+
+
 def _cell(cell: dict[str, Any]) -> str:
+    """Return a cell: ours, below it the paper's and the difference to the baseline."""
     gone = cell["ours"] is None
     parts = [f"<b>{escape(ours(cell))}</b>"]
     if cell["paper"]:

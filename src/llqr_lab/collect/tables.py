@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..paper import TABLES, printed
-from .cells import Chosen, choose, choose_scale, command, difference, mean_std
+from .cells import Chosen, choose, choose_scale, command, difference, mean_std, slug
 from .runs import Cell, Found, Run, RunError
 
-__all__ = ["Table", "fill", "notes_of", "plus_minus"]
+__all__ = ["Table", "data_of", "fill", "notes_of", "plus_minus"]
 
 READING = (
     "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
@@ -165,6 +165,7 @@ def _ours(chosen: Chosen, metric: str) -> dict[str, Any]:
         "n": len(best),
         "mean": mean,
         "std": std,
+        "last": None if last_mean is None else plus_minus(last_mean, last_std),
         "last_mean": last_mean,
         "last_std": last_std,
         "changed": chosen.changed,
@@ -189,15 +190,23 @@ def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
+def data_of(runs: Sequence[Run]) -> str:
+    """Say what smaller runs read in place of the paper's data."""
+    read = {
+        f"{run['source']} in place of {run['dataset']}"
+        for run in runs
+        if slug(run["source"]) != slug(run["dataset"])
+    }
+    return ", ".join(sorted(read)) or "less data"
+
+
 def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
     """Say what the runs are, above all where they are not the paper's."""
     notes = []
     if scale != "paper":
-        read = sorted({f"{run['source']} in place of {run['dataset']}" for run in runs})
         notes.append(
-            f"SCALE {scale}: {', '.join(read) or 'other data'}, smaller networks and shorter "
-            "training than the paper's. NOT COMPARABLE with the paper's numbers, which are printed "
-            "beside for the place they stand in."
+            f"SCALE {scale}: {data_of(runs)}, smaller networks and shorter training than the "
+            "paper's. NOT COMPARABLE with the paper's numbers."
         )
     changed = sorted({key for run in runs for key in run.changed})
     if changed:

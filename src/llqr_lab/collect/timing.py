@@ -203,6 +203,8 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
         if method in fits:
             c, a = fits[method]["c"], fits[method]["exponent"]
             lines.append(line_of(method, x, [c * v**a for v in x], f"{method}: $P^{{{a:.2f}}}$"))
+        else:
+            lines.append(line_of(method, x, y, method))
     first = min(rows, key=lambda row: row["parameters"])
     sizes = {r["parameters"]: r["model"] for r in sorted(rows, key=lambda r: r["parameters"])}
     reach = [min(sizes), max(sizes)]

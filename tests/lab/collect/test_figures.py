@@ -112,9 +112,9 @@ def test_figure_5_has_a_row_an_interval_and_one_a_baseline(tmp_path):
     timing(tmp_path, "s", "vit-b16", "SAM", None, 5.0)
     figure = figure5(find(tmp_path))
     assert [(r["method"], r["every"], r["epoch_seconds"]) for r in figure.rows] == [
+        ("SAM", None, 5.0),
         ("LLQR (NGD)", 50, 20.0),
         ("LLQR (NGD)", 100, 10.0),
-        ("SAM", None, 5.0),
     ]
     assert "ViT-L/16 SGDM" in figure.missing and "ViT-B/16 SAM" not in figure.missing
 

@@ -85,6 +85,7 @@ def test_the_report_shows_tables_figures_and_what_is_missing(runs):
         "Figure 6: Refresh time",
         "96.50 ± 0.71 (2)",
         "paper 96.65 ± 0.16",
+        "95.50 ± 0.71",  # after the last epoch
         "minus SAM: +0.50 ± 0.00 (2)",
         "llqr run table1 model=vgg16-bn method=sgdm seed=0",
         "LLQR (NGD): exponent 1.00 of 2 networks; the paper has 1.27 and 1.28.",
@@ -125,7 +126,7 @@ def test_a_small_report_warns(runs):
     run(runs / "runs", "small", *where, scale="small", source="digits")
     _, page = made(runs, "--scale", "small")
     text = "\n".join(page.texts)
-    assert "other data (digits for CIFAR-10)" in text
+    assert "Scale small: digits in place of CIFAR-10, smaller networks" in text
     assert "These numbers do not compare with the paper's." in text
     assert "NOT COMPARABLE" in text and "50.00 (1)" in text and "96.50" not in text
 
