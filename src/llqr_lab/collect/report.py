@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ..paper import TABLES
+from ..protocols import EXPERIMENTS
 from ..summary import INACTIVE
 from . import about, html
 from .figures import Figure
 from .html import escape
 from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
+from .others import PAPER, other_rows, others
 from .render import head, minus, missing_commands, ours
 from .runs import SCALES, Found, Run, add_options
 from .tables import Table, data_of
@@ -61,27 +63,33 @@ def report(found: Found, asked: str | None = None) -> str | None:
     Raises:
         RunError: runs of a cell contradict each other.
     """
-    scale = asked or next((s for s in SCALES if any(r["scale"] == s for r in found.runs)), None)
-    runs = [run for run in found.runs if run["scale"] == scale]
-    if scale is None or not runs:
+    own = others(found.runs)
+    papers = [run for run in found.runs if run["recipe"].startswith(PAPER)]
+    scale = asked or next((s for s in SCALES if any(r["scale"] == s for r in papers)), SCALES[0])
+    runs = [run for run in papers if run["scale"] == scale]
+    if not runs and not own:
         return None
     # What holds of all runs is said once, not in every table.
     quiet = replace(found, runs=runs, notes=())
     tables = [t for n in TABLES if (t := table_of(n, quiet, scale)).runs]
     figures = [f for make in COLLECTED_FIGURES.values() if (f := make(quiet, scale)).rows]
     used = {run.folder: run for part in (*tables, *figures) for run in part.runs}
+    shown = {**used, **{run.folder: run for several in own.values() for run in several}}
+    everything = list(shown.values())
     sections = [
         *(table_section(table) for table in tables),
         *(figure_section(figure) for figure in figures),
-        refreshes_section(list(used.values())),
-        values_section(list(used.values())),
-        machines_section(list(used.values())),
+        *(own_section(recipe, several) for recipe, several in own.items()),
+        refreshes_section(everything),
+        values_section(everything),
+        machines_section(everything),
     ]
-    left_out = len(found.runs) - len(runs)
+    left_out = len(papers) - len(runs)
     opening = [
         *banner(scale, tables),
         html.paragraph(
-            f"{len(used)} finished runs of scale {scale}, below {found.root}. "
+            f"{len(used)} finished runs of the paper's tables and figures at scale {scale}, and "
+            f"{sum(map(len, own.values()))} of other experiments, below {found.root}. "
             f"{sum(t.missing for t in tables)} cells of these tables have no run and are marked "
             "missing; nothing is filled in for them."
         ),
@@ -202,6 +210,18 @@ def figure_section(figure: Figure) -> str:
     if figure.missing:
         parts.append(html.paragraph(f"Missing: {', '.join(figure.missing)}."))
     return "\n".join(parts)
+
+
+def own_section(recipe: str, runs: Sequence[Run]) -> str:
+    """Return the table of an experiment that is none of the paper's."""
+    rows, notes = other_rows(recipe, runs)
+    title = EXPERIMENTS[recipe].title if recipe in EXPERIMENTS else recipe
+    text = (
+        "An experiment of this project, not of the paper. Mean ± sample standard deviation over "
+        "seeds; differences seed by seed, mean ± standard error over shared seeds (their number)."
+    )
+    shown = html.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
+    return f"<h2>{escape(title)}</h2>\n{html.paragraph(text)}\n{shown}\n{html.list_of(notes)}"
 
 
 def refreshes_section(runs: Sequence[Run]) -> str:

@@ -45,6 +45,7 @@ def run(root, folder, recipe, dataset, model, method, seed, best, *, change=0.5,
     """Write a finished run of three epochs, the second the best."""
     changes = options.pop("changes", {})
     bleu = dataset == "IWSLT14"
+    named = options.pop("named", recipe)  # another name for runs with a recipe's settings
     epochs = []
     for i, score in enumerate((best - 2, best, best - 1)):
         of_kind = (
@@ -56,7 +57,7 @@ def run(root, folder, recipe, dataset, model, method, seed, best, *, change=0.5,
         epochs.append({**times, "train_loss": 2.0 - i / 2, **of_kind})
     content = {
         "format": 1,
-        "recipe": recipe,
+        "recipe": named,
         "scale": "paper",
         "dataset": dataset,
         "source": dataset,
