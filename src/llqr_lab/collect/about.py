@@ -6,12 +6,14 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import llqr
 
 from ..protocols import EXPERIMENTS, Source, resolve
 from ..summary import INACTIVE, refreshes
+from .others import PAPER
 from .runs import Run
 
 __all__ = ["assumed", "changed", "environments", "refresh_rows"]
@@ -76,8 +78,11 @@ def assumed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
     for recipe, dataset, model, method in sorted(
         {(run["recipe"], run["dataset"], run["model"], run["method"]) for run in runs}
     ):
-        if recipe not in EXPERIMENTS:
+        about = EXPERIMENTS.get(recipe)
+        if about is None or not recipe.startswith(PAPER):
             continue
+        if (dataset, model, method) not in product(about.datasets, about.models, about.methods):
+            continue  # of another version of the protocol
         for key, setting in resolve(recipe, dataset, model, method).items():
             if setting.source is Source.ASSUMED:
                 entry = (key, str(setting.value), setting.note)

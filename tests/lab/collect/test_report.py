@@ -137,11 +137,11 @@ def test_experiments_of_other_names_have_a_table_of_their_own(tmp_path):
         for method, best in (("SGDM", 80.0), ("SAM", 82.0 + seed), ("LLQR+SAM (NGD)", 83.0)):
             folder = f"{method}-{seed}"
             where = ("CIFAR-10", "vgg16-bn", method, seed, best)
-            run(root, folder, "table1", *where, noise=0.4, named="fashion")
+            run(root, folder, "table1", *where, noise=0.4, named="our-own")
     run(root, "small", "table1", "CIFAR-10", "resnet18", "SAM", 0, 50.0, scale="small")
     _, page = made(tmp_path)
     text = "\n".join(page.texts)
-    assert "fashion" in page.texts and "CIFAR-10, noise 0.4" in page.texts
+    assert "our-own" in page.texts and "CIFAR-10, noise 0.4" in page.texts
     assert "81.50 ± 0.71" in text and "82.50 ± 0.71" in text  # last and best epoch of SAM
     assert "SGDM: +2.50 ± 0.50 (2)" in page.texts and "SAM: +0.50 ± 0.50 (2)" in page.texts
     assert "Scale small; 27 of 28 cells missing." in page.texts
