@@ -16,7 +16,7 @@ from ..summary import INACTIVE, refreshes
 from .others import PAPER
 from .runs import Run
 
-__all__ = ["assumed", "changed", "environments", "refresh_rows"]
+__all__ = ["assumed", "changed", "environments", "refresh_rows", "skipped"]
 
 
 def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -51,6 +51,15 @@ def _report(values: dict[str, Any]) -> llqr.RefreshReport:
     known = {n: values.get(n) for n in names}
     missing = {n: float("nan") for n, v in known.items() if v is None and n != "reason"}
     return llqr.RefreshReport(**{**known, **missing})  # type: ignore[arg-type]
+
+
+def skipped(runs: Sequence[Run]) -> list[str]:
+    """Say which runs skipped steps, since their gradients were not finite."""
+    return [
+        f"{run['skipped_steps']} steps without finite gradients were skipped: {run.folder}"
+        for run in runs
+        if run["skipped_steps"]
+    ]
 
 
 def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -97,6 +97,7 @@ def report(found: Found, asked: str | None = None) -> str | None:
             [
                 *found.notes,
                 *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
+                *about.skipped(everything),
                 *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
             ]
         ),

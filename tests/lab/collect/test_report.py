@@ -113,11 +113,13 @@ def test_the_report_says_what_the_runs_are(runs):
     assert "do not compare" not in text
 
 
-def test_refused_refreshes_are_counted(tmp_path):
+def test_refused_refreshes_and_skipped_steps_are_counted(tmp_path):
     reports = [refresh(0), refresh(500, accepted=False), refresh(1000, change=None)]
     where = ("table1", "CIFAR-10", "resnet18", "LLQR (NGD)", 0, 95.0)
-    run(tmp_path / "runs", "a", *where, refreshes=reports)
+    run(tmp_path / "runs", "a", *where, refreshes=reports, skipped_steps=3)
     _, page = made(tmp_path)
+    folder = tmp_path / "runs" / "a"
+    assert f"3 steps without finite gradients were skipped: {folder}" in page.texts
     assert "2 of 3" in page.texts and "acts" in page.texts
 
 
