@@ -29,6 +29,12 @@ class Chosen:
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
+    def source(self) -> str | None:
+        """Return what data the runs read; all the same."""
+        run = next(iter(self.runs.values()), None)
+        return run["source"].lower() if run else None
+
+    @property
     def changed(self) -> list[str]:
         """Return the settings that were changed by hand, with their values."""
         run = next(iter(self.runs.values()), None)
@@ -140,12 +146,16 @@ def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
     )
 
 
-def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
-    """Return mean and standard error of the differences over shared seeds; None without any."""
-    shared = [seed for seed in values if seed in baseline]
-    if not shared:
+def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | None:
+    """Return mean and standard error of the differences of a number over shared seeds.
+
+    None where no seed is shared, or where the runs read different data.
+    """
+    values, others = mine.values(key), baseline.values(key)
+    shared = [seed for seed in values if seed in others]
+    if not shared or mine.source != baseline.source:
         return None
-    found = paired([values[s] for s in shared], [baseline[s] for s in shared])
+    found = paired([values[s] for s in shared], [others[s] for s in shared])
     return {**found, "seeds": shared}
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-__all__ = ["details", "escape", "list_of", "page", "paragraph", "picture", "table"]
+__all__ = [
+    "contents",
+    "details",
+    "escape",
+    "heading",
+    "list_of",
+    "page",
+    "paragraph",
+    "picture",
+    "table",
+    "wide",
+]
 
 STYLE = """\
 :root { --back: #ffffff; --text: #1c2024; --soft: #5f6b76; --line: #d5dbe1; --shade: #f3f5f7;
@@ -33,6 +45,7 @@ th, td { border: 1px solid var(--line); padding: .3rem .5rem; text-align: left;
 .ngd { color: var(--ngd); } .newton { color: var(--newton); }
 img { max-width: 100%; background: #ffffff; border-radius: .4rem; }
 pre { background: var(--shade); padding: .6rem .9rem; overflow-x: auto; font-size: .82rem; }
+nav a { color: inherit; } nav ul { columns: 2; max-width: 62rem; }
 summary { cursor: pointer; color: var(--soft); margin: .4rem 0; }
 """
 
@@ -57,6 +70,19 @@ def page(title: str, body: Iterable[str]) -> str:
             "</html>\n",
         ]
     )
+
+
+def heading(title: str) -> str:
+    """Return the heading of a section, with a name to link to."""
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return f'<h2 id="{name}">{escape(title)}</h2>'
+
+
+def contents(sections: Iterable[str]) -> str:
+    """Return links to the headings."""
+    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', "".join(sections))
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in found)
+    return f"<nav><ul>{links}</ul></nav>"
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -45,7 +45,7 @@ def row(cell: Cell, chosen: dict[Cell, Chosen]) -> dict[str, Any]:
     mine = chosen[cell]
     last, best = mine.values("last"), mine.values("best")
     baseline = next((m for m in baselines(cell.method) if _at(cell, m) in chosen), None)
-    found = baseline and difference(last, chosen[_at(cell, baseline)].values("last"))
+    found = baseline and difference(mine, chosen[_at(cell, baseline)], "last")
     minus = found and plus_minus(found["mean"], found["standard_error"], "+")
     metric = next(iter(mine.runs.values()))["metric"].replace("_", " ")
     return {

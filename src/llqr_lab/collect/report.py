@@ -102,6 +102,7 @@ def report(found: Found, asked: str | None = None) -> str | None:
             ]
         ),
         unfinished(found.unfinished),
+        html.contents(sections),
     ]
     return html.page("Runs beside the paper's numbers", [*opening, *sections])
 
@@ -128,7 +129,7 @@ def unfinished(folders: Sequence[Path]) -> str:
 def table_section(table: Table) -> str:
     """Return a table in the paper's layout, with its notes and the commands for what is missing."""
     status, reading, *notes = head(table)
-    parts = [f"<h2>{escape(table.title)}</h2>", html.paragraph(status)]
+    parts = [html.heading(table.title), html.paragraph(status)]
     if table.scale != "paper":
         parts.append(html.paragraph(notes.pop(0), "warn"))
     parts += [table_of_cells(table, _cell), html.paragraph(reading, "soft"), html.list_of(notes)]
@@ -199,7 +200,7 @@ def figure_section(figure: Figure) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path, *_ = write_figure(figure, Path(folder))
         drawn = html.picture(path, f"Figure {figure.number}: {figure.title}")
-    parts = [f"<h2>Figure {figure.number}: {escape(figure.title)}</h2>", drawn]
+    parts = [html.heading(f"Figure {figure.number}: {figure.title}"), drawn]
     for method, fit in figure.facts.get("fits", {}).items():
         exponents = " and ".join(map(str, figure.facts["paper_exponents"]))
         parts.append(
@@ -222,7 +223,7 @@ def own_section(recipe: str, runs: Sequence[Run]) -> str:
         "seeds; differences seed by seed, mean ± standard error over shared seeds (their number)."
     )
     shown = html.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
-    return f"<h2>{escape(title)}</h2>\n{html.paragraph(text)}\n{shown}\n{html.list_of(notes)}"
+    return f"{html.heading(title)}\n{html.paragraph(text)}\n{shown}\n{html.list_of(notes)}"
 
 
 def refreshes_section(runs: Sequence[Run]) -> str:
@@ -235,12 +236,12 @@ def refreshes_section(runs: Sequence[Run]) -> str:
         f"much U changes the gradient; below {INACTIVE:g} U hardly acts, and LLQR+SAM is SAM."
     )
     shown = html.table(list(rows[0]), [list(row.values()) for row in rows])
-    return f"<h2>Refreshes</h2>\n{html.paragraph(text)}\n{shown}"
+    return f"{html.heading('Refreshes')}\n{html.paragraph(text)}\n{shown}"
 
 
 def values_section(runs: Sequence[Run]) -> str:
     """Say which values were changed by hand, and which are assumed."""
-    parts = ["<h2>Values</h2>", "<h3>Changed by hand</h3>"]
+    parts = [html.heading("Values"), "<h3>Changed by hand</h3>"]
     rows = about.changed(runs)
     heads = ("run", "setting", "value", "runs")
     parts.append(
@@ -264,4 +265,4 @@ def machines_section(runs: Sequence[Run]) -> str:
     rows = about.environments(runs)
     heads = list(dict.fromkeys(key for row in rows for key in row))
     shown = html.table(heads, [[row.get(key) for key in heads] for row in rows])
-    return f"<h2>Machines and versions</h2>\n{shown}"
+    return f"{html.heading('Machines and versions')}\n{shown}"

@@ -13,7 +13,7 @@ from typing import Any
 from ..output import add_out
 from ..protocols import METHODS
 
-__all__ = ["SCALES", "Found", "Run", "RunError", "add_options", "find", "read"]
+__all__ = ["SCALES", "Cell", "Found", "Run", "RunError", "add_options", "find", "numbers", "read"]
 
 FORMAT = 1
 SCALES = ("paper", "small", "smoke")  # the largest first

@@ -174,7 +174,7 @@ def _ours(chosen: Chosen, metric: str) -> dict[str, Any]:
 
 def _minus(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
     """Return the difference to the baseline; ``minus`` is its text."""
-    found = baseline and difference(chosen.values("best"), baseline.values("best"))
+    found = baseline and difference(chosen, baseline, "best")
     if not found:
         return {"minus": None, "difference": None, "standard_error": None, "pairs": 0}
     return {

@@ -10,7 +10,7 @@ import pytest
 from lab.collect.made_up import run, timing
 from llqr_lab.cli import main
 from llqr_lab.collect.cadence import fill_cadence
-from llqr_lab.collect.cells import difference, mean_std
+from llqr_lab.collect.cells import mean_std
 from llqr_lab.collect.runs import RunError, find
 from llqr_lab.collect.tables import fill
 from llqr_lab.paper import TABLES
@@ -62,8 +62,17 @@ def test_differences_are_paired_over_shared_seeds_alone(root):
     assert sam["standard_error"] == pytest.approx(statistics.stdev(paired) / math.sqrt(2))
     assert (both["baseline"], both["pairs"]) == ("SAM", 2)
     assert both["difference"] == pytest.approx(0.375)
-    assert difference({0: 1.0}, {1: 1.0}) is None
     assert mean_std([]) == (None, None) and mean_std([3.0]) == (3.0, None)
+
+
+def test_no_differences_without_shared_seeds_or_between_data(root):
+    run(root, "9", *ROW, "FisherSAM", 9, 97.0)
+    other = {"scale": "small", "changes": {"read": "other"}}
+    run(root, "s", *ROW, "SAM", 0, 50.0, source="digits", **other)
+    run(root, "t", *ROW, "LLQR+SAM (NGD)", 0, 60.0, source="other", **other)
+    assert one(fill("1", find(root)), "FisherSAM")["minus"] is None
+    both = one(fill("1", find(root), "small"), "LLQR+SAM (NGD)")
+    assert both["mean"] == 60.0 and both["minus"] is None and both["pairs"] == 0
 
 
 def test_what_is_missing_is_said_and_never_filled(root):
