@@ -104,6 +104,26 @@ def test_float32_stays_orthogonal():
     assert float((Q @ Q.mT - torch.eye(len(Q))).abs().max()) < 1e-4
 
 
+def test_rounding_of_long_vectors_costs_no_product():
+    """A million entries of one sign: the sums keep their digits, and no loss passes for new."""
+    n, calls = 1_000_000, []
+    span = torch.rand(3, n)
+    curvature = torch.linspace(0.1, 1, n)
+    final = span.sum(0)
+
+    def product(d: Tensor) -> Tensor:
+        calls.append(d)
+        return curvature * d
+
+    # The residual g + C d ends near zero, so that very little may be left out.
+    recycled = RecycledProduct(product, -curvature * final * (1 + 1e-4), 1e-2, capacity=20)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(20):
+        d = final + 0.5**t * (torch.rand(3, generator=generator) @ span)
+        agree(recycled(d), curvature * d, 5e-7)
+    assert len(calls) == 3
+
+
 # -- whole solves ----------------------------------------------------------------------------------
 
 

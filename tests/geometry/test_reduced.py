@@ -137,10 +137,10 @@ def test_single_precision(name: str) -> None:
     single = Inner(LINEAR[name], dtype=torch.float32)
     found, _ = single.solve(1e-2, lr=0.5, clip=0.02)
     assert error(found, exact) < 2e-3
-    # Sums of small residuals are differences of large vectors here: float32 ends at 1e-4 or so.
+    # Bases of e-kfac turned in float32 end at 1e-4, all others at a few roundings.
     found, _ = single.solve(1e-6, lr=0.5, clip=0.02)
-    assert error(found, exact) < 1e-3
-    assert single.products < 40
+    assert error(found, exact) < (2e-4 if name == "e-kfac" else 2e-5)
+    assert single.products < 45
 
 
 def test_directions_exhausted_in_single_precision() -> None:
@@ -179,7 +179,10 @@ def test_a_krylov_solve_without_leaves_is_wrong_once_a_clip_is_active() -> None:
 
 
 def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most two transfers to the host a real product, and none in a step without one."""
+    """At most two transfers to the host a real product, and none in a step without one.
+
+    But for a direction that is found shorter than it had to be feared, which is one.
+    """
     inner, reads = Inner(LINEAR["e-kfac"], dtype=torch.float32), Counter()
     for name in ("tolist", "item", "__float__", "__bool__", "cpu", "to"):
         original = getattr(Tensor, name)
@@ -195,7 +198,7 @@ def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     assert 3 <= inner.products <= 12
     # The start reads once, and the caller reads J.
-    assert sum(reads.values()) <= 2 * inner.products + 2, reads
+    assert sum(reads.values()) <= 2 * inner.products + 2 + 1, reads
 
 
 def test_used_by_a_refresh() -> None:

@@ -1,4 +1,7 @@
-"""A growing stack of flat vectors, kept as a few matrices so that products with it are GEMVs."""
+"""A growing stack of flat vectors, kept as a few matrices so that products with it are GEMVs.
+
+And their inner products, which are sums of millions of terms.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "dots", "dots_of_runs"]
+
+#: The longest sum that is left to one matrix product.
+PIECE = 2**14
+
+
+def dots(rows: Tensor, v: Tensor) -> Tensor:
+    """Return the inner products of a vector, or of the rows of a matrix, with a vector.
+
+    In pieces: of 5 million terms of one sign in float32, torch's dot and GEMV on a CPU get three
+    or four digits right, and a basis orthogonalised by those falls apart within ten vectors. In
+    pieces it is seven, in the same time.
+    """
+    matrix, whole = rows if rows.dim() == 2 else rows[None], len(v) - len(v) % PIECE
+    total = torch.mv(matrix[:, whole:], v[whole:])
+    if whole:
+        parts = dots_of_runs(matrix[:, :whole], v[:whole], PIECE)
+        total = (total + parts.sum(0, dtype=torch.float64)).to(v.dtype)
+    return total if rows.dim() == 2 else total[0]
+
+
+def dots_of_runs(rows: Tensor, v: Tensor, length: int) -> Tensor:
+    """Return, for each run of ``length`` entries, its share of the rows' inner products with v.
+
+    Args:
+        rows: (k, P), with P a multiple of ``length``.
+        v: (P,).
+        length: of a run.
+
+    Returns:
+        (P / length, k).
+    """
+    many = len(v) // length
+    if length > PIECE:
+        pairs = zip(torch.split(rows, length, 1), torch.split(v, length), strict=True)
+        return torch.stack([dots(a, b) for a, b in pairs])
+    # The vector as a row: with it as a column a batch of GEMVs takes five times as long.
+    columns = rows.view(len(rows), many, length).permute(1, 2, 0)
+    return torch.bmm(v.view(many, 1, length), columns)[:, 0]
 
 
 class Rows:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..curvature._rows import dots, dots_of_runs
 from ..distributed import Ranks
 from ..distributed._sharded import is_sharded, local, rows_of, sharded_like
 from ._pieces import ELEMENTWISE, Block, Group, Piece, Plan, View, grouped
@@ -342,19 +343,14 @@ class Layout:
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the inner product of two flat vectors, or of a matrix's rows with one."""
-        return self.sum(torch.matmul(a, b))
+        return self.sum(dots(a, b))
 
     def gram(self, rows: Tensor, b: Tensor) -> Tensor:
         """Return each leaf's share of the inner products of (k, P) rows with b: (leaves, k)."""
         parts, start = [rows.new_zeros(0, len(rows))], 0
         for many, length in self._runs:
             stop = start + many * length
-            a, v = rows[:, start:stop], b[start:stop]
-            if many == 1:
-                parts.append(torch.mv(a, v)[None])
-            else:
-                a = a.view(len(rows), many, length).transpose(0, 1)
-                parts.append(torch.bmm(a, v.view(many, length, 1))[:, :, 0])
+            parts.append(dots_of_runs(rows[:, start:stop], b[start:stop], length))
             start = stop
         return self.per_leaf(torch.cat(parts))
 

@@ -170,7 +170,8 @@ class _Stage:
         d = self._combination(self.x)
         self.blocks.tangent(self.g, d, d)
         torch.sub(self.d0, d, out=d)
-        whole = self.layout.dot(d, d)
+        # What d is computed from, and so what its rounding is a part of.
+        whole = torch.maximum(self.layout.dot(d, d), self.layout.dot(self.d0, self.d0))
         # A second pass: in float32 one leaves the rest visibly oblique to the basis.
         for _ in range(2 if self.Q.count else 0):
             self.Q.subtract(self.Q.each(lambda q: self.layout.dot(q, d)), d)
