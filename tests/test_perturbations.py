@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import llqr
+from llqr._perturbations import squares, total
 from tiny import (
     F64,
     close,
@@ -336,3 +337,39 @@ def test_the_metric_norm_is_rho_for_any_gradient_metric_and_choice_of_groups(
         norm = math.sqrt(sum(float((d[n].square() / u[n]).sum()) for n in chosen))
         # 1e-12 under the root, and what theta + eps rounds away
         assert abs(norm / rho - 1) < 1e-10 + 1e-12 / before**2 + 1e-14 * math.exp(3 * spread) / rho
+
+
+# -- inner products --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_inner_products_are_those_in_double(dtype):
+    """Entries by the million lose no digit more than few."""
+    torch.manual_seed(0)
+    a = {str(n): (torch.rand(n) + 0.5).to(dtype) for n in (0, 1, 7, 3_000_001)}
+    a["equal"] = torch.full((10**6,), 0.7).to(dtype)
+    a["columns"] = torch.rand(300, 400).to(dtype).t()
+    b = {n: torch.randn(x.shape).to(dtype) for n, x in a.items()}
+    for x, y in ((a, b), (a, a)):
+        found = squares(x, y)
+        assert list(found) == list(y)
+        for n, value in found.items():
+            terms = x[n].double() * y[n].double()
+            size = float(terms.abs().sum())
+            assert abs(value - float(terms.sum())) <= size * (
+                1e-14 if dtype == torch.float64 else 5e-7
+            )
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+def test_inner_products_beyond_the_range_of_float32(factor):
+    x = {"a": torch.full((300_000,), factor), "b": torch.zeros(4), "c": torch.tensor([factor, 0.0])}
+    for value, wanted in zip(squares(x, x).values(), (300_000, 0, 1), strict=True):
+        assert value == pytest.approx(wanted * factor**2, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inner_products_that_are_not_finite(value):
+    x = {"a": torch.tensor([1.0, value]), "b": torch.ones(2)}
+    assert not math.isfinite(squares(x, x)["a"]) and squares(x, x)["b"] == 2
+    assert squares({}, {}) == {} and total({}) == 0

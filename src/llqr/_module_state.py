@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "RandomState", "autocast_off", "undisturbed"]
+__all__ = ["Buffers", "RandomState", "autocast_off", "undisturbed", "without_autocast"]
 
 
 class Buffers:
-    """The values of all buffers of a module at one moment."""
+    """The values of all buffers of some modules at one moment."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._entries: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in model.modules()
+            for module in modules
             for name, buffer in module._buffers.items()
         ]
 
@@ -57,8 +57,9 @@ class RandomState:
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluate a module without a trace: evaluation mode, buffers and random state put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers, random = Buffers(model), RandomState(device)
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    buffers, random = Buffers(modules), RandomState(device)
     model.eval()
     try:
         yield
@@ -67,6 +68,13 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = training
         buffers.restore()
         random.restore()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch the caller's autocast off for the body, where it is on."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ._checkpoint import load_state_dict, state_dict
 from ._checks import check_choice, check_flags
+from ._module_state import without_autocast
 from ._parameters import NamedParameters, rescaled, widened
 from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
@@ -249,8 +250,7 @@ class Optimizer(Refreshing):
         if self.geometry is None or not self.transport:
             self.base.step()
             return True
-        # A step may be taken within the caller's autocast.
-        with torch.autocast(self._parameters.device.type, enabled=False):
+        with without_autocast(self._parameters.device):  # a step may be taken within the caller's
             moved = self.geometry.apply(gradients)
             if self.graft:
                 moved = rescaled(moved, gradients)

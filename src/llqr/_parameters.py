@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._perturbations import squares, total
+from ._perturbations import scaled, squares, total
 from .distributed._sharded import check_sharding
 from .geometry._layers import layers_of, unwrap
 
@@ -87,10 +88,11 @@ class NamedParameters:
         """Whether the base holds more or fewer parameters than were read."""
         return self._held() != self._count
 
-    def others(self) -> list[nn.Parameter]:
-        """Return the model's parameters that the base does not hold."""
+    def others(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+        """Return the parameters of the modules that the base does not hold."""
         own = {id(p) for p in self.named.values()}
-        return [p for p in unwrap(self._model).parameters() if id(p) not in own]
+        found = (p for module in modules for p in module._parameters.values())
+        return [p for p in found if p is not None and id(p) not in own]
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +121,5 @@ def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def rescaled(moved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``moved`` with the global norm of ``like``."""
-    old, new = (total(squares(gs, gs)).sqrt() for gs in (like, moved))
-    factor = old / new.clamp(min=torch.finfo(torch.float64).tiny)
-    return {n: (g * factor).to(g.dtype) for n, g in moved.items()}
+    old, new = (math.sqrt(total(squares(gs, gs))) for gs in (like, moved))
+    return scaled(moved, dict.fromkeys(moved, old / max(new, torch.finfo(torch.float64).tiny)))

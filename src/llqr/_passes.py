@@ -8,12 +8,12 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import at
-from ._module_state import Buffers, RandomState
+from ._module_state import Buffers, RandomState, without_autocast
 from ._parameters import widened
-from .distributed._sharded import reshard
+from .distributed._sharded import local, reshard
 
 if TYPE_CHECKING:
     from ._optimizer import Optimizer
@@ -41,8 +41,8 @@ class Displaced:
         weights, self.weights = self.weights, []
         gradients, self.gradients = self.gradients, []
         buffers, self.buffers = self.buffers, None
-        for p, value in weights:
-            p.copy_(value)
+        if weights:
+            torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
         for p, gradient in gradients:
             p.grad = gradient
         if buffers is not None:
@@ -99,7 +99,8 @@ class Passes:
         self.close()
         self.forget()
         opt, own = self._optimizer, self._open
-        self._start = Buffers(opt.model)
+        modules = list(opt.model.modules())
+        self._start = Buffers(modules)
         random = RandomState(opt._parameters.device) if self._replay_rng else None
         opt.zero_grad()
         with opt.ranks.quiet(opt.local_probes and self.needed):
@@ -113,11 +114,12 @@ class Passes:
             return
         clean = self._clean_gradients("the first pass")
         if not self.needed:
-            self._observe(clean, scaler)
+            if opt.perturbation is not None:
+                self._observe(clean, scaler)
             if scaler is not None and not opt.ranks.finite(clean):
                 self.undo()  # the scaler will skip: the step is not ours to restore then
             return
-        with self._displaced(clean, scaler, start=self._start, random=random):
+        with self._displaced(clean, scaler, modules, start=self._start, random=random):
             yield 1
 
     @contextmanager
@@ -127,7 +129,8 @@ class Passes:
         self.close()
         self.forget()
         clean = self._clean_gradients("the clean backward")
-        with self._displaced(clean, scaler, start=None, random=None):
+        modules = list(self._optimizer.model.modules())
+        with self._displaced(clean, scaler, modules, start=None, random=None):
             yield
 
     @contextmanager
@@ -135,6 +138,7 @@ class Passes:
         self,
         clean: dict[str, Tensor],
         scaler: Any,
+        modules: list[nn.Module],
         start: Buffers | None,
         random: RandomState | None,
     ) -> Iterator[None]:
@@ -142,16 +146,17 @@ class Passes:
         healthy = opt.ranks.finite(clean)
         eps = self._displacement(clean, scaler) if healthy else {}
         if self._keep_clean or start is None:
-            own.buffers = Buffers(opt.model)
+            own.buffers = Buffers(modules)
         else:
             start.restore()
         opt.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.
-        own.gradients = [(p, p.grad) for p in opt._parameters.others()]
+        own.gradients = [(p, p.grad) for p in opt._parameters.others(modules)]
         try:
             for p, _ in own.gradients:
                 p.grad = None
             self._move(own, eps)
+            del eps  # as large as the model
             if random is not None:
                 random.restore()
             self.displaced = True
@@ -168,22 +173,22 @@ class Passes:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             for gradient in second.values():
                 gradient.fill_(float("nan"))
-        if start is not None and (not healthy or not opt.ranks.finite(second)):
+        # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
+        if start is not None and not (healthy and (scaler is None or opt.ranks.finite(second))):
             start.restore()
 
     @torch.no_grad()
     def _displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
         opt = self._optimizer
         perturbation, geometry = opt.perturbation, opt.geometry
-        wide = self._observe(clean, scaler)
         if perturbation is None:
             return {}
+        wide = self._observe(clean, scaler)
         rho = self.radii
         chosen = {n: g for n, g in wide.items() if rho[n] > 0}
         if not chosen:
             return {}
-        # The passes may run within the caller's autocast.
-        with torch.autocast(opt._parameters.device.type, enabled=False):
+        with without_autocast(opt._parameters.device):  # the passes may run within the caller's
             eps = perturbation.displacement(
                 chosen,
                 opt._parameters.named,
@@ -208,9 +213,9 @@ class Passes:
         scale = 1.0 if scaler is None else scaler.get_scale()
         if scale != 1.0:
             wide = {n: g / scale for n, g in wide.items()}
-        if self._optimizer.perturbation is not None:
-            self._optimizer.perturbation.observe(wide)
-            self.observed = True
+        assert self._optimizer.perturbation is not None
+        self._optimizer.perturbation.observe(wide)
+        self.observed = True
         return wide
 
     def _clean_gradients(self, where: str) -> dict[str, Tensor]:
@@ -228,9 +233,12 @@ class Passes:
     def _move(self, own: Displaced, eps: dict[str, Tensor]) -> None:
         """Add eps to the weights, keeping copies: subtraction would not give the bits back."""
         named = self._optimizer._parameters.named
-        own.weights = [(named[n], named[n].detach().clone()) for n in eps]
-        for name, e in eps.items():
-            named[name].add_(e.to(named[name].dtype))
+        if not eps:
+            return
+        moving: list[Tensor] = [named[n] for n in eps]
+        own.weights = [(p, p.detach().clone()) for p in moving]
+        steps: list[Tensor] = [e.to(named[n].dtype) for n, e in eps.items()]
+        torch._foreach_add_(moving, steps)
         reshard(self._optimizer.model)
 
     def _end(self, own: Displaced) -> None:

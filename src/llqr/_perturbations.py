@@ -18,6 +18,8 @@ from .distributed._sharded import local, summed
 __all__ = ["ASAM", "FisherSAM", "FriendlySAM", "Perturbation", "SAM"]
 
 EPS0 = 1e-12  # inside every square root
+SHORT = 1 << 14  # entries up to which float64 costs nothing
+TINY = 1e-20  # below, products of single entries may have left the range of float32
 Tensors = Mapping[str, Tensor]
 Metric = Callable[[Tensors], dict[str, Tensor]]
 
@@ -127,21 +129,23 @@ class SAM(Perturbation):
     ) -> dict[str, Tensor] | None:
         d = metric(v)
         if self.direction == "normalised":
-            length = (total(squares(d, d)) + EPS0).sqrt()
-            d = {n: x / length for n, x in d.items()}
+            length = math.sqrt(total(squares(d, d)) + EPS0)
+            d = scaled(d, dict.fromkeys(d, 1 / length))
         q = squares(v if self.norm.endswith("metric") else d, d)
         if not self.norm.startswith("layer"):
             whole = total(q)
             if _not_positive(whole, v):
                 return None
-            return {n: x * (rho[n] / (whole + EPS0).sqrt()) for n, x in d.items()}
-        sums: dict[str, Tensor] = {}
+            norm = math.sqrt(whole + EPS0)
+            return scaled(d, {n: rho[n] / norm for n in d})
+        sums: dict[str, float] = {}
         for n, x in q.items():
-            sums[layers[n]] = sums[layers[n]] + x if layers[n] in sums else x
+            sums[layers[n]] = sums.get(layers[n], 0.0) + x
         root = math.sqrt(len(sums))
         if any(_not_positive(s, {n: v[n] for n in v if layers[n] == k}) for k, s in sums.items()):
             return None
-        return {n: x * (rho[n] / root / (sums[layers[n]] + EPS0).sqrt()) for n, x in d.items()}
+        norms = {layer: math.sqrt(s + EPS0) for layer, s in sums.items()}
+        return scaled(d, {n: rho[n] / root / norms[layers[n]] for n in d})
 
 
 class ASAM(Perturbation):
@@ -174,7 +178,7 @@ class ASAM(Perturbation):
         """Return rho T^2 g / |T g|."""
         t = {n: self._size(n, parameters[n], g) for n, g in gradients.items()}
         tg = {n: t[n] * g for n, g in gradients.items()}
-        norm = (total(squares(tg, tg)) + EPS0).sqrt()
+        norm = math.sqrt(total(squares(tg, tg)) + EPS0)
         return {n: t[n] * x * (rho[n] / norm) for n, x in tg.items()}
 
     def _size(self, name: str, w: Tensor, like: Tensor) -> Tensor:
@@ -213,8 +217,8 @@ class FisherSAM(Perturbation):
     ) -> dict[str, Tensor] | None:
         """Return rho d / sqrt(g.d)."""
         d = {n: g / (g.square() + self.eta) for n, g in gradients.items()}
-        norm = (total(squares(gradients, d)) + EPS0).sqrt()
-        return {n: x * (rho[n] / norm) for n, x in d.items()}
+        norm = math.sqrt(total(squares(gradients, d)) + EPS0)
+        return scaled(d, {n: rho[n] / norm for n in d})
 
 
 class FriendlySAM(SAM):
@@ -316,21 +320,47 @@ class FriendlySAM(SAM):
         self._memory, self._pending = new, {}
 
 
-def squares(a: Tensors, b: Tensors) -> dict[str, Tensor]:
-    """Return the inner product of each pair of tensors (of sharded ones, over all processes)."""
-    return summed({n: torch.dot(_wide(local(a[n])), _wide(local(b[n]))) for n in b}, like=b)
+def scaled(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return each tensor times its factor."""
+    if not tensors:
+        return {}
+    moved = torch._foreach_mul(list(tensors.values()), [factors[n] for n in tensors])
+    return dict(zip(tensors, moved, strict=True))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Flatten to float64: squares of float32 gradients may leave the range of float32."""
-    return x.reshape(-1) if x.device.type == "mps" else x.reshape(-1).double()
+def squares(a: Tensors, b: Tensors) -> dict[str, float]:
+    """Return the inner product of each pair of tensors (of sharded ones, over all processes).
+
+    Long ones are taken in float32, where torch's sums by halves keep seven digits; those that leave
+    its range, and short ones, in float64.
+    """
+    pairs = {n: (local(a[n]), local(b[n])) for n in b}
+    if not pairs:
+        return {}
+    found = torch.stack([_product(x, y) for x, y in pairs.values()]).tolist()
+    products = {
+        n: p if TINY < abs(p) < math.inf else float(_product_in_double(x, y))
+        for (n, (x, y)), p in zip(pairs.items(), found, strict=True)
+    }
+    return summed(products, like=b)
 
 
-def total(scalars: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of scalars."""
-    return torch.stack(list(scalars.values())).sum()
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    if x.numel() <= SHORT:
+        return _product_in_double(x, y)
+    return (x * y).sum() if x.dtype.itemsize >= 4 else (x.float() * y.float()).sum()
 
 
-def _not_positive(q: Tensor, v: Tensors) -> bool:
+def _product_in_double(x: Tensor, y: Tensor) -> Tensor:
+    wide = x.reshape(-1) if x.device.type == "mps" else x.reshape(-1).double()
+    return torch.dot(wide, wide if y is x else y.reshape(-1).to(wide.dtype))
+
+
+def total(numbers: Mapping[str, float]) -> float:
+    """Return the sum of numbers."""
+    return math.fsum(numbers.values())
+
+
+def _not_positive(q: float, v: Tensors) -> bool:
     """Tell whether the squared norm q of v fails to be positive although v is not zero."""
-    return not float(q) > 0 and float(total(squares(v, v))) > 0
+    return not q > 0 and total(squares(v, v)) > 0

@@ -56,14 +56,15 @@ def sharded_like(rows: Tensor, like: Any) -> Tensor:
     )
 
 
-def summed(scalars: dict[str, Tensor], like: Mapping[str, Any]) -> dict[str, Tensor]:
+def summed(scalars: dict[str, float], like: Mapping[str, Any]) -> dict[str, float]:
     """Add up over the processes what each computed from its rows of sharded tensors."""
     names = [n for n in scalars if is_sharded(like[n])]
     if not names:
         return scalars
-    whole = torch.stack([scalars[n] for n in names])
+    own = [scalars[n] for n in names]
+    whole = torch.tensor(own, dtype=torch.float64, device=local(like[names[0]]).device)
     dist.all_reduce(whole, group=like[names[0]].device_mesh.get_group())
-    return {**scalars, **dict(zip(names, whole.unbind(), strict=True))}
+    return {**scalars, **dict(zip(names, whole.tolist(), strict=True))}
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

@@ -28,6 +28,7 @@ class BlockDiagonal:
         self.parts: list[Structure] = [
             make_structure(group, learned=learned, square=square) for group in layout.groups
         ]
+        self._places = [group.places() for group in layout.groups]
         # Of all processes, since all must take the same way.
         self._linear = all(
             make_structure(Group(*kind), learned=learned, square=square).linear
@@ -60,24 +61,30 @@ class BlockDiagonal:
 
         Elementwise blocks multiply the tensors as they lie; only the others are gathered.
         """
-        parts: dict[str, list[Tensor]] = {name: [] for name in tensors}
-        for part, state in zip(self.parts, states, strict=True):
-            places = [(q, a) for q, a in part.group.places() if q.name in tensors]
-            if not places:
+        done: dict[str, Tensor] = {}
+        parts: dict[str, list[Tensor]] = {}
+        for part, state, places in zip(self.parts, states, self._places, strict=True):
+            if isinstance(part, Diagonal):  # its pieces are whole parameters
+                runs = torch.split(state["U"], [q.numel for q, _ in places])
+                pairs = [(q.name, u) for (q, _), u in zip(places, runs, strict=True)]
+                us = {n: u.view(tensors[n].shape) for n, u in pairs if n in tensors}
+                if us:
+                    results = torch._foreach_mul(list(us.values()), [tensors[n] for n in us])
+                    done.update(zip(us, results, strict=True))
                 continue
-            if isinstance(part, Diagonal):
-                xs = [q.of(tensors[q.name], self.layout.views[q.name]) for q, _ in places]
-                us = [state["U"][a : a + q.numel] for q, a in places]
-                results = list(torch._foreach_mul(us, xs))
-            else:
-                x = tensors[places[0][0].name]
-                flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=x.device)
-                self.layout.gather(part.group, tensors, flat)
-                whole = part.apply(state, part.group.shaped(flat)).reshape(-1)
-                results = [whole[a : a + q.numel] for q, a in places]
-            for (piece, _), result in zip(places, results, strict=True):
-                parts[piece.name].append(result)
-        return {name: self.layout.join(name, parts[name], x) for name, x in tensors.items()}
+            first = next((q.name for q, _ in places if q.name in tensors), None)
+            if first is None:
+                continue
+            device = tensors[first].device
+            flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=device)
+            self.layout.gather(part.group, tensors, flat)
+            whole = part.apply(state, part.group.shaped(flat)).reshape(-1)
+            for piece, a in places:
+                parts.setdefault(piece.name, []).append(whole[a : a + piece.numel])
+        return {
+            name: done[name] if name in done else self.layout.join(name, parts.get(name, []), x)
+            for name, x in tensors.items()
+        }
 
     def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
         """Return the gradient of <r, U x> in the trainable entries."""

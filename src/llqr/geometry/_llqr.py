@@ -252,7 +252,8 @@ class LLQR(Geometry):
             result = self.layout.unpack_like(moved, gradients)
         else:
             result = self._blocks.transform(self._states, gradients)
-        return {name: result[name].to(g.dtype) for name, g in gradients.items()}
+        dtypes = {n: g.dtype for n, g in gradients.items()}
+        return {n: x if x.dtype == dtypes[n] else x.to(dtypes[n]) for n, x in result.items()}
 
     def _follow(self, device: torch.device) -> None:
         """Take U where the parameters were taken since: to another device or to double."""
