@@ -50,12 +50,12 @@ def test_300_steps_with_a_refresh_every_10_hold_no_more_than_100(way):
             held.append(live_bytes())
             pages.append(resident())
     assert optimizer.geometry.counters()["refreshes"] == 30
-    assert held[1] <= held[0] and held[2] <= held[1]
+    assert held[2] - held[0] < 50_000  # bytes in 200 steps: less than the smallest copy a refresh
     assert pages[2] - pages[0] < 20
 
 
 def test_a_tensor_kept_a_step_would_be_seen():
     kept, before = [], live_bytes()
-    for _ in range(3):
+    for _ in range(200):
         kept.append(torch.zeros(1000))
-    assert live_bytes() - before == 12_000
+    assert live_bytes() - before > 700_000
