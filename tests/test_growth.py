@@ -33,7 +33,9 @@ def wide_net():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[] if w == "minimize" else [pytest.mark.slow]) for w in WAYS]
+)
 def test_300_steps_with_a_refresh_every_10_hold_no_more_than_100(way):
     problem = wide_net()
     optimizer = optimizer_of(

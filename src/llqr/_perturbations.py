@@ -136,16 +136,16 @@ class SAM(Perturbation):
             whole = total(q)
             if _not_positive(whole, v):
                 return None
-            norm = math.sqrt(whole + EPS0)
-            return scaled(d, {n: rho[n] / norm for n in d})
+            unit = 1 / math.sqrt(whole + EPS0)
+            return scaled(d, {n: rho[n] * unit for n in d})
         sums: dict[str, float] = {}
         for n, x in q.items():
             sums[layers[n]] = sums.get(layers[n], 0.0) + x
         root = math.sqrt(len(sums))
         if any(_not_positive(s, {n: v[n] for n in v if layers[n] == k}) for k, s in sums.items()):
             return None
-        norms = {layer: math.sqrt(s + EPS0) for layer, s in sums.items()}
-        return scaled(d, {n: rho[n] / root / norms[layers[n]] for n in d})
+        units = {layer: 1 / math.sqrt(s + EPS0) for layer, s in sums.items()}
+        return scaled(d, {n: rho[n] / root * units[layers[n]] for n in d})
 
 
 class ASAM(Perturbation):
@@ -178,8 +178,8 @@ class ASAM(Perturbation):
         """Return rho T^2 g / |T g|."""
         t = {n: self._size(n, parameters[n], g) for n, g in gradients.items()}
         tg = {n: t[n] * g for n, g in gradients.items()}
-        norm = math.sqrt(total(squares(tg, tg)) + EPS0)
-        return {n: t[n] * x * (rho[n] / norm) for n, x in tg.items()}
+        unit = 1 / math.sqrt(total(squares(tg, tg)) + EPS0)
+        return {n: t[n] * x * (rho[n] * unit) for n, x in tg.items()}
 
     def _size(self, name: str, w: Tensor, like: Tensor) -> Tensor:
         leaf = name.rpartition(".")[2]
@@ -217,8 +217,8 @@ class FisherSAM(Perturbation):
     ) -> dict[str, Tensor] | None:
         """Return rho d / sqrt(g.d)."""
         d = {n: g / (g.square() + self.eta) for n, g in gradients.items()}
-        norm = math.sqrt(total(squares(gradients, d)) + EPS0)
-        return scaled(d, {n: rho[n] / norm for n in d})
+        unit = 1 / math.sqrt(total(squares(gradients, d)) + EPS0)
+        return scaled(d, {n: rho[n] * unit for n in d})
 
 
 class FriendlySAM(SAM):
@@ -357,8 +357,8 @@ def _product_in_double(x: Tensor, y: Tensor) -> Tensor:
 
 
 def total(numbers: Mapping[str, float]) -> float:
-    """Return the sum of numbers."""
-    return math.fsum(numbers.values())
+    """Return the sum of numbers, as torch adds them up."""
+    return float(torch.tensor(list(numbers.values()), dtype=torch.float64).sum())
 
 
 def _not_positive(q: float, v: Tensors) -> bool:
