@@ -16,6 +16,8 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": ("llqr_lab.demo", "train LLQR+SAM beside its baselines on digits with noisy labels"),
     "theory": ("llqr_lab.theory.report", "check every statement of the paper's theory"),
+    "list": ("llqr_lab.recipes.listing", "show the recipes, and what each can run"),
+    "run": ("llqr_lab.recipes.run", "make a run of a table or a figure of the paper"),
     "table": ("llqr_lab.tables", "make a table of the paper"),
     "figure": ("llqr_lab.figures", "make a figure of the paper"),
     "report": ("llqr_lab.collect.report", "show all finished runs in one HTML file"),

@@ -13,12 +13,19 @@ import llqr
 __all__ = ["environment"]
 
 
-def environment() -> dict[str, Any]:
-    """Return processor, cores and versions; every process of the lab computes with one thread."""
+def environment(threads: int = 1, device: torch.device | None = None) -> dict[str, Any]:
+    """Return processor, cores and versions, and the accelerator if one is used.
+
+    Args:
+        threads: of each process.
+        device: what was computed on; None: the processor.
+    """
+    cuda = device is not None and device.type == "cuda"
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads_a_process": 1,
+        "threads_a_process": threads,
+        **({"accelerator": torch.cuda.get_device_name(device)} if cuda else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "llqr": llqr.__version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .scaling import CADENCE
 from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
@@ -39,6 +40,7 @@ class Experiment:
         methods: names in :data:`METHODS`.
         groups: shared settings; a later group goes before an earlier one.
         own: settings of this experiment alone; they go before those of the groups.
+        small: what changes at the scales "small" and "smoke".
     """
 
     title: str
@@ -47,6 +49,7 @@ class Experiment:
     methods: Sequence[str]
     groups: Sequence[Group]
     own: Sequence[Setting] = field(default=())
+    small: Group = SMALL_IMAGES
 
 
 EXPERIMENTS = {
@@ -86,6 +89,7 @@ EXPERIMENTS = {
         ["transformer-iwslt"],
         ["AdamW", "LLQR (NGD)", "SAM", "LLQR+SAM (NGD)"],
         (LLQR, IWSLT14),
+        small=SMALL_TEXT,
     ),
     "table7": Experiment(
         "Geometry in the probe alone",
@@ -108,6 +112,7 @@ EXPERIMENTS = {
         ["vit-b16", "vit-l16"],
         TIMED,
         (LLQR, CADENCE),
+        small=SMALL_CADENCE,
     ),
     "figure1": Experiment(
         "ImageNet: error by epoch, test loss by time",
@@ -137,6 +142,7 @@ EXPERIMENTS = {
             ),
             Setting("report.runs", "those of table 6", ASSUMED),
         ],
+        small=SMALL_TEXT,
     ),
     "figure5": Experiment(
         "Epoch time against the interval",
@@ -145,6 +151,7 @@ EXPERIMENTS = {
         TIMED,
         (LLQR, CADENCE),
         [Setting("report.runs", "those of table 10", PAPER)],
+        small=SMALL_CADENCE,
     ),
     "figure6": Experiment(
         "Refresh time against the size of the network",
@@ -163,11 +170,14 @@ EXPERIMENTS = {
                 "of LLQR and LLQR+SAM; which is which is not said",
             ),
         ],
+        small=SMALL_CADENCE,
     ),
 }
 
 
-def resolve(name: str, dataset: str, model: str, method: str) -> dict[str, Setting]:
+def resolve(
+    name: str, dataset: str, model: str, method: str, scale: str = "paper"
+) -> dict[str, Setting]:
     """Return the settings of one run by their keys.
 
     Args:
@@ -175,6 +185,7 @@ def resolve(name: str, dataset: str, model: str, method: str) -> dict[str, Setti
         dataset: one of its data sets.
         model: one of its models.
         method: one of its methods.
+        scale: "paper"; "small", on data at hand and in minutes; "smoke", in seconds.
 
     Raises:
         ValueError: the experiment has no such run.
@@ -191,14 +202,17 @@ def resolve(name: str, dataset: str, model: str, method: str) -> dict[str, Setti
         ("dataset", dataset, experiment.datasets),
         ("model", model, experiment.models),
         ("method", method, experiment.methods),
+        ("scale", scale, SCALES),
     ):
         if value not in allowed:
             raise ValueError(f"{argument}: {name} has {', '.join(allowed)}, got {value!r}")
     kind = METHODS[method]
     candidates = [s for group in experiment.groups for s in group]
     candidates += [*experiment.own, *kind.settings()]
+    candidates += experiment.small if scale != "paper" else ()
     chosen: dict[str, Setting] = {}
     for setting in candidates:
         if kind.needs(setting.key) and setting.holds(dataset, model, method):
             chosen[setting.key] = setting
-    return chosen
+    smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
+    return chosen | smoke

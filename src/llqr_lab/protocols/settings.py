@@ -15,12 +15,15 @@ class Source(str, Enum):
 
     PAPER: its text, tables or captions. RECIPE: the commands and code conventions of the paper's
     authors, or a published recipe that the paper says it follows; the note says which. ASSUMED:
-    neither says; chosen here.
+    neither says; chosen here. SCALE: of a run that is smaller than the paper's. TUNED: found by a
+    search of this project.
     """
 
     PAPER = "paper"
     RECIPE = "authors' recipe"
     ASSUMED = "assumed"
+    SCALE = "scale"
+    TUNED = "tuned here"
 
 
 @dataclass(frozen=True)

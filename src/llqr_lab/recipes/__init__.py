@@ -1,0 +1,1 @@
+"""Every run of the paper's tables and figures: ``llqr list``, ``llqr run``."""

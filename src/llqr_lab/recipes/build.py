@@ -1,0 +1,66 @@
+"""The optimizer and the schedule that a run's settings describe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import llqr
+
+from .config import given
+
+__all__ = ["optimizer_of", "schedule_of"]
+
+
+def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
+    """Return the run's method: a base optimizer, with or without geometry and probe.
+
+    Refused refreshes are counted and reported; they do not end a run.
+    """
+    base = getattr(torch.optim, config.base.optimizer)
+    geometry: llqr.LLQR | None = None
+    if config.llqr.curvature is not None:
+        settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
+        geometry = llqr.LLQR(settings.pop("structure"), **settings, max_failures=10**9)
+    probe = None
+    if config.probe.kind is not None:
+        probe = getattr(llqr, config.probe.kind)(**given(config.probe, "kind"))
+    return llqr.Optimizer(
+        base(model.parameters(), **given(config.base, "optimizer")),
+        model,
+        geometry=geometry,
+        perturbation=probe,
+        **given(config.optimizer),
+    )
+
+
+def schedule_of(
+    config: DictConfig, optimizer: llqr.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Return the learning rate's schedule over a number of steps.
+
+    "cosine" falls from base.lr to train.final_lr; "inverse square root" rises in a line over
+    train.warmup_steps to base.lr and then falls as 1 / sqrt(step); "constant" stays.
+
+    Raises:
+        ValueError: there is no such schedule.
+    """
+    kind = config.train.schedule
+    if kind == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=steps, eta_min=config.train.final_lr
+        )
+    if kind == "inverse square root":
+        warm = config.train.warmup_steps
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: min((k + 1) / warm, math.sqrt(warm / (k + 1)))
+        )
+    if kind == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    raise ValueError(
+        f"train.schedule: expected cosine, inverse square root or constant, got {kind!r}"
+    )

@@ -1,0 +1,116 @@
+"""Wall-clock time of an epoch and of a refresh (table 10, figures 5 and 6); nothing is learned."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..models.registry import build
+from .build import optimizer_of
+from .config import given
+from .draws import generator, seed_of
+from .records import Records
+from .workers import Workers
+
+__all__ = ["cadence"]
+
+
+def cadence(config: DictConfig, workers: Workers, records: Records) -> dict[str, Any]:
+    """Time every step and every refresh of the epochs on random pictures.
+
+    Two steps go before, with the compilation in them. The first refresh is timed apart: it can
+    take longer than the later ones.
+
+    Returns:
+        ``timing``: seconds an epoch as measured, and without what the first refresh took above the
+        median of the later ones (or in all, if it is the only one); medians of a step and of a
+        later refresh.
+    """
+    torch.manual_seed(seed_of(config.seed, "initialisation"))
+    small = bool(config.network.small)
+    classes = config.network.classes
+    network = build(config.model, classes, small=small, **given(config.network, "small", "classes"))
+    model = workers.wrap(network.to(workers.device))
+    optimizer = optimizer_of(config, model)
+    compiled = torch.compile(model) if config.train.compile else model
+    mixed = torch.autocast(
+        workers.device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"
+    )
+
+    def pictures(count: int, purpose: str) -> tuple[Tensor, Tensor]:
+        draws = generator(config.seed, purpose, workers.rank)
+        side = config.network.image
+        x = torch.randn(count // workers.size, 3, side, side, generator=draws)
+        y = torch.randint(classes, (len(x),), generator=draws)
+        return x.to(workers.device), y.to(workers.device)
+
+    x, y = pictures(config.train.batch, "pictures")
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with mixed:
+            logits = compiled(x)
+            return F.cross_entropy(logits, y), logits
+
+    steps = -(-config.train.images // config.train.batch)
+    total = config.train.epochs * steps
+    refresh_x, refresh_y = pictures(config.refresh.batch or 1, "refresh")
+
+    def refresh() -> tuple[Tensor, Tensor]:
+        logits = model(refresh_x)
+        return F.cross_entropy(logits, refresh_y), logits
+
+    for _ in range(2):  # the warm-up; it refreshes nothing
+        for _ in optimizer.passes():
+            forward()[0].backward()
+    optimizer.zero_grad()
+    workers.synchronize()
+    times: list[float] = []
+    refreshes: list[float] = []
+    bar = tqdm(range(total), desc=config.model, disable=None if workers.first else True, leave=False)
+    for _ in bar:
+        began = time.perf_counter()
+        if optimizer.refresh_due:
+            optimizer.refresh(refresh)
+            workers.synchronize()
+            refreshes.append(time.perf_counter() - began)
+            began = time.perf_counter()
+        optimizer.minimize(forward)
+        workers.synchronize()
+        times.append(time.perf_counter() - began)
+    return _timing(config, times, refreshes, steps) | {
+        "refreshes": [],
+        "skipped_steps": optimizer.skipped_steps,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "processes": workers.size,
+        "seconds": sum(times) + sum(refreshes),
+    }
+
+
+def _timing(
+    config: DictConfig, times: list[float], refreshes: list[float], steps: int
+) -> dict[str, Any]:
+    epochs = config.train.epochs
+    measured = (sum(times) + sum(refreshes)) / epochs
+    later = statistics.median(refreshes[1:]) if len(refreshes) > 1 else None
+    excess = refreshes[0] - (later or 0.0) if refreshes else 0.0
+    return {
+        "metric": "epoch_seconds",
+        "timing": {
+            "every": config.llqr.every if refreshes else None,
+            "steps": len(times),
+            "steps_an_epoch": steps,
+            "step_seconds": statistics.median(times),
+            "first_refresh_seconds": refreshes[0] if refreshes else None,
+            "update_seconds": later,
+            "updates": len(refreshes),
+            "epoch_seconds": measured,
+            "epoch_seconds_without": measured - excess / epochs,
+        },
+    }

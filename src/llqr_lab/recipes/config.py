@@ -1,0 +1,111 @@
+"""The configuration of a run: Hydra's files, with the values of the protocols in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ..protocols import EXPERIMENTS, METHODS, resolve
+
+__all__ = ["CONF", "RECIPES", "changed", "chosen", "flat", "given", "slug"]
+
+CONF = Path(__file__).parent / "conf"
+RECIPES = sorted((p.stem for p in CONF.glob("*[0-9].yaml")), key=lambda n: (len(n), n))
+# group of the configuration: the protocols' word for it
+GROUPS = {
+    "train": "train",
+    "base": "base",
+    "llqr": "llqr",
+    "refresh": "refresh",
+    "probe": "probe",
+    "optimizer": "optimizer",
+    "network": "model",
+    "input": "data",
+    "report": "report",
+}
+
+
+def slug(name: str) -> str:
+    """Return a name as it is typed: "LLQR+SAM (NGD)" is ``llqr-sam``, Newton's adds ``-newton``.
+
+    Example:
+        >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
+        ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
+    """
+    plain = name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))
+    return plain
+
+
+def _named(what: str, text: str, names: Any) -> str:
+    for name in names:
+        if text.lower() in (name.lower(), slug(name)):
+            return name
+    raise ValueError(f"{what}: expected one of {', '.join(map(slug, names))}, got {text!r}")
+
+
+def chosen(config: DictConfig) -> dict[str, str]:
+    """Return the recipe's name and the run's dataset, model, method and scale.
+
+    Raises:
+        ValueError: the recipe has no such dataset, model or method.
+    """
+    experiment = EXPERIMENTS[config.recipe]
+    return {
+        "name": config.recipe,
+        "dataset": _named("dataset", config.dataset, experiment.datasets),
+        "model": _named("model", config.model, experiment.models),
+        "method": _named("method", config.method, experiment.methods),
+        "scale": config.scale,
+    }
+
+
+def _protocol(key: str, *, _root_: DictConfig) -> Any:
+    found = resolve(**chosen(_root_))
+    if key not in found:
+        return None
+    value = found[key].value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _first(attribute: str, *, _root_: DictConfig) -> str:
+    return slug(getattr(EXPERIMENTS[_root_.recipe], attribute)[0])
+
+
+OmegaConf.register_new_resolver("protocol", _protocol, replace=True)
+OmegaConf.register_new_resolver("first", _first, replace=True)
+
+
+def given(group: DictConfig, *without: str) -> dict[str, Any]:
+    """Return what a group of the configuration says: its values that are not null."""
+    values = OmegaConf.to_container(group, resolve=True)
+    assert isinstance(values, dict)
+    return {str(k): v for k, v in values.items() if v is not None and k not in without}
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Return the run's settings by the keys of the protocols; what it has no use for is left out."""
+    method = METHODS[chosen(config)["method"]]
+    values = {
+        f"{word}.{key}": config[group][key] for group, word in GROUPS.items() for key in config[group]
+    }
+    values = {k: list(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
+    return {"noise": config.noise, "read": config.read or config.dataset} | {
+        k: v for k, v in values.items() if v is not None and method.needs(k)
+    }
+
+
+def changed(config: DictConfig) -> list[str]:
+    """Return the keys whose values are not the protocol's at this scale."""
+    protocol = resolve(**chosen(config))
+    read = protocol.get("data.read")
+    defaults = {"llqr.shard": False, "data.holdout": 0, "read": read and read.value}
+    found = []
+    for key, value in flat(config).items():
+        expected = protocol[key].value if key in protocol else defaults.get(key)
+        if key == "noise" or (key == "read" and expected is None):
+            continue
+        if value != (list(expected) if isinstance(expected, tuple) else expected):
+            found.append(key)
+    return found

@@ -1,0 +1,232 @@
+"""Classification of images: in memory, or decoded from folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.augment import Augment
+from ..data.cifar import cifar10, cifar100
+from ..data.digits import digit_images
+from ..data.errors import DataError
+from ..data.fashion_mnist import fashion_mnist
+from ..data.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+from ..data.images import Images, Split
+from ..data.noise import flip_labels
+from ..data.tiny_imagenet import tiny_imagenet
+from ..models.registry import build
+from .config import given
+from .draws import generator, seed_of
+from .task import Forward
+from .workers import Workers
+
+__all__ = ["Classification", "FolderClassification", "in_memory"]
+
+READERS: dict[str, Callable[..., Split]] = {
+    "cifar-10": cifar10,
+    "cifar-100": cifar100,
+    "tinyimagenet-200": tiny_imagenet,
+    "fashion-mnist": fashion_mnist,
+}
+EVALUATED = 500  # pictures a batch, without gradients
+Batch = tuple[Tensor, Tensor]  # pixels (bytes) and labels
+
+
+def in_memory(config: DictConfig) -> Split:
+    """Load, hold out, cut to size and make labels wrong, as the configuration says.
+
+    Raises:
+        ValueError: there is no such data set, or too few pictures are left.
+        DataError: the data are missing or damaged.
+    """
+    name = (config.read or config.dataset).lower()
+    if name == "digits":
+        split = digit_images()
+    elif name not in READERS:
+        raise ValueError(f"read: expected one of digits, {', '.join(READERS)}, got {name!r}")
+    elif config.data is None and name != "fashion-mnist":
+        raise DataError(f"data: {name} needs data=FOLDER; docs/data.md says where it comes from")
+    else:
+        split = READERS[name](*([config.data] if config.data else []))
+    if held := config.input.holdout:
+        if not 0 < held < len(split.train):
+            raise ValueError(f"input.holdout: expected 1 .. {len(split.train) - 1}, got {held}")
+        order = torch.randperm(len(split.train), generator=generator(0, "holdout"))
+        split = Split(_part(split.train, order[held:]), _part(split.train, order[:held]))
+    if config.input.limit:
+        split = Split(*(_limited(part, config.input.limit) for part in (split.train, split.test)))
+    train = split.train
+    if config.noise:
+        draws = generator(config.seed, "noise")
+        labels = flip_labels(train.labels, config.noise, train.classes, draws)
+        train = Images(train.pixels, labels, train.classes)
+    return Split(train, split.test)
+
+
+def _part(images: Images, chosen: Tensor) -> Images:
+    return Images(images.pixels[chosen], images.labels[chosen], images.classes)
+
+
+def _limited(images: Images, limit: int) -> Images:
+    order = torch.randperm(len(images), generator=generator(0, "limit"))
+    return _part(images, order[:limit])
+
+
+class Classification:
+    """Images in memory, as bytes on the device.
+
+    Args:
+        config: of the run.
+        workers: the processes.
+    """
+
+    metric = "test_accuracy"
+
+    def __init__(self, config: DictConfig, workers: Workers) -> None:
+        """Load the data and build the network."""
+        self.config, self.workers = config, workers
+        self.load()
+        torch.manual_seed(seed_of(config.seed, "initialisation"))
+        self.network = build(
+            config.model.lower(),
+            self.classes,
+            small=bool(config.network.small),
+            channels=self.channels,
+            **given(config.network, "small", "classes"),
+        ).to(workers.device)
+        batch = config.train.batch
+        self.steps = -(-self.count // batch)
+        if 0 < self.count % batch < workers.size:
+            self.steps -= 1  # the last batch has no picture for some process
+        self.loss = partial(F.cross_entropy, label_smoothing=config.train.label_smoothing)
+
+    def load(self) -> None:
+        """Read the data; set how many there are and what they look like."""
+        split = in_memory(self.config)
+        self.data = Split(*(part.to(self.workers.device) for part in (split.train, split.test)))
+        self.count, self.classes = len(split.train), split.train.classes
+        _, self.channels, self.side, _ = split.train.pixels.shape
+        mean, std = split.train.statistics()
+        hole = self.config.input.cutout_side
+        self.augment = Augment(
+            mean, std, self.config.input.padding, self.config.input.flip, hole or 0
+        )
+
+    def keys(self, epoch: int, first: int) -> Iterator[Sequence[int]]:
+        """Yield this process's indices of every batch."""
+        order = torch.randperm(self.count, generator=generator(self.config.seed, "order", epoch))
+        for chosen in order.split(self.config.train.batch)[first : self.steps]:
+            yield self.workers.share(chosen.tolist())
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this process's part of every batch of an epoch, from number ``first`` on."""
+        train = self.data.train
+        for chosen in self.keys(epoch, first):
+            yield train.pixels[chosen], train.labels[chosen]
+
+    def forward(self, model: nn.Module, batch: Batch, step: int) -> Forward:
+        """Return the pass of an augmented batch."""
+        return self._pass(model, batch, "augmentation", step)
+
+    def refresh(self, model: nn.Module, step: int) -> Forward:
+        """Return the pass of an augmented minibatch of its own."""
+        draws = generator(self.config.seed, "refresh", step)
+        chosen = torch.randperm(self.count, generator=draws)[: self.config.refresh.batch]
+        batch = self.fetch(self.workers.share(chosen.tolist()), step)
+        return self._pass(model, batch, "refresh augmentation", step)
+
+    def fetch(self, chosen: Sequence[int], step: int) -> Batch:
+        """Return the training pictures of these indices."""
+        return self.data.train.pixels[chosen], self.data.train.labels[chosen]
+
+    def _pass(self, model: nn.Module, batch: Batch, purpose: str, step: int) -> Forward:
+        pixels, labels = batch
+        moment = (step, self.workers.rank)
+        draws = generator(self.config.seed, purpose, *moment, device=pixels.device)
+        x = self.augment(pixels, draws)
+
+        def forward() -> tuple[Tensor, Tensor]:
+            logits = model(x)
+            return self.loss(logits, labels), logits
+
+        return forward
+
+    def evaluated(self) -> Iterator[Batch]:
+        """Yield this process's part of the pictures to evaluate on."""
+        test = self.data.test
+        mine = torch.arange(len(test), device=test.labels.device)
+        for chosen in mine[self.workers.rank :: self.workers.size].split(EVALUATED):
+            yield test.pixels[chosen], test.labels[chosen]
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return loss and accuracy (percent) on the pictures to evaluate on."""
+        self.network.eval()
+        loss = right = 0.0
+        count = 0
+        for pixels, labels in self.evaluated():
+            logits = self.network(self.augment.plain(pixels)).float()
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            right += float((logits.argmax(1) == labels).sum())
+            count += len(labels)
+        loss, right, total = self.workers.total([loss, right, count])
+        return {"test_loss": loss / total, "test_accuracy": 100 * right / total}
+
+    def finish(self) -> dict[str, float]:
+        """Return nothing more: every epoch's end is measured."""
+        return {}
+
+
+class FolderClassification(Classification):
+    """Pictures that are decoded when they are needed, as ImageNet's (``train/`` and ``val/``)."""
+
+    def load(self) -> None:
+        """List the files."""
+        if self.config.data is None:
+            raise DataError("data: ImageNet needs data=FOLDER with train/ and val/ in it")
+        root, self.side = Path(self.config.data), self.config.input.image
+        self.folders = [ImageFolder(root / part, side=self.side) for part in ("train", "val")]
+        self.count, self.classes, self.channels = len(self.folders[0]), self.folders[0].classes, 3
+        self.augment = Augment(IMAGENET_MEAN, IMAGENET_STD, padding=0, flip=True)
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this process's part of every batch, decoded by worker processes."""
+        draws = generator(self.config.seed, "crops", epoch)
+        crops = torch.randint(2**62, (self.count,), generator=draws).tolist()
+        keys = [[(i, crops[i]) for i in chosen] for chosen in self.keys(epoch, first)]
+        yield from self._decoded(self.folders[0], keys)
+
+    def fetch(self, chosen: Sequence[int], step: int) -> Batch:
+        """Return the training pictures of these indices, randomly cropped."""
+        draws = generator(self.config.seed, "refresh crops", step, self.workers.rank)
+        crops = torch.randint(2**62, (len(chosen),), generator=draws).tolist()
+        pictures, labels = zip(
+            *(self.folders[0][i, c] for i, c in zip(chosen, crops, strict=True)), strict=True
+        )
+        device = self.workers.device
+        return torch.stack(pictures).to(device), torch.tensor(labels, device=device)
+
+    def evaluated(self) -> Iterator[Batch]:
+        """Yield this process's part of the pictures to evaluate on, the middle of each."""
+        mine = range(self.workers.rank, len(self.folders[1]), self.workers.size)
+        yield from self._decoded(
+            self.folders[1], [mine[i : i + EVALUATED] for i in range(0, len(mine), EVALUATED)]
+        )
+
+    def _decoded(self, folder: ImageFolder, keys: Sequence[Any]) -> Iterator[Batch]:
+        device = self.workers.device
+        loader = torch.utils.data.DataLoader(
+            folder,
+            batch_sampler=keys,
+            num_workers=self.config.workers,
+            pin_memory=device.type == "cuda",
+        )
+        for pixels, labels in loader:
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)

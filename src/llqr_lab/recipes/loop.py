@@ -1,0 +1,189 @@
+"""The training loop of every recipe that trains to the end; it can be killed and gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+import llqr
+
+from .build import optimizer_of, schedule_of
+from .config import flat
+from .draws import seed_of
+from .records import Records, plain
+from .task import Forward, Task
+from .workers import Workers
+
+__all__ = ["Training"]
+
+
+class Training:
+    """A run in progress.
+
+    All that is random is a function of the seed and the step, so a checkpoint holds the network,
+    the optimizer, the schedule and the place in the data, and a run that is gone on with ends with
+    the weights, bit for bit, of one that was never interrupted.
+
+    Args:
+        config: of the run.
+        task: data and network.
+        workers: the processes.
+        records: where measurements and checkpoints go.
+    """
+
+    def __init__(
+        self, config: DictConfig, task: Task, workers: Workers, records: Records
+    ) -> None:
+        """Build the optimizer and the schedule."""
+        self.config, self.task, self.workers, self.records = config, task, workers, records
+        self.model = workers.wrap(task.network)
+        self.optimizer = optimizer_of(config, self.model)
+        self.optimizer.register_refresh_hook(self._note)
+        self.steps = config.train.epochs * task.steps
+        self.schedule = schedule_of(config, self.optimizer, self.steps)
+        self.compiled = torch.compile(self.model) if config.train.compile else self.model
+        self.epoch = self.batch = 0
+        self.seconds = 0.0
+        self.epochs: list[dict[str, Any]] = []
+        self.refreshes: list[dict[str, Any]] = []
+        self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.epoch * self.task.steps + self.batch
+
+    def resume(self) -> int:
+        """Go on from the checkpoint, if there is one; return the steps that were done."""
+        state = self.records.load(self.workers.device)
+        if state is not None:
+            self._check(state["settings"])
+            self.task.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+            self.epochs, self.refreshes = state["epochs"], state["refreshes"]
+            self.loss = state["loss"]
+        return self.step
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        own = flat(self.config)
+        other = sorted(k for k in settings | own if settings.get(k) != own.get(k))
+        if other:
+            raise ValueError(
+                f"out: {self.records.folder} holds an unfinished run whose {', '.join(other)} "
+                "differ; give another out=DIR, or force=true to start anew"
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`resume` needs."""
+        return {
+            "settings": flat(self.config),
+            "network": self.task.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "epochs": self.epochs,
+            "refreshes": self.refreshes,
+            "loss": self.loss,
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return what was measured."""
+        shown = {"desc": self.records.folder.name, "unit": "step", "leave": False}
+        # disable=None: no bar where nobody watches, such as in a log file.
+        silent = None if self.workers.first else True
+        with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
+            while self.epoch < self.config.train.epochs:
+                self._epoch(bar)
+        return {
+            "metric": self.task.metric,
+            "epochs": self.epochs,
+            "best": max((e[self.task.metric] for e in self.epochs), default=None),
+            "last": self.epochs[-1][self.task.metric],
+            **self.task.finish(),
+            "refreshes": self.refreshes,
+            "skipped_steps": self.optimizer.skipped_steps,
+            "parameters": sum(p.numel() for p in self.task.network.parameters()),
+            "processes": self.workers.size,
+            "seconds": self.seconds,
+        }
+
+    def _epoch(self, bar: tqdm) -> None:
+        self.task.network.train()
+        every = self.config.checkpoint_every
+        for batch in self.task.batches(self.epoch, self.batch):
+            with self._timed():
+                loss = self._step(batch)
+            self.loss += loss.detach()
+            self.batch += 1
+            bar.update()
+            if self.step % self.config.log_every == 0:
+                values = {"loss": float(loss), "lr": self.optimizer.param_groups[0]["lr"]}
+                self.records.write("step", self.step, values)
+                bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
+            # Not at the end of an epoch: there it is written when the epoch has been evaluated.
+            if every and self.step % every == 0 and self.batch < self.task.steps:
+                self.records.save(self.state())
+        mean = float(self.workers.mean(self.loss)) / self.task.steps
+        measured = {"train_loss": mean, **self.task.evaluate()}
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss = torch.zeros_like(self.loss)
+        values = plain({"seconds": self.seconds, **measured})
+        self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
+        self.records.write("epoch", self.step, {"epoch": self.epoch, **values})
+        bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.2f}"}, refresh=False)
+        self.records.save(self.state())
+
+    def _step(self, batch: Any) -> Tensor:
+        step, rank = self.step, self.workers.rank
+        torch.manual_seed(seed_of(self.config.seed, "dropout", step, rank))
+        if self.optimizer.refresh_due:
+            # In the parameters' own precision, and not compiled: it differentiates twice.
+            self.optimizer.refresh(self.task.refresh(self.model, step))
+        forward = self.task.forward(self.compiled, batch, step)
+        loss = self.optimizer.minimize(self._in_precision(forward), before_step=self._clip)
+        self.schedule.step()
+        return loss
+
+    def _clip(self) -> None:
+        if (norm := self.config.train.clip_norm) is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
+
+    def _in_precision(self, forward: Forward) -> Forward:
+        if self.config.train.precision == "float32":
+            return forward
+        if self.config.train.precision != "bfloat16":
+            raise ValueError(
+                f"train.precision: expected float32 or bfloat16, got "
+                f"{self.config.train.precision!r}"
+            )
+
+        def mixed() -> tuple[Tensor, Tensor]:
+            with torch.autocast(self.workers.device.type, torch.bfloat16):
+                return forward()
+
+        return mixed
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if self.batch + 1 == self.task.steps:
+            self.workers.synchronize()
+        self.seconds += time.perf_counter() - began
+
+    def _note(self, optimizer: llqr.Optimizer, report: llqr.RefreshReport) -> None:
+        values: Mapping[str, Any] = asdict(report)
+        self.refreshes.append(plain(values))
+        self.records.write("refresh", report.step, {k: v for k, v in values.items() if k != "step"})

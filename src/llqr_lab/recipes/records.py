@@ -1,0 +1,109 @@
+"""What a run leaves in its folder: settings, a line a measurement, checkpoints, the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["FORMAT", "Records", "plain"]
+
+FORMAT = 1
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for JSON, which has no NaN and no infinity: null in their place."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+
+
+class Records:
+    """The folder of a run; with several processes the first one alone writes.
+
+    Args:
+        folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and, when
+            the run is finished, ``result.json``.
+        writes: whether this process writes.
+        tensorboard: whether TensorBoard's events are written.
+    """
+
+    def __init__(self, folder: Path, *, writes: bool = True, tensorboard: bool = False) -> None:
+        """Make the folder."""
+        self.folder, self.writes, self.tensorboard = folder, writes, tensorboard
+        self._events: Any = None
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, config: Mapping[str, Any], step: int) -> None:
+        """Write the settings; forget what was measured after the step that is gone on from."""
+        if not self.writes:
+            return
+        _replace(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        lines = self.folder / "metrics.jsonl"
+        kept = lines.read_text().splitlines() if lines.exists() and step else []
+        kept = [line for line in kept if _complete(line) and json.loads(line)["step"] <= step]
+        _replace(lines, "".join(f"{line}\n" for line in kept))
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add a measurement: a line of metrics.jsonl, and a point of each of TensorBoard's curves."""
+        if not self.writes:
+            return
+        line = json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint; an old one stays whole until the new one is."""
+        if self.writes:
+            new = self.folder / "checkpoint.pt.new"
+            torch.save(dict(state), new)
+            os.replace(new, self.folder / "checkpoint.pt")
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """Return the checkpoint, if there is one."""
+        path = self.folder / "checkpoint.pt"
+        return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result; the checkpoint is no longer needed."""
+        if not self.writes:
+            return
+        text = json.dumps({"format": FORMAT, **result}, indent=2, allow_nan=False)
+        _replace(self.folder / "result.json", text + "\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self._events is not None:
+            self._events.close()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def _complete(line: str) -> bool:
+    """Tell whether a line was written to its end."""
+    return line.startswith("{") and line.endswith("}")
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)

@@ -1,0 +1,168 @@
+"""Translation, German to English."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.errors import DataError
+from ..data.iwslt14 import iwslt14_raw, iwslt14_tokenised
+from ..data.libreoffice import libreoffice_help
+from ..data.number_words import number_words
+from ..data.pairs import Pairs
+from ..data.token_batches import Sentences, TokenBatch, token_batches
+from ..data.vocabulary import Bpe, Vocabulary, Words
+from ..models.registry import build
+from ..tokens import PAD
+from ..translate import bleu, token_error, translate
+from .config import given
+from .draws import generator, seed_of
+from .task import Forward
+from .workers import Workers
+
+__all__ = ["Translation", "read"]
+
+
+def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
+    """Load the pairs and the vocabularies of both languages.
+
+    Raises:
+        ValueError: there is no such data set.
+        DataError: the data are missing or damaged.
+    """
+    name = (config.read or config.dataset).lower()
+    if name == "number-words":
+        pairs = number_words()
+    elif name == "help-texts":
+        pairs = libreoffice_help(*([config.data] if config.data else []))
+    elif name != "iwslt14":
+        raise ValueError(f"read: expected iwslt14, help-texts or number-words, got {name!r}")
+    elif config.data is None:
+        raise DataError("data: iwslt14 needs data=FOLDER; docs/data.md says where it comes from")
+    elif (Path(config.data) / "train.tags.de-en.de").exists():
+        pairs = iwslt14_raw(config.data)
+    else:
+        pairs = iwslt14_tokenised(config.data)
+        sides = ([pair[side] for pair in pairs.train] for side in (0, 1))
+        source, target = (Words(side) for side in sides)
+        return _limited(pairs, config), source, target
+    bpe = Bpe.learn(chain.from_iterable(pairs.train), config.input.bpe)
+    return _limited(pairs, config), bpe, bpe
+
+
+def _limited(pairs: Pairs, config: DictConfig) -> Pairs:
+    limit = config.input.limit
+    return Pairs(pairs.train[:limit], pairs.valid[:limit], pairs.test[:limit])
+
+
+class Translation:
+    """Pairs of sentences in batches of tokens.
+
+    Args:
+        config: of the run.
+        workers: the processes.
+    """
+
+    metric = "bleu"
+
+    def __init__(self, config: DictConfig, workers: Workers) -> None:
+        """Load the data and build the network."""
+        self.config, self.workers = config, workers
+        pairs, source, self.target = read(config)
+        parts = (pairs.train, pairs.valid, pairs.test)
+        self.train, self.valid, self.test = (Sentences(p, source, self.target) for p in parts)
+        self.lengths = self.train.lengths()
+        torch.manual_seed(seed_of(config.seed, "initialisation"))
+        self.network = build(
+            config.model.lower(),
+            len(self.target),
+            small=bool(config.network.small),
+            source=len(source),
+            **given(config.network, "small", "classes"),
+        ).to(workers.device)
+        self.steps = len(self.chosen(0))
+
+    def chosen(self, epoch: int) -> list[list[int]]:
+        """Return the batches of an epoch; those that have no pair for some process are left out."""
+        draws = generator(self.config.seed, "order", epoch)
+        found = token_batches(self.lengths, self.config.train.tokens, draws)
+        return [batch for batch in found if len(batch) >= self.workers.size]
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[TokenBatch, float]]:
+        """Yield this process's part of every batch of an epoch, from number ``first`` on."""
+        for batch in self.chosen(epoch)[first:]:
+            yield self._mine(batch)
+
+    def _mine(self, batch: Sequence[int]) -> tuple[TokenBatch, float]:
+        """Return a part, and its share of the batch's tokens times the number of processes."""
+        rank, size = self.workers.rank, self.workers.size
+        mine = batch[rank::size]
+        share = sum(self.lengths[i][1] for i in mine) / sum(self.lengths[i][1] for i in batch)
+        return self.train.batch(mine).to(self.workers.device), size * share
+
+    def forward(self, model: nn.Module, batch: tuple[TokenBatch, float], step: int) -> Forward:
+        """Return the pass of a batch: the loss is the mean over its tokens."""
+        tokens, weight = batch
+        smoothing = self.config.train.label_smoothing
+
+        def forward() -> tuple[Tensor, Tensor]:
+            logits = model(tokens.source, tokens.prefix)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1),
+                tokens.target.flatten(),
+                ignore_index=PAD,
+                label_smoothing=smoothing,
+            )
+            return (loss if weight == 1 else weight * loss), logits
+
+        return forward
+
+    def refresh(self, model: nn.Module, step: int) -> Forward:
+        """Return the pass of a minibatch of sentences of its own."""
+        draws = generator(self.config.seed, "refresh", step)
+        chosen = torch.randperm(len(self.train), generator=draws)[: self.config.refresh.batch]
+        return self.forward(model, self._mine(chosen.tolist()), step)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return BLEU, the token error (percent) and the loss a token, of the validation pairs."""
+        self.network.eval()
+        loss = 0.0
+        wrong = count = 0
+        batches = list(token_batches(self.valid.lengths(), self.config.train.tokens))
+        for chosen in batches[self.workers.rank :: self.workers.size]:
+            batch = self.valid.batch(chosen).to(self.workers.device)
+            logits = self.network(batch.source, batch.prefix).float()
+            targets = batch.target.flatten()
+            loss += float(
+                F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=PAD, reduction="sum")
+            )
+            errors, tokens = token_error(logits, batch.target)
+            wrong, count = wrong + errors, count + tokens
+        loss, wrong, count = self.workers.total([loss, wrong, count])
+        return {
+            "validation_loss": loss / count,
+            "token_error": 100 * wrong / count,
+            "bleu": self.bleu(self.valid),
+        }
+
+    def finish(self) -> dict[str, float]:
+        """Return the BLEU of the test pairs, of the last epoch's network."""
+        return {"test_bleu": self.bleu(self.test)}
+
+    def bleu(self, sentences: Sentences) -> float:
+        """Return the BLEU of the beam's best translations."""
+        texts = translate(
+            self.network,
+            sentences,
+            self.target,
+            beam=self.config.report.beam,
+            tokens=self.config.train.tokens,
+        )
+        return bleu(texts, [b for _, b in sentences.pairs])
