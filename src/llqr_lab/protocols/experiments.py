@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .own import FASHION, HELP_TEXTS, tuned
 from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
-from .scaling import CADENCE
+from .scaling import ADAMW, CADENCE
 from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
 from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
@@ -173,6 +174,33 @@ EXPERIMENTS = {
         small=SMALL_CADENCE,
     ),
 }
+
+
+FASHION_METHODS = ("SGDM", "AdamW", "SAM", "F-SAM", "LLQR (NGD)", "LLQR+SAM (NGD)")
+HELP_METHODS = ("AdamW", "SAM", "LLQR (NGD)", "LLQR+SAM (NGD)")
+NOTHING = Group("", [])
+# No experiments of the paper: they have one size.
+EXPERIMENTS |= {
+    name: Experiment(
+        f"Fashion-MNIST{title}",
+        ["Fashion-MNIST"],
+        ["vgg16-bn"],
+        FASHION_METHODS,
+        (SUPERVISED, LLQR, PROBES, FASHION),
+        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned(name)],
+        small=NOTHING,
+    )
+    for name, title in (("fashion", ""), ("fashion-noise", ", 40 % of the training labels wrong"))
+}
+EXPERIMENTS["help-texts"] = Experiment(
+    "LibreOffice's help, German to English",
+    ["help-texts"],
+    ["transformer-iwslt"],
+    HELP_METHODS,
+    (LLQR, IWSLT14, HELP_TEXTS),
+    list(tuned("help-texts")),
+    small=NOTHING,
+)
 
 
 def resolve(

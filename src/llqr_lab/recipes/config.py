@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as _compose
+from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ..protocols import EXPERIMENTS, METHODS, resolve
 
-__all__ = ["CONF", "RECIPES", "changed", "chosen", "flat", "given", "slug"]
+__all__ = ["CONF", "RECIPES", "changed", "chosen", "compose", "flat", "given", "slug"]
 
 CONF = Path(__file__).parent / "conf"
-RECIPES = sorted((p.stem for p in CONF.glob("*[0-9].yaml")), key=lambda n: (len(n), n))
+RECIPES = [name for name in EXPERIMENTS if (CONF / f"{name}.yaml").exists()]
 # group of the configuration: the protocols' word for it
 GROUPS = {
     "train": "train",
@@ -65,8 +68,12 @@ def _protocol(key: str, *, _root_: DictConfig) -> Any:
     found = resolve(**chosen(_root_))
     if key not in found:
         return None
-    value = found[key].value
-    return list(value) if isinstance(value, tuple) else value
+    return _lists(found[key].value)
+
+
+def _lists(value: Any) -> Any:
+    """Return tuples as lists, which is what the configuration knows."""
+    return [_lists(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _first(attribute: str, *, _root_: DictConfig) -> str:
@@ -75,6 +82,18 @@ def _first(attribute: str, *, _root_: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("protocol", _protocol, replace=True)
 OmegaConf.register_new_resolver("first", _first, replace=True)
+
+
+def compose(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Return the configuration of a recipe, as the command line makes it.
+
+    Example:
+        >>> config = compose("table1", ["method=llqr-sam", "model=resnet18"])
+        >>> config.probe.rho, config.llqr.every, config.llqr.curvature
+        (0.1, 500, 'fisher')
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return _compose(recipe, list(overrides))
 
 
 def given(group: DictConfig, *without: str) -> dict[str, Any]:
@@ -90,7 +109,7 @@ def flat(config: DictConfig) -> dict[str, Any]:
     values = {
         f"{word}.{key}": config[group][key] for group, word in GROUPS.items() for key in config[group]
     }
-    values = {k: list(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
+    values = {k: OmegaConf.to_object(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
     return {"noise": config.noise, "read": config.read or config.dataset} | {
         k: v for k, v in values.items() if v is not None and method.needs(k)
     }
@@ -106,6 +125,6 @@ def changed(config: DictConfig) -> list[str]:
         expected = protocol[key].value if key in protocol else defaults.get(key)
         if key == "noise" or (key == "read" and expected is None):
             continue
-        if value != (list(expected) if isinstance(expected, tuple) else expected):
+        if value != _lists(expected):
             found.append(key)
     return found

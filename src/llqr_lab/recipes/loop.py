@@ -100,7 +100,7 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return what was measured."""
-        shown = {"desc": self.records.folder.name, "unit": "step", "leave": False}
+        shown = {"desc": self.config.method, "unit": "step", "leave": False}
         # disable=None: no bar where nobody watches, such as in a log file.
         silent = None if self.workers.first else True
         with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:

@@ -28,38 +28,41 @@ class Records:
 
     Args:
         folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and, when
-            the run is finished, ``result.json``.
+            the run is finished, ``result.json``. None: nothing is written or read.
         writes: whether this process writes.
         tensorboard: whether TensorBoard's events are written.
     """
 
-    def __init__(self, folder: Path, *, writes: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, writes: bool = True, tensorboard: bool = False
+    ) -> None:
         """Make the folder."""
-        self.folder, self.writes, self.tensorboard = folder, writes, tensorboard
+        self.folder, self.tensorboard = folder, tensorboard
         self._events: Any = None
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._written = folder if writes else None
+        if self._written is not None:
+            self._written.mkdir(parents=True, exist_ok=True)
 
     def begin(self, config: Mapping[str, Any], step: int) -> None:
         """Write the settings; forget what was measured after the step that is gone on from."""
-        if not self.writes:
+        if (folder := self._written) is None:
             return
-        _replace(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        lines = self.folder / "metrics.jsonl"
+        _replace(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        lines = folder / "metrics.jsonl"
         kept = lines.read_text().splitlines() if lines.exists() and step else []
         kept = [line for line in kept if _complete(line) and json.loads(line)["step"] <= step]
         _replace(lines, "".join(f"{line}\n" for line in kept))
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a measurement: a line of metrics.jsonl, and a point of each of TensorBoard's curves."""
-        if not self.writes:
+        if (folder := self._written) is None:
             return
         line = json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         if self._events is not None:
             for name, value in values.items():
@@ -68,23 +71,25 @@ class Records:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; an old one stays whole until the new one is."""
-        if self.writes:
-            new = self.folder / "checkpoint.pt.new"
+        if (folder := self._written) is not None:
+            new = folder / "checkpoint.pt.new"
             torch.save(dict(state), new)
-            os.replace(new, self.folder / "checkpoint.pt")
+            os.replace(new, folder / "checkpoint.pt")
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
         """Return the checkpoint, if there is one."""
-        path = self.folder / "checkpoint.pt"
-        return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+        path = self.folder and self.folder / "checkpoint.pt"
+        if path is None or not path.exists():
+            return None
+        return torch.load(path, map_location=device, weights_only=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result; the checkpoint is no longer needed."""
-        if not self.writes:
+        if (folder := self._written) is None:
             return
         text = json.dumps({"format": FORMAT, **result}, indent=2, allow_nan=False)
-        _replace(self.folder / "result.json", text + "\n")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        _replace(folder / "result.json", text + "\n")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close what is open."""
@@ -94,8 +99,8 @@ class Records:
     @property
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        path = self.folder and self.folder / "result.json"
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
 
 
 def _complete(line: str) -> bool:

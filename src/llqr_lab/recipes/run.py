@@ -24,7 +24,7 @@ from .records import Records
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["add_arguments", "folder_of", "main", "perform"]
+__all__ = ["add_arguments", "folder_of", "main", "measure", "perform"]
 
 ABOUT = """\
 Makes one run of a table or figure of the paper and writes it below the folder out: its settings,
@@ -123,25 +123,12 @@ def perform(config: DictConfig) -> None:
             )
         _say(workers, f"{folder}: finished before; force=true runs it again")
         return
-    description = {
-        "recipe": config.recipe,
-        "scale": config.scale,
-        **{k: v for k, v in chosen(config).items() if k in ("dataset", "model", "method")},
-        "source": (config.read or config.dataset),
-        "noise": config.noise,
-        "seed": config.seed,
-        "settings": flat(config),
-        "changed": changed(config),
-    }
+    description = _description(config)
     if config.force and workers.first:
         for name in ("result.json", "checkpoint.pt"):
             (folder / name).unlink(missing_ok=True)
     try:
-        with warnings.catch_warnings():
-            # Both are counted in the result.
-            warnings.filterwarnings("ignore", "a refresh was refused")
-            warnings.filterwarnings("ignore", "a step was skipped")
-            measured = _measure(config, workers, records, description)
+        measured = measure(config, workers, records)
         finished = datetime.datetime.now().isoformat(timespec="seconds")
         records.finish(
             {
@@ -156,16 +143,39 @@ def perform(config: DictConfig) -> None:
     _say(workers, f"{folder / 'result.json'}: {_short(measured)}")
 
 
-def _measure(
-    config: DictConfig, workers: Workers, records: Records, description: dict[str, Any]
+def _description(config: DictConfig) -> dict[str, Any]:
+    run = chosen(config)
+    return {
+        "recipe": config.recipe,
+        "scale": config.scale,
+        **{k: run[k] for k in ("dataset", "model", "method")},
+        "source": config.read or config.dataset,
+        "noise": config.noise,
+        "seed": config.seed,
+        "settings": flat(config),
+        "changed": changed(config),
+    }
+
+
+def measure(
+    config: DictConfig, workers: Workers, records: Records | None = None
 ) -> dict[str, Any]:
-    """Return what the run measures."""
+    """Return what a run measures; without records it leaves nothing on disk."""
+    with warnings.catch_warnings():
+        # Both are counted in the result.
+        warnings.filterwarnings("ignore", "a refresh was refused")
+        warnings.filterwarnings("ignore", "a step was skipped")
+        return _measure(config, workers, records or Records())
+
+
+def _measure(config: DictConfig, workers: Workers, records: Records) -> dict[str, Any]:
+    description = _description(config)
     if config.recipe in ("table10", "figure6"):
         records.begin(description, 0)
         return cadence(config, workers, records)
     source = description["source"].lower()
     kinds = {"imagenet": FolderClassification}
-    if config.recipe == "table6":
+    if chosen(config)["model"] == "transformer-iwslt":
         task: Any = Translation(config, workers)
     else:
         task = kinds.get(source, Classification)(config, workers)

@@ -1,0 +1,78 @@
+"""Experiments of this project, small enough for a processor, on real data without internet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from .settings import METHODS, Group, Setting, Some, Source
+
+__all__ = ["FASHION", "HELP_TEXTS", "SETTINGS", "tuned"]
+
+SCALE = Source.SCALE
+SETTINGS = Path(__file__).parents[1] / "settings"
+
+LEARNED = [
+    Setting("llqr.scale", "mean", SCALE, "llqr's default"),
+    Setting("llqr.bases", "gradient", SCALE),
+    Setting("llqr.constraint", "positive", SCALE, "llqr's default"),
+    Setting("llqr.block_size", 512, SCALE, "llqr's default"),
+    Setting("llqr.tolerance", 1e-2, SCALE, "llqr's default"),
+    Setting("llqr.ema", 0.5, SCALE),
+    Setting("optimizer.buffers", "clean", SCALE, "llqr's default"),
+]
+
+FASHION = Group(
+    "Fashion-MNIST",
+    [
+        *LEARNED,
+        Setting("data.limit", 6000, SCALE, "training images, and as many of the test set"),
+        Setting("data.crop", "none", SCALE),
+        Setting("data.padding", 0, SCALE),
+        Setting("data.flip", False, SCALE),
+        Setting("data.cutout", False, SCALE),
+        Setting("data.cutout_side", 0, SCALE),
+        Setting("model.stages", ((8,), (16,), (32, 32)), SCALE, "15,642 parameters"),
+        Setting("train.epochs", 8, SCALE),
+        Setting("train.batch", 64, SCALE),
+        Setting("llqr.every", 50, SCALE),
+        Setting("refresh.batch", 256, SCALE),
+        Setting("report.metric", "test accuracy after the last epoch", SCALE),
+        Setting("report.seeds", (0, 1, 2, 3, 4), SCALE),
+    ],
+)
+
+HELP_TEXTS = Group(
+    "Help texts, German to English",
+    [
+        *LEARNED,
+        Setting("data.limit", 5000, SCALE, "training pairs, and at most as many to validate"),
+        Setting("data.bpe", 2000, SCALE),
+        Setting("model.small", True, SCALE),
+        Setting("model.width", None, SCALE),
+        Setting("model.hidden", None, SCALE),
+        Setting("model.heads", None, SCALE),
+        Setting("model.layers", None, SCALE),
+        Setting("model.dropout", None, SCALE),
+        Setting("train.tokens", 2048, SCALE),
+        Setting("train.epochs", 8, SCALE),
+        Setting("train.warmup_steps", 100, SCALE),
+        Setting("probe.start", 100, SCALE),
+        Setting("llqr.every", 100, SCALE),
+        Setting("refresh.batch", 64, SCALE),
+        Setting("report.beam", 1, SCALE),
+        Setting("report.metric", "BLEU after the last epoch", SCALE),
+        Setting("report.seeds", (0, 1, 2), SCALE),
+    ],
+)
+
+
+def tuned(experiment: str) -> Iterator[Setting]:
+    """Yield what the search of an experiment found, if there was one."""
+    path = SETTINGS / f"{experiment}.json"
+    if path.exists():
+        for method, found in json.loads(path.read_text())["methods"].items():
+            assert method in METHODS
+            for key, value in found["settings"].items():
+                yield Setting(key, value, Source.TUNED, method=Some(method, [method]))

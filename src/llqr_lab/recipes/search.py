@@ -1,0 +1,174 @@
+"""The search for settings of this project's own experiments: ``python -m llqr_lab.recipes.search``.
+
+Every method gets the same number of runs: a Latin hypercube of its space, and rungs in which the
+best so far run on further seeds. What counts is the metric after the last epoch on examples that
+are held out of the training set (images) or on the validation pairs (text), at seeds that the
+experiments do not use. Methods share draws: configuration i of LLQR+SAM has the learning rate and
+the rho of configuration i of SAM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..environment import environment
+from ..output import write_json
+from ..protocols import EXPERIMENTS
+from ..protocols.own import SETTINGS
+from ..runs import available_workers, run_all
+from ..search_demo import FIRST_SEED, Space, configurations
+from .config import compose, slug
+
+__all__ = ["SPACES", "Trial", "main", "search"]
+
+SGD: Space = {"base.lr": {"log": [0.01, 0.5]}, "base.weight_decay": {"log": [1e-4, 1e-2]}}
+ADAMW: Space = {"base.lr": {"log": [3e-4, 3e-2]}, "base.weight_decay": {"log": [1e-3, 1.0]}}
+RHO: Space = {"probe.rho": {"log": [0.02, 0.4]}}
+DECAY: Space = {"probe.decay": {"choice": [0.6, 0.9, 0.95]}}
+LEARNED: Space = {
+    "geometry": {
+        "choice": [
+            {"llqr.structure": structure, "llqr.lr": rate}
+            for structure, rates in {
+                "diagonal": (0.1, 1.0, 10.0),
+                "kfac": (0.01, 0.1),
+                "e-kfac": (0.1, 1.0),
+            }.items()
+            for rate in rates
+        ]
+    },
+    "llqr.ema": {"choice": [0.0, 0.5, 0.9]},
+    "optimizer.graft": {"choice": [False, True]},
+}
+TEXT: Space = {"base.lr": {"log": [5e-4, 1e-2]}, "base.weight_decay": {"log": [1e-4, 1e-1]}}
+TEXT_RHO: Space = {"probe.rho": {"log": [0.005, 0.2]}}
+IMAGES: dict[str, Space] = {
+    "SGDM": SGD,
+    "AdamW": ADAMW,
+    "SAM": SGD | RHO,
+    "F-SAM": SGD | RHO | DECAY,
+    "LLQR (NGD)": SGD | LEARNED,
+    "LLQR+SAM (NGD)": SGD | RHO | LEARNED,
+}
+SPACES: dict[str, dict[str, Space]] = {
+    "fashion": IMAGES,
+    "fashion-noise": IMAGES,
+    "help-texts": {
+        "AdamW": TEXT,
+        "SAM": TEXT | TEXT_RHO,
+        "LLQR (NGD)": TEXT | LEARNED,
+        "LLQR+SAM (NGD)": TEXT | TEXT_RHO | LEARNED,
+    },
+}
+HELD_OUT = {"fashion": 2000, "fashion-noise": 2000, "help-texts": 0}  # its pairs have three parts
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a search."""
+
+    experiment: str
+    method: str
+    settings: Mapping[str, Any]
+    seed: int
+    data: str | None
+
+
+def trial(task: Trial) -> dict[str, Any]:
+    """Run without a trace on disk; a failure is a result, and the worst."""
+    from .run import measure
+    from .workers import Workers
+
+    overrides = [f"method={slug(task.method)}", f"seed={task.seed}", "scale=small"]
+    overrides += [f"{k}={v}" for k, v in task.settings.items()]
+    overrides += [f"input.holdout={HELD_OUT[task.experiment]}"]
+    overrides += [f"data={task.data}"] if task.data else []
+    try:
+        measured = measure(compose(task.experiment, overrides), Workers("cpu"))
+    except (RuntimeError, ValueError) as error:
+        return {"metric": 0.0, "error": f"{type(error).__name__}: {error}"}
+    found = {"metric": round(measured["last"], 3)}
+    if reports := measured["refreshes"]:
+        found["change"] = float(f"{statistics.median(r['change'] for r in reports):.3g}")
+        found["refused"] = round(sum(not r["accepted"] for r in reports) / len(reports), 3)
+    return found
+
+
+def search(
+    experiment: str, rungs: Sequence[tuple[int, int]], workers: int, data: str | None
+) -> dict[str, Any]:
+    """Search all methods of an experiment and return all that was tried, the best first."""
+    spaces = SPACES[experiment]
+    trials: dict[str, list[dict[str, Any]]] = {
+        name: [{"settings": s, "runs": []} for s in configurations(space, rungs[0][0])]
+        for name, space in spaces.items()
+    }
+    seed = FIRST_SEED
+    for number, (count, new) in enumerate(rungs, 1):
+        which = [(name, t) for name in spaces for t in trials[name][:count]]
+        tasks = [
+            Trial(experiment, name, t["settings"], seed + k, data)
+            for name, t in which
+            for k in range(new)
+        ]
+        results = iter(run_all(trial, tasks, workers, f"rung {number} of {len(rungs)}"))
+        for _, t in which:
+            t["runs"] += [{"seed": seed + k, **next(results)} for k in range(new)]
+            t["metric"] = round(statistics.fmean(r["metric"] for r in t["runs"]), 3)
+        # Those that went further stay in front; sorting is stable.
+        for name in spaces:
+            trials[name][:count] = sorted(trials[name][:count], key=lambda t: -t["metric"])
+        seed += new
+    return {
+        "search": {
+            "command": f"python -m llqr_lab.recipes.search {experiment}",
+            "rungs": [{"configurations": c, "seeds": s} for c, s in rungs],
+            "runs_a_method": sum(c * s for c, s in rungs),
+            "seeds": [FIRST_SEED, seed - 1],
+            "held_out": HELD_OUT[experiment],
+        },
+        "environment": environment(),
+        "methods": {
+            name: {
+                "settings": found[0]["settings"],
+                "metric": found[0]["metric"],
+                "space": spaces[name],
+                "trials": found,
+            }
+            for name, found in trials.items()
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search and write the settings that the recipe takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llqr_lab.recipes.search", description=(__doc__ or "").split("\n\n", 1)[1]
+    )
+    parser.add_argument("experiment", choices=SPACES)
+    parser.add_argument("--data", help="folder of the data (default: where Debian puts them)")
+    parser.add_argument("--configurations", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--best", type=int, default=2, help="run on 2 further seeds; default: 2")
+    parser.add_argument("--workers", type=int, default=available_workers(), help="processes")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: the package's own)")
+    arguments = parser.parse_args(argv)
+    began = time.perf_counter()
+    rungs = [(arguments.configurations, 1), (arguments.best, 2)]
+    found = search(arguments.experiment, rungs, arguments.workers, arguments.data)
+    out = arguments.out or SETTINGS / f"{arguments.experiment}.json"
+    write_json(out, found)
+    for name, entry in found["methods"].items():
+        print(f"{name:18} {entry['metric']:6.2f}  {entry['settings']}")
+    print(f"{EXPERIMENTS[arguments.experiment].title}: {time.perf_counter() - began:.0f} s; {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
