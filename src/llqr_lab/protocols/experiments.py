@@ -12,7 +12,7 @@ from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
 from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
 
-__all__ = ["EXPERIMENTS", "Experiment", "resolve"]
+__all__ = ["EXPERIMENTS", "OWN", "Experiment", "resolve"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
 IMAGES = (SUPERVISED, CIFAR, LLQR, PROBES)
@@ -201,6 +201,7 @@ EXPERIMENTS["help-texts"] = Experiment(
     list(tuned("help-texts")),
     small=NOTHING,
 )
+OWN = ("fashion", "fashion-noise", "help-texts")
 
 
 def resolve(

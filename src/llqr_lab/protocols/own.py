@@ -38,6 +38,7 @@ FASHION = Group(
         Setting("train.batch", 64, SCALE),
         Setting("llqr.every", 50, SCALE),
         Setting("refresh.batch", 256, SCALE),
+        Setting("probe.rho", 0.1, SCALE),
         Setting("report.metric", "test accuracy after the last epoch", SCALE),
         Setting("report.seeds", (0, 1, 2, 3, 4), SCALE),
     ],

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .experiments import EXPERIMENTS, Experiment
+from .experiments import EXPERIMENTS, OWN, Experiment
+from .scales import SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .settings import METHODS, Group, Setting
 
 __all__ = ["page"]
@@ -25,13 +26,16 @@ none: it counts the parameters of modules. Each value says where it comes from:
   recipe that the paper cites; the note says which. "Li et al. (2024)": the commands and code of
   Friendly SAM, with the learning rate, batch, epochs and schedule of the paper's CIFAR protocol.
   "fairseq": its IWSLT14 recipe, which the paper follows;
-- **assumed**: neither says; chosen here. A result that differs from the paper's may be due to it.
+- **assumed**: neither says; chosen here. A result that differs from the paper's may be due to it;
+- **scale**: of runs that are smaller than the paper's (`scale=small`, `scale=smoke`), and of the
+  experiments of this project at the end of the page;
+- **tuned here**: found by `python -m llqr_lab.recipes.search`, see [results](results.md).
 
-The values live in `llqr_lab.protocols`; `resolve(experiment, dataset, model, method)` returns those
-of one run. What follows `base.`, `llqr.`, `probe.` and `optimizer.` are arguments of the base
-optimizer, `llqr.LLQR`, the perturbation and `llqr.Optimizer`; `model.` those of the network. Within
-a table, and from the shared tables to those of an experiment, a later value of a key replaces an
-earlier one.
+The values live in `llqr_lab.protocols`; `resolve(experiment, dataset, model, method, scale)`
+returns those of one run, and `llqr run` takes them from there. What follows `base.`, `llqr.`,
+`probe.` and `optimizer.` are arguments of the base optimizer, `llqr.LLQR`, the perturbation and
+`llqr.Optimizer`; `model.` those of the network. Within a table, and from the shared tables to those
+of an experiment, a later value of a key replaces an earlier one.
 
 The order of the training data and their augmentation, the label noise, the initialisation and the
 refresh minibatches each take a generator of their own, so that the methods of a row see identical
@@ -44,12 +48,16 @@ def page() -> str:
     groups: dict[str, Group] = {}
     for experiment in EXPERIMENTS.values():
         groups.update({group.title: group for group in experiment.groups})
+    smaller = (SMALL_IMAGES, SMALL_TEXT, SMALL_CADENCE, SMOKE)
+    groups.update({group.title: group for group in smaller})
     parts = [HEAD, "## Methods\n", _methods(), "## Shared settings\n"]
     for title, group in groups.items():
         parts += [f"### {title}\n", _table(group)]
     parts.append("## Tables and figures\n")
     for name, experiment in EXPERIMENTS.items():
-        parts += [f"### {_name(name)}: {experiment.title}\n", _runs(experiment)]
+        if name == OWN[0]:
+            parts.append("## Experiments of this project\n")
+        parts += [f"### {_name(name)}{experiment.title}\n", _runs(experiment)]
         if experiment.own:
             parts.append(_table(experiment.own))
     return "\n".join(parts)
@@ -57,7 +65,7 @@ def page() -> str:
 
 def _name(key: str) -> str:
     word = key.rstrip("0123456789")
-    return f"{word.capitalize()} {key.removeprefix(word)}"
+    return "" if key in OWN else f"{word.capitalize()} {key.removeprefix(word)}: "
 
 
 def _methods() -> str:

@@ -73,7 +73,9 @@ def cadence(config: DictConfig, workers: Workers, records: Records) -> dict[str,
     workers.synchronize()
     times: list[float] = []
     refreshes: list[float] = []
-    bar = tqdm(range(total), desc=config.model, disable=None if workers.first else True, leave=False)
+    bar = tqdm(
+        range(total), desc=config.model, disable=None if workers.first else True, leave=False
+    )
     for _ in bar:
         began = time.perf_counter()
         if optimizer.refresh_due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,11 @@ def chosen(config: DictConfig) -> dict[str, str]:
     }
 
 
+_resolved = cache(resolve)  # a configuration asks for every key by itself
+
+
 def _protocol(key: str, *, _root_: DictConfig) -> Any:
-    found = resolve(**chosen(_root_))
+    found = _resolved(**chosen(_root_))
     if key not in found:
         return None
     return _lists(found[key].value)
@@ -104,10 +108,12 @@ def given(group: DictConfig, *without: str) -> dict[str, Any]:
 
 
 def flat(config: DictConfig) -> dict[str, Any]:
-    """Return the run's settings by the keys of the protocols; what it has no use for is left out."""
+    """Return the run's settings by the keys of the protocols, without those it has no use for."""
     method = METHODS[chosen(config)["method"]]
     values = {
-        f"{word}.{key}": config[group][key] for group, word in GROUPS.items() for key in config[group]
+        f"{word}.{key}": config[group][key]
+        for group, word in GROUPS.items()
+        for key in config[group]
     }
     values = {k: OmegaConf.to_object(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
     return {"noise": config.noise, "read": config.read or config.dataset} | {
@@ -117,7 +123,7 @@ def flat(config: DictConfig) -> dict[str, Any]:
 
 def changed(config: DictConfig) -> list[str]:
     """Return the keys whose values are not the protocol's at this scale."""
-    protocol = resolve(**chosen(config))
+    protocol = _resolved(**chosen(config))
     read = protocol.get("data.read")
     defaults = {"llqr.shard": False, "data.holdout": 0, "read": read and read.value}
     found = []

@@ -39,9 +39,7 @@ class Training:
         records: where measurements and checkpoints go.
     """
 
-    def __init__(
-        self, config: DictConfig, task: Task, workers: Workers, records: Records
-    ) -> None:
+    def __init__(self, config: DictConfig, task: Task, workers: Workers, records: Records) -> None:
         """Build the optimizer and the schedule."""
         self.config, self.task, self.workers, self.records = config, task, workers, records
         self.model = workers.wrap(task.network)
@@ -50,7 +48,7 @@ class Training:
         self.steps = config.train.epochs * task.steps
         self.schedule = schedule_of(config, self.optimizer, self.steps)
         self.compiled = torch.compile(self.model) if config.train.compile else self.model
-        self.epoch = self.batch = 0
+        self.epoch = self.batch = self.lines = 0
         self.seconds = 0.0
         self.epochs: list[dict[str, Any]] = []
         self.refreshes: list[dict[str, Any]] = []
@@ -71,7 +69,7 @@ class Training:
             self.schedule.load_state_dict(state["schedule"])
             self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
             self.epochs, self.refreshes = state["epochs"], state["refreshes"]
-            self.loss = state["loss"]
+            self.loss, self.lines = state["loss"], state["lines"]
         return self.step
 
     def _check(self, settings: Mapping[str, Any]) -> None:
@@ -96,6 +94,7 @@ class Training:
             "epochs": self.epochs,
             "refreshes": self.refreshes,
             "loss": self.loss,
+            "lines": self.records.lines,
         }
 
     def run(self) -> dict[str, Any]:
@@ -106,6 +105,7 @@ class Training:
         with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
             while self.epoch < self.config.train.epochs:
                 self._epoch(bar)
+        self.records.keep(self.task.network.state_dict())
         return {
             "metric": self.task.metric,
             "epochs": self.epochs,

@@ -27,8 +27,9 @@ class Records:
     """The folder of a run; with several processes the first one alone writes.
 
     Args:
-        folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and, when
-            the run is finished, ``result.json``. None: nothing is written or read.
+        folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and,
+            when the run is finished, ``network.pt`` and ``result.json``. None: nothing is written
+            or read.
         writes: whether this process writes.
         tensorboard: whether TensorBoard's events are written.
     """
@@ -38,32 +39,40 @@ class Records:
     ) -> None:
         """Make the folder."""
         self.folder, self.tensorboard = folder, tensorboard
+        self.lines = 0
         self._events: Any = None
         self._written = folder if writes else None
         if self._written is not None:
             self._written.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, config: Mapping[str, Any], step: int) -> None:
-        """Write the settings; forget what was measured after the step that is gone on from."""
+    def begin(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
+        """Write the settings; forget what was measured after the checkpoint that is gone on from.
+
+        Args:
+            config: of the run.
+            step: of the checkpoint.
+            lines: of metrics.jsonl when it was written.
+        """
         if (folder := self._written) is None:
             return
         _replace(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        lines = folder / "metrics.jsonl"
-        kept = lines.read_text().splitlines() if lines.exists() and step else []
-        kept = [line for line in kept if _complete(line) and json.loads(line)["step"] <= step]
-        _replace(lines, "".join(f"{line}\n" for line in kept))
+        metrics = folder / "metrics.jsonl"
+        kept = metrics.read_text().splitlines(keepends=True)[:lines] if lines else []
+        _replace(metrics, "".join(kept))
+        self.lines = len(kept)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add a measurement: a line of metrics.jsonl, and a point of each of TensorBoard's curves."""
+        """Add a measurement: a line of metrics.jsonl, and a point of TensorBoard's curves."""
         if (folder := self._written) is None:
             return
         line = json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        self.lines += 1
         if self._events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -83,6 +92,11 @@ class Records:
             return None
         return torch.load(path, map_location=device, weights_only=True)
 
+    def keep(self, weights: Mapping[str, Any]) -> None:
+        """Write the trained network."""
+        if (folder := self._written) is not None:
+            torch.save(dict(weights), folder / "network.pt")
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result; the checkpoint is no longer needed."""
         if (folder := self._written) is None:
@@ -101,11 +115,6 @@ class Records:
         """The result of a finished run."""
         path = self.folder and self.folder / "result.json"
         return json.loads(path.read_text()) if path is not None and path.exists() else None
-
-
-def _complete(line: str) -> bool:
-    """Tell whether a line was written to its end."""
-    return line.startswith("{") and line.endswith("}")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -29,8 +29,8 @@ __all__ = ["add_arguments", "folder_of", "main", "measure", "perform"]
 ABOUT = """\
 Makes one run of a table or figure of the paper and writes it below the folder out: its settings,
 metrics.jsonl (a line a measurement), TensorBoard's events, and result.json when it is finished.
-`llqr table N` and `llqr figure N` collect finished runs. A run that was killed goes on from its last
-checkpoint when the same command is given again, and ends with the same weights.
+`llqr table N` and `llqr figure N` collect finished runs. A run that was killed goes on from its
+last checkpoint when the same command is given again, and ends with the same weights.
 """
 EXAMPLES = """\
 examples:
@@ -157,9 +157,7 @@ def _description(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def measure(
-    config: DictConfig, workers: Workers, records: Records | None = None
-) -> dict[str, Any]:
+def measure(config: DictConfig, workers: Workers, records: Records | None = None) -> dict[str, Any]:
     """Return what a run measures; without records it leaves nothing on disk."""
     with warnings.catch_warnings():
         # Both are counted in the result.
@@ -171,7 +169,7 @@ def measure(
 def _measure(config: DictConfig, workers: Workers, records: Records) -> dict[str, Any]:
     description = _description(config)
     if config.recipe in ("table10", "figure6"):
-        records.begin(description, 0)
+        records.begin(description)
         return cadence(config, workers, records)
     source = description["source"].lower()
     kinds = {"imagenet": FolderClassification}
@@ -183,7 +181,7 @@ def _measure(config: DictConfig, workers: Workers, records: Records) -> dict[str
     done = training.resume()
     if done:
         _say(workers, f"{records.folder}: goes on at step {done} of {training.steps}")
-    records.begin(description, done)
+    records.begin(description, done, training.lines)
     return training.run()
 
 

@@ -1,0 +1,97 @@
+"""The configurations of all runs are those of the protocols."""
+
+import itertools
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve
+from llqr_lab.recipes.config import GROUPS, RECIPES, changed, chosen, compose, flat, slug
+
+# What a protocol says beside the settings of a run: how things are reported, searched, swept,
+# and remarks whose value is the code's own behaviour.
+REMARKS = {
+    "train.schedule_unit",
+    "train.weight_decay_after_u",
+    "refresh.data",
+    "data.normalise",
+    "data.statistics",
+    "data.cutout",
+    "data.cutout_probability",
+    "data.test",
+    "data.noise",
+    "data.noise_of",
+    "data.flip_to",
+    "data.preparation",
+    "data.lower_case",
+    "data.max_length",
+    "data.max_ratio",
+    "data.read",
+    "model.source",
+}
+RUNS = [
+    (recipe, dataset, model, method)
+    for recipe in RECIPES
+    for dataset, model, method in itertools.product(
+        EXPERIMENTS[recipe].datasets, EXPERIMENTS[recipe].models, EXPERIMENTS[recipe].methods
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def configurations():
+    return {recipe: compose(recipe) for recipe in RECIPES}
+
+
+def test_every_experiment_that_runs_has_a_recipe():
+    assert set(EXPERIMENTS) - set(RECIPES) == {"figure1", "figure4", "figure5"}
+
+
+@pytest.mark.parametrize("scale", ["paper", "small", "smoke"])
+def test_configurations_are_the_protocols(configurations, scale):
+    for recipe, dataset, model, method in RUNS:
+        config = configurations[recipe]
+        config.update(dataset=slug(dataset), model=slug(model), method=slug(method), scale=scale)
+        protocol = resolve(recipe, dataset, model, method, scale)
+        expected = {
+            key: OmegaConf.to_container(OmegaConf.create([setting.value]))[0]
+            for key, setting in protocol.items()
+            if key.split(".")[0] in set(GROUPS.values()) - {"report"}
+            and key not in REMARKS
+            and setting.value is not None
+        }
+        found = flat(config)
+        assert {k: found.get(k) for k in expected} == expected, (recipe, dataset, model, method)
+        extra = set(found) - set(expected) - {"noise", "read", "llqr.shard", "data.holdout"}
+        assert all(key.startswith("report.") for key in extra), extra
+        assert changed(config) == []
+
+
+def test_what_is_given_replaces_the_protocol():
+    config = compose("table1", ["method=llqr-sam", "llqr.structure=diagonal", "base.lr=0.05"])
+    assert flat(config)["llqr.structure"] == "diagonal"
+    assert changed(config) == ["llqr.structure"]  # 0.05 is the protocol's
+
+
+def test_typing_errors_are_refused():
+    with pytest.raises(Exception, match="lrr"):
+        compose("table1", ["base.lrr=1"])
+    with pytest.raises(ConfigAttributeError):
+        _ = compose("table1").base.lrr
+
+
+@pytest.mark.parametrize(
+    "key, value, known",
+    [("method", "sgd", "sgdm, llqr"), ("model", "resnet", "resnet18"), ("dataset", "mnist", "cif")],
+)
+def test_unknown_names_are_answered_with_the_known(key, value, known):
+    with pytest.raises(ValueError, match=f"{key}: expected one of .*{known}.*, got '{value}'"):
+        chosen(compose("table1", [f"{key}={value}"]))
+
+
+def test_names_are_typed_in_any_case_or_in_full():
+    config = compose("table1", ["method='LLQR+SAM (NGD)'", "dataset=CIFAR-10"])
+    assert chosen(config)["method"] == "LLQR+SAM (NGD)"
+    assert chosen(config)["dataset"] == "CIFAR-10"
+    assert len({slug(name) for name in METHODS}) == len(METHODS)

@@ -1,0 +1,101 @@
+"""A run that was killed ends as one that was not: weights and measurements, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from llqr_lab.cli import main
+
+
+def ended(folder):
+    """Return the weights and what was measured, without times."""
+    (path,) = folder.rglob("result.json")
+    result = json.loads(path.read_text())
+    for entry in (*result["epochs"], *result["refreshes"]):
+        del entry["seconds"]
+    lines = [json.loads(x) for x in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    weights = torch.load(path.parent / "network.pt", weights_only=True)
+    return weights, result["epochs"], result["refreshes"], lines
+
+
+def equal(a, b):
+    assert a[1:] == b[1:]
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
+
+
+@pytest.mark.parametrize(
+    "recipe, method", [("table1", "llqr-sam"), ("table4", "llqr-f-sam"), ("table6", "llqr-sam")]
+)
+def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
+    from llqr_lab.recipes import loop
+
+    settings = [recipe, f"method={method}", "scale=smoke", "tensorboard=false", "log_every=1"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *settings, "out=whole"]) == 0
+    real = loop.Training._step
+
+    def failing_at(stop):
+        def failing(self, batch):
+            if self.step == stop:
+                raise RuntimeError("stopped here")
+            return real(self, batch)
+
+        return failing
+
+    for stop in (1, 3):
+        monkeypatch.setattr(loop.Training, "_step", failing_at(stop))
+        assert main(["run", *settings, "out=broken", "checkpoint_every=1"]) != 0
+        monkeypatch.setattr(loop.Training, "_step", real)
+        assert list((tmp_path / "broken").rglob("checkpoint.pt"))
+    assert main(["run", *settings, "out=broken", "checkpoint_every=2"]) == 0
+    equal(ended(tmp_path / "broken"), ended(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_after_kill_9_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    settings = ["table1", "model=resnet18", "method=llqr-sam", "scale=small", "train.epochs=2"]
+    settings += ["llqr.every=10", "log_every=1", "checkpoint_every=5"]
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "llqr_lab.cli", "run", *settings, "out=killed"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not (lines := list(tmp_path.rglob("metrics.jsonl"))) or (
+            len(lines[0].read_text().splitlines()) < 12
+        ):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not list(tmp_path.rglob("result.json"))
+    assert main(["run", *settings, "out=killed"]) == 0
+    assert main(["run", *settings, "out=whole"]) == 0
+    equal(ended(tmp_path / "killed"), ended(tmp_path / "whole"))
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(tmp_path, monkeypatch, capfd):
+    from llqr_lab.recipes import config, loop
+
+    monkeypatch.chdir(tmp_path)
+    settings = ["table1", "method=sam", "scale=smoke", "tensorboard=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_step", lambda *_: 1 / 0)
+        patch.setattr(
+            loop.Training, "_epoch", lambda self, _: self.records.save(self.state()) or 1 / 0
+        )
+        assert main(["run", *settings]) != 0
+    # As if the protocol had changed since.
+    real = config.flat
+    monkeypatch.setattr(loop, "flat", lambda c: {**real(c), "base.lr": 7.0})
+    assert main(["run", *settings]) != 0
+    assert "unfinished run whose base.lr differ" in capfd.readouterr().err
