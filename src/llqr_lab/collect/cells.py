@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..protocols import EXPERIMENTS, METHODS
+from ..protocols import EXPERIMENTS, METHODS, SCALES, slug
 from ..summary import paired
-from .runs import SCALES, Cell, Found, Run, RunError, numbers
+from .runs import Cell, Found, Run, RunError, numbers
 
-__all__ = ["Chosen", "choose", "choose_scale", "command", "difference", "mean_std", "slug"]
+__all__ = ["Chosen", "choose", "choose_scale", "command", "difference", "mean_std"]
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,6 @@ def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | Non
         return None
     found = paired([values[s] for s in shared], [others[s] for s in shared])
     return {**found, "seeds": shared}
-
-
-def slug(name: str) -> str:
-    """Return a name as the command line takes it: "LLQR+SAM (NGD)" is llqr-sam.
-
-    Example:
-        >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
-        ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
-    """
-    return name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))
 
 
 def command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..paper import TABLES
-from ..protocols import EXPERIMENTS
+from ..protocols import EXPERIMENTS, SCALES
 from ..summary import INACTIVE
 from . import about, html
 from .figures import Figure
@@ -20,7 +20,7 @@ from .html import escape
 from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
 from .others import PAPER, other_rows, others
 from .render import head, minus, missing_commands, ours
-from .runs import SCALES, Found, Run, add_options
+from .runs import Found, Run, add_options
 from .tables import Table, data_of
 
 __all__ = ["add_arguments", "main", "report"]

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..output import add_out
-from ..protocols import METHODS
+from ..protocols import METHODS, SCALES
 
-__all__ = ["SCALES", "Cell", "Found", "Run", "RunError", "add_options", "find", "numbers", "read"]
+__all__ = ["FORMAT", "Cell", "Found", "Run", "RunError", "add_options", "find", "numbers", "read"]
 
 FORMAT = 1
-SCALES = ("paper", "small", "smoke")  # the largest first
 NUMBER = (int, float)
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "recipe": str,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..paper import TABLES, printed
-from .cells import Chosen, choose, choose_scale, command, difference, mean_std, slug
+from ..protocols import slug
+from .cells import Chosen, choose, choose_scale, command, difference, mean_std
 from .runs import Cell, Found, Run, RunError
 
 __all__ = ["Table", "data_of", "fill", "notes_of", "plus_minus"]

@@ -3,9 +3,21 @@
 from .experiments import EXPERIMENTS as EXPERIMENTS
 from .experiments import Experiment as Experiment
 from .experiments import resolve as resolve
+from .scales import SCALES as SCALES
 from .settings import METHODS as METHODS
 from .settings import Method as Method
 from .settings import Setting as Setting
 from .settings import Source as Source
+from .settings import slug as slug
 
-__all__ = ["EXPERIMENTS", "METHODS", "Experiment", "Method", "Setting", "Source", "resolve"]
+__all__ = [
+    "EXPERIMENTS",
+    "METHODS",
+    "SCALES",
+    "Experiment",
+    "Method",
+    "Setting",
+    "Source",
+    "resolve",
+    "slug",
+]

@@ -29,7 +29,7 @@ none: it counts the parameters of modules. Each value says where it comes from:
 - **assumed**: neither says; chosen here. A result that differs from the paper's may be due to it;
 - **scale**: of runs that are smaller than the paper's (`scale=small`, `scale=smoke`), and of the
   experiments of this project at the end of the page;
-- **tuned here**: found by `python -m llqr_lab.recipes.search`, see [results](results.md).
+- **tuned here**: found by `python -m llqr_lab.recipes.search`.
 
 The values live in `llqr_lab.protocols`; `resolve(experiment, dataset, model, method, scale)`
 returns those of one run, and `llqr run` takes them from there. What follows `base.`, `llqr.`,

@@ -6,7 +6,7 @@ from .settings import Group, Setting, Source
 
 __all__ = ["SCALES", "SMALL_CADENCE", "SMALL_IMAGES", "SMALL_TEXT", "SMOKE"]
 
-SCALES = ("paper", "small", "smoke")
+SCALES = ("paper", "small", "smoke")  # the largest first
 SCALE = Source.SCALE
 
 OWN = "that of the small network"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-__all__ = ["METHODS", "Group", "Method", "Setting", "Some", "Source", "some"]
+__all__ = ["METHODS", "Group", "Method", "Setting", "Some", "Source", "slug", "some"]
 
 
 class Source(str, Enum):
@@ -134,3 +134,13 @@ METHODS = {
 def some(label: str, chosen: Callable[[str, Method], bool]) -> Some:
     """Return the methods for which ``chosen(name, method)`` is true."""
     return Some(label, [name for name, method in METHODS.items() if chosen(name, method)])
+
+
+def slug(name: str) -> str:
+    """Return a name as it is typed: "LLQR+SAM (NGD)" is ``llqr-sam``, Newton's adds ``-newton``.
+
+    Example:
+        >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
+        ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
+    """
+    return name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))

@@ -11,9 +11,9 @@ from hydra import compose as _compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ..protocols import EXPERIMENTS, METHODS, resolve
+from ..protocols import EXPERIMENTS, METHODS, resolve, slug
 
-__all__ = ["CONF", "RECIPES", "changed", "chosen", "compose", "flat", "given", "slug"]
+__all__ = ["CONF", "RECIPES", "changed", "chosen", "compose", "flat", "given"]
 
 CONF = Path(__file__).parent / "conf"
 RECIPES = [name for name in EXPERIMENTS if (CONF / f"{name}.yaml").exists()]
@@ -29,17 +29,6 @@ GROUPS = {
     "input": "data",
     "report": "report",
 }
-
-
-def slug(name: str) -> str:
-    """Return a name as it is typed: "LLQR+SAM (NGD)" is ``llqr-sam``, Newton's adds ``-newton``.
-
-    Example:
-        >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
-        ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
-    """
-    plain = name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))
-    return plain
 
 
 def _named(what: str, text: str, names: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from ..protocols import EXPERIMENTS
-from .config import RECIPES, slug
+from ..protocols import EXPERIMENTS, slug
+from .config import RECIPES
 
 __all__ = ["add_arguments", "main"]
 
@@ -28,8 +28,8 @@ def main(arguments: argparse.Namespace) -> int:
             line = f"{what}: {', '.join(map(slug, names))}"
             print(textwrap.fill(line, 100, initial_indent="    ", subsequent_indent=" " * 12))
     print(
-        "\n`llqr run --help` explains; scale=small runs a recipe in minutes, on data that come "
-        "with the\npackage. Figure 1 is drawn from table 5's runs, figure 4 from table 6's, figure 5 "
-        "from\ntable 10's; `llqr table 9` and `llqr figure 2`, `3` need no runs."
+        "\n`llqr run --help` explains; scale=small runs a recipe in minutes, on data that come with"
+        "\nthe package. Figure 1 is drawn from table 5's runs, figure 4 from table 6's, figure 5"
+        "\nfrom table 10's; `llqr table 9` and `llqr figure 2`, `3` need no runs."
     )
     return 0

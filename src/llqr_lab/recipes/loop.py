@@ -109,7 +109,7 @@ class Training:
         return {
             "metric": self.task.metric,
             "epochs": self.epochs,
-            "best": max((e[self.task.metric] for e in self.epochs), default=None),
+            "best": max(m for e in self.epochs if (m := e[self.task.metric]) is not None),
             "last": self.epochs[-1][self.task.metric],
             **self.task.finish(),
             "refreshes": self.refreshes,

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["FORMAT", "Records", "plain"]
+from ..collect.runs import FORMAT
 
-FORMAT = 1
+__all__ = ["Records", "plain"]
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from ..environment import environment
+from ..protocols import slug
 from .cadence import cadence
-from .config import CONF, RECIPES, changed, chosen, flat, slug
+from .config import CONF, RECIPES, changed, chosen, flat
 from .images import Classification, FolderClassification
 from .loop import Training
 from .records import Records

@@ -20,11 +20,11 @@ from typing import Any
 
 from ..environment import environment
 from ..output import write_json
-from ..protocols import EXPERIMENTS
+from ..protocols import EXPERIMENTS, slug
 from ..protocols.own import SETTINGS
 from ..runs import available_workers, run_all
 from ..search_demo import FIRST_SEED, Space, configurations
-from .config import compose, slug
+from .config import compose
 
 __all__ = ["SPACES", "Trial", "main", "search"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
         ValueError: there is no such data set.
         DataError: the data are missing or damaged.
     """
+    for package in ("tokenizers", "sacrebleu"):
+        if find_spec(package) is None:
+            raise DataError(f"{package}: not installed; pip install 'llqr[translation]'")
     name = (config.read or config.dataset).lower()
     if name == "number-words":
         pairs = number_words()

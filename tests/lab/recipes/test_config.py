@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve
-from llqr_lab.recipes.config import GROUPS, RECIPES, changed, chosen, compose, flat, slug
+from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve, slug
+from llqr_lab.recipes.config import GROUPS, RECIPES, changed, chosen, compose, flat
 
 # What a protocol says beside the settings of a run: how things are reported, searched, swept,
 # and remarks whose value is the code's own behaviour.

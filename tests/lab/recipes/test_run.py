@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from llqr_lab.cli import main
-from llqr_lab.protocols import METHODS
-from llqr_lab.recipes.config import RECIPES, slug
+from llqr_lab.protocols import METHODS, slug
+from llqr_lab.recipes.config import RECIPES
 
 FAMILIES = {
     "table1": ("vgg16-bn", "llqr-sam"),
