@@ -1,9 +1,10 @@
-"""Convolutions and norms whose second backward costs what it must.
+"""Operations whose second backward costs, in time and memory, what it must.
 
 A Gauss-Newton product differentiates u -> J'u by u alone: the operations' inputs and weights are
 constants there. torch's double backward does not know that; for a convolution it computes four
-convolutions where two are needed. The functions here have the pair that is needed: a backward that
-is the vector-Jacobian product, and a backward of that which is the Jacobian-vector product.
+convolutions where two are needed, and for a linear layer it keeps every cotangent. The functions
+here have the pair that is needed: a backward that is the vector-Jacobian product, and a backward of
+that which is the Jacobian-vector product.
 
 They are wrong for a Hessian, where inputs and weights are not constants, and serve the
 Gauss-Newton curvatures alone.
@@ -19,27 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ._linearised import Attention, Gelu, Linear, Linearised, Values
+
 __all__ = ["SwappedOps", "is_swapped", "swapped_above"]
-
-Values = tuple[Tensor | None, ...]
-
-
-class Linearised:
-    """An operation at fixed inputs: its value, and its two linear maps (base class).
-
-    ``tensors`` are the inputs that may carry gradients, ``needed`` says which do.
-    """
-
-    tensors: Values
-    value: Tensor
-
-    def vjp(self, g: Tensor, needed: tuple[bool, ...]) -> Values:
-        """Return J'g for each of ``tensors``; None where it is not needed."""
-        raise NotImplementedError
-
-    def jvp(self, d: Values) -> Tensor | None:
-        """Return J d for a tangent (or None) of each of ``tensors``."""
-        raise NotImplementedError
 
 
 class _Apply(torch.autograd.Function):
@@ -214,7 +197,7 @@ class LayerNorm(Linearised):
 
 
 class SwappedOps(TorchFunctionMode):
-    """Run F.conv*, F.batch_norm (evaluation mode) and F.layer_norm through the functions above.
+    """Run the operations of ``_SWAPS`` through the functions above.
 
     Alive during the one forward of a linearisation. A call that carries no gradient, or that has
     arguments in a form not known here, passes through to torch. So does all within saved-tensor
@@ -373,6 +356,9 @@ _SWAPS: dict[Any, Callable[..., Linearised | None]] = {
     F.conv_transpose3d: _conv(3, True),
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
+    F.linear: Linear.of,
+    F.gelu: Gelu.of,
+    F.scaled_dot_product_attention: Attention.of,
 }
 
 
