@@ -155,16 +155,17 @@ def child(name: str, what: str, options: argparse.Namespace) -> None:
     """Print the peak of training steps, or of those and a refresh."""
     before = resident()
     p = problem(name, options.device, options.batch)
-    refresh = Refresh(p, **STRUCTURES.get(what, {}), **CASES["mean 0.1"])
+    geometry = llqr.LLQR(**{**STRUCTURES.get(what, {}), **CASES["mean 0.1"]}, ema=0.0)
+    optimizer = optimizer_of(p, geometry)
 
     def call() -> None:
         for _ in range(2):
-            refresh.optimizer.zero_grad()
+            optimizer.zero_grad()
             p()[0].backward()
-            refresh.optimizer.base.step()
+            optimizer.base.step()
         if what != "step":
-            refresh.optimizer.zero_grad()
-            refresh()
+            optimizer.zero_grad()
+            optimizer.refresh(p)
 
     print(memory_of(call, options.device, before))
 

@@ -25,6 +25,8 @@ LINEAR = {
 }
 MIXED = {"0": "e-kfac", "2": "diagonal", "4": "scalar", "6": "identity", "8": "dense"}
 
+MIXED_KFAC = {"0": "e-kfac", "2": "kfac", "4": "diagonal", "6": "e-kfac", "8": "diag-kfac"}
+
 
 def chain(dtype: torch.dtype = F64) -> Problem:
     """Five layers of different sizes, a batch far from fitted."""
@@ -217,6 +219,31 @@ def test_used_by_a_refresh() -> None:
     assert error(results[1e-8][1], results[0][1]) < 1e-7
     for report, _ in results.values():
         assert report.J_before == pytest.approx(results[0][0].J_before, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "structure", [lambda name, p: "e-kfac", lambda name, p: MIXED_KFAC[name[0]]]
+)
+def test_the_old_control_is_the_first_direction(structure) -> None:
+    """Bases were renewed: J at the old U needs a product, and the solve goes on from it."""
+    reports = {}
+    for tolerance in (0, 1e-2):
+        problem = chain()
+        geometry = llqr.LLQR(
+            structure, bases="gradient", renew_every=1, tolerance=tolerance, lr=0.5
+        )
+        geometry.bind(problem.model)
+        for scale in (1.0, 0.7):  # in the second the old U is no multiple of the identity
+            with torch.no_grad():
+                problem.model[0].weight.mul_(scale)
+            reports[tolerance, scale] = geometry.refresh([problem])
+    for scale in (1.0, 0.7):
+        literal, found = reports[0, scale], reports[1e-2, scale]
+        assert literal.products == 52  # the steps, J before and J after
+        assert found.products <= 25
+        assert found.J_before == pytest.approx(literal.J_before, rel=1e-3)
+        assert found.J_after == pytest.approx(literal.J_after, rel=1e-2)
+    assert reports[0, 1.0].J_before == pytest.approx(reports[1e-2, 1.0].J_before, rel=1e-12)
 
 
 def test_capacity_follows_memory() -> None:

@@ -15,6 +15,9 @@ __all__ = ["Rows", "dots", "dots_of_runs"]
 #: The longest sum that is left to one matrix product.
 PIECE = 2**14
 
+#: Vectors that memory is taken for at a time.
+CHUNK = 4
+
 
 def dots(rows: Tensor, v: Tensor) -> Tensor:
     """Return the inner products of a vector, or of the rows of a matrix, with a vector.
@@ -52,7 +55,7 @@ def dots_of_runs(rows: Tensor, v: Tensor, length: int) -> Tensor:
 
 
 class Rows:
-    """Up to ``capacity`` vectors of one length, in chunks that double (nothing is ever copied)."""
+    """Up to ``capacity`` vectors of one length, in chunks of a few (nothing is ever copied)."""
 
     def __init__(self, like: Tensor, capacity: int) -> None:
         self._like, self._capacity = like, capacity
@@ -68,7 +71,7 @@ class Rows:
     def append(self) -> Tensor:
         """Add a vector and return it, uninitialised, to be written in place."""
         if not self._chunks or self._used == len(self._chunks[-1]):
-            size = min(max(2, self.count), self._capacity - self.count)
+            size = min(CHUNK, self._capacity - self.count)
             self._chunks.append(self._like.new_empty(size, self._like.numel()))
             self._used = 0
         row = self._chunks[-1][self._used]

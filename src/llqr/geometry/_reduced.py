@@ -37,8 +37,16 @@ F64: Any = {"dtype": torch.float64}
 TINY = torch.finfo(torch.float64).tiny
 
 
+Known = tuple[Tensor, Tensor]
+
+
 def solve_reduced(
-    objective: Objective, states: States, options: SolverOptions, tolerance: float, capacity: int
+    objective: Objective,
+    states: States,
+    options: SolverOptions,
+    tolerance: float,
+    capacity: int,
+    known: Known | None = None,
 ) -> tuple[States, Tensor]:
     """Do what :func:`solve` does, for linear structures, to a relative error in the residuals.
 
@@ -49,16 +57,21 @@ def solve_reduced(
         tolerance: error allowed in a residual, relative to its norm.
         capacity: how many directions are kept at a time; when they are used up the solve goes on
             from where it is with an empty basis.
+        known: a control u with (C + damping) u, which is a first direction that costs nothing.
 
     Returns:
-        The new states and J at the old ones.
+        The new states and J at the old ones (at ``known``, where that is given).
     """
     momentum, left, first = None, options.steps, None
     while left or first is None:
         stage = _Stage(objective, states, momentum, options, tolerance, capacity)
+        if known is not None:
+            stage.take(*known)
+            known = None
         left = stage.run(left)
-        states, momentum = stage.states(), stage.momentum() if left else None
+        momentum = stage.momentum() if left else None
         first = stage.first if first is None else first
+        states = stage.states()
     return states, first
 
 
@@ -120,9 +133,21 @@ class _Stage:
             self.x = self.x + self.options.lr * self.m
         return 0
 
+    def take(self, u: Tensor, image: Tensor) -> None:
+        """Begin with a direction whose image under C + damping is known."""
+        self.first = self.layout.dot(u, torch.add(self.objective.gradient, image, alpha=0.5))
+        length = self.layout.dot(u, u).sqrt().clamp(min=torch.finfo(u.dtype).tiny)
+        q, f = self.Q.append(), self.F.append()
+        torch.div(self.blocks.turn(self.start, u), length, out=q)
+        torch.div(self.blocks.turn(self.start, image), length, out=f)
+        self._measure(q)
+        self.exact, self.rest = self.x, math.inf  # how far d_0 lies from it is not known yet
+
     def states(self) -> States:
-        """Return the states that the coefficients stand for."""
-        moved = self.blocks.turn_back(self.start, self._combination(self.x))
+        """Return the states that the coefficients stand for, and let go of the vectors."""
+        moved = self._combination(self.x)
+        del self.F, self.Q, self.g, self.d0
+        moved = self.blocks.turn_back(self.start, moved)
         change = self.blocks.pullback(self.start, self.objective.gradient, moved)
         return [
             {**state, **{k: state[k] + v for k, v in entries.items()}}

@@ -42,6 +42,7 @@ class FlatModel:
     ) -> None:
         self.model, self._layout, self._names, self._ranks = model, layout, names, ranks
         self.gradient = self._pack(model.gradient)
+        model.gradient = []  # one copy is enough while directions fill the memory
 
     def _pack(self, values: Sequence[Tensor]) -> Tensor:
         joined = self._layout.pack_all(dict(zip(self._names, values, strict=True)))
@@ -119,8 +120,8 @@ def relearn(
         settings["momentum"],
         settings["clip"],
     )
-    solved, first = _solve(exact, start, options, settings["tolerance"])
-    before = float(first) if start is old else float(exact.value(old))
+    solved, first = _solve(exact, old, start, options, settings["tolerance"])
+    before = float(first)
     finite = all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values())
     if not blocks.layout.all(finite):
         return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
@@ -137,21 +138,29 @@ def relearn(
 
 
 def _solve(
-    objective: Objective, start: States, options: SolverOptions, tolerance: float
+    objective: Objective, old: States, start: States, options: SolverOptions, tolerance: float
 ) -> tuple[States, Tensor]:
-    """Run the inner solve, literally or with as few products as the tolerance allows."""
+    """Run the inner solve, literally or with as few products as the tolerance allows.
+
+    Returns:
+        The states that ``start`` led to, and J at ``old``.
+    """
     if tolerance == 0:
-        return solve(objective, start, options)
+        states, first = solve(objective, start, options)
+        return states, first if start is old else objective.value(old)
     blocks, g = objective.blocks, objective.gradient
     capacity = basis_capacity(blocks.layout, options.steps)
     if blocks.linear and options.solver in REDUCIBLE:
-        return solve_reduced(objective, start, options, tolerance, capacity)
+        known = None if start is old else objective.control(old)
+        return solve_reduced(objective, start, options, tolerance, capacity, known)
     product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.layout.dot)
     recycled = Objective(blocks, g, product, objective.damping)
+    before = None if start is old else recycled.value(old)  # the first product is a real one
     # Leaves that processes share are clipped by what all of them have: the literal loop knows how.
     buffered = options.solver in REDUCIBLE and blocks.layout.ranks is None
     way = solve_buffered if buffered else solve
-    return way(recycled, start, options)
+    states, first = way(recycled, start, options)
+    return states, first if before is None else before
 
 
 def basis_capacity(layout: Layout, steps: int) -> int:

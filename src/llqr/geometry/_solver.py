@@ -46,7 +46,7 @@ class Objective:
 
     def value_and_rounding(self, states: States) -> tuple[Tensor, Tensor]:
         """Return J(U) and the rounding error to expect in it."""
-        u, cu = self._control(states)
+        u, cu = self.control(states)
         dot = self.blocks.layout.dot
         # The terms of J cancel near its minimum; what rounding leaves is of the size of the terms.
         size = (dot(u, u) * (dot(self.gradient, self.gradient) + dot(cu, cu))).sqrt()
@@ -54,12 +54,13 @@ class Objective:
 
     def value_and_gradient(self, states: States) -> tuple[Tensor, States]:
         """Return J(U) and dJ/dstate, the pullback of u -> r = g + C u + damping u."""
-        u, cu = self._control(states)
+        u, cu = self.control(states)
         r = self.gradient + cu
         value = self.blocks.layout.dot(u, self.gradient + 0.5 * cu)
         return value, self.blocks.pullback(states, self.gradient, -r)
 
-    def _control(self, states: States) -> tuple[Tensor, Tensor]:
+    def control(self, states: States) -> tuple[Tensor, Tensor]:
+        """Return u = -U g and (C + damping) u."""
         u = -self.blocks.apply(states, self.gradient)
         return u, self.product(u) + self.damping * u
 
