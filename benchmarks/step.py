@@ -1,40 +1,109 @@
 """A training step with U against the same without: SGD and LLQR, SAM and LLQR+SAM.
 
 "step" is the time over that of the base method; "at 500" adds the share of a refresh every 500
-steps (and so on), from the refresh measured here. "apply" is U g alone, in plain steps.
+steps (and so on), from the refresh measured here. "apply" is U g alone, in plain steps. "own" is
+what minimize spends outside of forward, backward and the base's step, likewise: a difference of
+clocks within one step, where quotients of two steps differ by what else the machine does. "sam /
+hand" is this library's SAM over a SAM step written out for one model, without its checks and its
+restoring of buffers.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from typing import Any
 
 import torch
 from common import PROBLEMS, Classifier, Clock, arguments, optimizer_of, problem, show
 from refresh import STRUCTURES, Refresh
+from torch import nn
 
 import llqr
+
+SMALL = ("small mlp", "small cnn")
+APPLIED = {
+    **STRUCTURES,
+    "kfac 512 bfloat16": {**STRUCTURES["kfac 512"], "application": "bfloat16"},
+}
 
 
 def main() -> None:
     """Print the table."""
-    parser = arguments(__doc__, models=PROBLEMS, structures=tuple(STRUCTURES))
+    parser = arguments(__doc__, models=(*PROBLEMS, *SMALL), structures=tuple(APPLIED))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.models:
-        p = problem(name, options.device)
+        p = small(name, options.device) if name in SMALL else problem(name, options.device)
         for structure in options.structures:
             rows.append(row(name, structure, p, Clock(options.device), options))
             print(rows[-1], flush=True)
     show("A step, over the base method's", rows, options)
 
 
+def small(name: str, device: str) -> Classifier:
+    """Networks whose step is mostly Python: 9 thousand parameters, and 6 thousand."""
+    torch.manual_seed(0)
+    if name == "small mlp":
+        layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+        return Classifier(
+            nn.Sequential(*layers), torch.randn(64, 64), torch.randint(10, (64,)), device
+        )
+    layers = []
+    for a, b in ((1, 16), (16, 32)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+    return Classifier(model, torch.randn(32, 1, 8, 8), torch.randint(10, (32,)), device)
+
+
+def written_out(p: Classifier, base: torch.optim.Optimizer, rho: float) -> None:
+    """Do a SAM step by hand."""
+    parameters = list(p.model.parameters())
+    base.zero_grad()
+    p()[0].backward()
+    with torch.no_grad():
+        g = [q.grad for q in parameters if q.grad is not None]
+        norm = torch.stack(torch._foreach_norm(g)).norm() + 1e-12
+        old = [q.clone() for q in parameters]
+        torch._foreach_add_(parameters, torch._foreach_mul(g, rho / norm))
+    base.zero_grad()
+    p()[0].backward()
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, old)
+    base.step()
+
+
+def own(optimizer: llqr.Optimizer, p: Classifier, clock: Clock, repeats: int) -> float:
+    """Return the median seconds of a minimize without forward, backward and the base's step."""
+    inside = [0.0]
+
+    def timed(call: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            result: list[Any] = []
+            inside[0] += clock(lambda: result.append(call(*args, **options)))
+            return result[0]
+
+        return run
+
+    seconds, backward = [], torch.Tensor.backward
+    torch.Tensor.backward = timed(backward)  # type: ignore[method-assign]
+    optimizer.base.step = timed(optimizer.base.step)  # type: ignore[method-assign]
+    try:
+        for _ in range(repeats + 1):
+            inside[0] = 0.0
+            seconds.append(clock(lambda: optimizer.minimize(timed(p))) - inside[0])
+    finally:
+        torch.Tensor.backward = backward  # type: ignore[method-assign]
+        del optimizer.base.step
+    return statistics.median(seconds[1:])
+
+
 def row(
     name: str, structure: str, p: Classifier, clock: Clock, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Time the four methods in turns."""
-    settings = {**STRUCTURES[structure], "lr": 0.1, "every": 10**9}
+    """Time the methods in turns."""
+    settings = {**APPLIED[structure], "lr": 0.1, "every": 10**9}
     base = torch.optim.SGD(p.model.parameters(), lr=1e-3, momentum=0.9)
 
     def sgd() -> None:
@@ -51,22 +120,28 @@ def row(
     both.refresh(p)
     p.step()
     gradient = {n: q.grad.clone() for n, q in p.model.named_parameters() if q.grad is not None}
+    repeats = options.repeats if name not in SMALL else 100 * options.repeats
     times = clock.medians(
         {
             "step": p.step,
             "sgd": sgd,
             "llqr": lambda: plain.minimize(p),
             "sam": lambda: sam.minimize(p),
+            "hand": lambda: written_out(p, base, 0.05),
             "llqr+sam": lambda: both.minimize(p),
             "apply": lambda: refresh.geometry.apply(gradient),
         },
-        options.repeats,
+        repeats,
     )
     found: dict[str, Any] = {
         "model": f"{name} B{len(p.x)}",
         "structure": structure,
         "apply": times["apply"] / times["step"],
         "refresh": took / times["step"],
+        "own, llqr": own(plain, p, clock, repeats) / times["step"],
+        "own, sam": own(sam, p, clock, repeats) / times["step"],
+        "own, llqr+sam": own(both, p, clock, repeats) / times["step"],
+        "sam / hand": times["sam"] / times["hand"],
     }
     for method, against in (("llqr", "sgd"), ("llqr+sam", "sam")):
         found[f"{method} / {against}"] = times[method] / times[against]

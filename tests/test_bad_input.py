@@ -46,6 +46,7 @@ def wrong(cls, name, *values):
         *wrong(llqr.LLQR, "block_size", 0, -1, 2.5, "512"),
         *wrong(llqr.LLQR, "tolerance", -1, 1e-9, 1, NAN, None),
         *wrong(llqr.LLQR, "solver", "foo", None),
+        *wrong(llqr.LLQR, "application", "half", None),
         *wrong(llqr.LLQR, "start", -1, 1.5, None),
         *wrong(llqr.LLQR, "max_failures", -1, 0.5, None),
         *wrong(llqr.LLQR, "renew_every", 0, None),

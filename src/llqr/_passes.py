@@ -35,14 +35,14 @@ class Displaced:
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.buffers: Buffers | None = None
 
-    @torch.no_grad()
     def end(self) -> None:
         """Put everything back; a second call does nothing."""
         weights, self.weights = self.weights, []
         gradients, self.gradients = self.gradients, []
         buffers, self.buffers = self.buffers, None
         if weights:
-            torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
+            with torch.no_grad():
+                torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
         for p, gradient in gradients:
             p.grad = gradient
         if buffers is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -373,6 +375,50 @@ def test_gradients_that_are_not_the_parameters_are_named(kind):
         with says(error, "gradients: ", *parts):
             geometry.apply({**good, **bad})
     assert list(geometry.apply({"2.bias": good["2.bias"].float()})) == ["2.bias"]
+
+
+# -- application in lower precision ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_application_in_bfloat16_is_close(structure, dtype):
+    """It rounds what U changes, kfac's alone; learning and checkpoints do not see it."""
+    problem = zoo() if dtype == F64 else mlp(dtype)
+    options = {"lr": 0.02, "ema": 0.5}
+    full = bound(problem, structure, **options)
+    low = bound(problem, structure, application="bfloat16", **options)
+    for _ in range(2):
+        for geometry in (full, low):
+            geometry.refresh([problem])
+        same(low.state(), full.state())
+        g = {n: torch.randn_like(p).detach() for n, p in full.parameters.items()}
+        wanted, found = full.apply(g), low.apply(g)
+        rounded = False
+        for n, x in g.items():
+            change, error = (wanted[n] - x).norm(), (found[n] - wanted[n]).norm()
+            assert found[n].dtype == dtype and float(error) <= 0.01 * float(change)
+            rounded |= bool(error > 0)
+        assert rounded is (structure == "kfac")
+    low.load_state(bound(problem, structure, **options).state())
+    same(low.apply(g), bound(problem, structure, **options).apply(g))
+
+
+def test_application_in_bfloat16_trains():
+    problem = mlp(torch.float32)
+    geometry = llqr_of("kfac", application="bfloat16")
+    optimizer = optimizer_of(problem, geometry=geometry, perturbation=llqr.SAM(0.05), graft=True)
+    losses = train(optimizer, problem, 20)
+    assert losses[-1] < losses[0] and optimizer.skipped_probes == 0
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = mlp(torch.float32)
+    other.model.load_state_dict(problem.model.state_dict())
+    geometry = llqr_of("kfac", application="bfloat16")
+    again = optimizer_of(other, geometry=geometry, perturbation=llqr.SAM(0.05), graft=True)
+    again.load_state_dict(saved)
+    for o, p in ((optimizer, problem), (again, other)):
+        train(o, p, 3)
+    same(other.model.state_dict(), problem.model.state_dict())
 
 
 # -- a model that changes its dtype ----------------------------------------------------------------

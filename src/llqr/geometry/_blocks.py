@@ -48,6 +48,10 @@ class BlockDiagonal:
         """Return the entries that the inner solve changes."""
         return [{k: s[k] for k in p.trainable} for p, s in zip(self.parts, states, strict=True)]
 
+    def lowered(self, states: States) -> States:
+        """Return states to apply faster, in lower precision, where a structure has such."""
+        return [part.lowered(state) for part, state in zip(self.parts, states, strict=True)]
+
     def apply(self, states: States, flat: Tensor) -> Tensor:
         """Return U x as a new flat vector."""
         out = torch.empty_like(flat)

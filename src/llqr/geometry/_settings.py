@@ -62,6 +62,7 @@ def check_settings(
     renew_every: int,
     shard: bool,
     micro_batch: int | None,
+    application: str,
 ) -> None:
     """Refuse values out of range, naming the argument and the value."""
     for name, value in {"every": every, "lr": lr, "ema": ema}.items():
@@ -76,6 +77,7 @@ def check_settings(
     check_choice("bases", bases, ("learned", "gradient"))
     check_choice("constraint", constraint, ("positive", "square", "none"))
     check_choice("solver", solver, tuple(SOLVERS))
+    check_choice("application", application, ("full", "bfloat16"))
     pair = len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds)
     if not (pair and 0 < bounds[0] <= 1 <= bounds[1] < math.inf and bounds[0] < bounds[1]):
         raise ValueError(

@@ -42,6 +42,10 @@ class Structure:
         """Return U x for the group's view x of a flat vector."""
         return x
 
+    def lowered(self, state: State) -> State:
+        """Return what :meth:`apply` takes for the state in lower precision (kfac alone)."""
+        return state
+
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return the gradient of <r, U x> in the trainable entries."""
         return {}
@@ -212,8 +216,17 @@ class Kfac(Structure):
         return {"A": self._eyes(n, device), "B": self._eyes(m, device)}
 
     def apply(self, state: State, x: Tensor) -> Tensor:
-        """Return B X A'."""
-        return state["B"] @ x @ state["A"].mT
+        """Return B X A'; from B - I and A - I where these are given (see :meth:`lowered`)."""
+        if "A - I" not in state:
+            return state["B"] @ x @ state["A"].mT
+        db, da = state["B - I"], state["A - I"]
+        bx = x + (db @ x.to(db.dtype)).to(x.dtype)
+        return bx + (bx.to(da.dtype) @ da.mT).to(x.dtype)
+
+    def lowered(self, state: State) -> State:
+        """Return B - I and A - I in bfloat16: the identity, most of U, is not rounded."""
+        eyes = {k: torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) for k, v in state.items()}
+        return {f"{k} - I": (v - eyes[k]).to(torch.bfloat16) for k, v in state.items()}
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return dA = R'BX and dB = R A X'."""
