@@ -337,23 +337,33 @@ def squares(a: Tensors, b: Tensors) -> dict[str, float]:
     pairs = {n: (local(a[n]), local(b[n])) for n in b}
     if not pairs:
         return {}
-    found = torch.stack([_product(x, y) for x, y in pairs.values()]).tolist()
-    products = {
-        n: p if TINY < abs(p) < math.inf else float(_product_in_double(x, y))
-        for (n, (x, y)), p in zip(pairs.items(), found, strict=True)
-    }
-    return summed(products, like=b)
+    short = {n: pair for n, pair in pairs.items() if pair[0].numel() <= SHORT}
+    found = dict(zip(short, _dots(list(short.values())), strict=True))
+    for n, (x, y) in pairs.items():
+        if n not in found:
+            found[n] = (x * y if x.dtype.itemsize >= 4 else x.float() * y.float()).sum()
+    products = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+    for n, p in products.items():
+        if n not in short and not TINY < abs(p) < math.inf:
+            products[n] = float(_dots([pairs[n]])[0])
+    return summed({n: products[n] for n in b}, like=b)
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    if x.numel() <= SHORT:
-        return _product_in_double(x, y)
-    return (x * y).sum() if x.dtype.itemsize >= 4 else (x.float() * y.float()).sum()
+def _dots(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return inner products in float64, with one conversion for all."""
+    if not pairs:
+        return []
+    xs, ys = ([x.reshape(-1) for x in side] for side in zip(*pairs, strict=True))
+    sizes = [x.numel() for x in xs]
+    left = _in_double(xs, sizes)
+    right = left if all(y is x for x, y in pairs) else _in_double(ys, sizes)
+    return [torch.dot(x, y) for x, y in zip(left, right, strict=True)]
 
 
-def _product_in_double(x: Tensor, y: Tensor) -> Tensor:
-    wide = x.reshape(-1) if x.device.type == "mps" else x.reshape(-1).double()
-    return torch.dot(wide, wide if y is x else y.reshape(-1).to(wide.dtype))
+def _in_double(flat: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    joined = torch.cat(flat)
+    wide = joined if joined.device.type == "mps" else joined.double()
+    return list(torch.split_with_sizes(wide, sizes))
 
 
 def total(numbers: Mapping[str, float]) -> float:
