@@ -52,8 +52,8 @@ def test_300_steps_with_a_refresh_every_10_hold_no_more_than_100(way):
             held.append(live_bytes())
             pages.append(resident())
     assert optimizer.geometry.counters()["refreshes"] == 30
-    # In 200 steps and 20 refreshes less than one copy of the parameters. (Not zero: Python sees some
-    # of torch's tensors at one time and not at another.)
+    # In 200 steps and 20 refreshes less than one copy of the parameters. (Not zero: Python sees
+    # some of torch's tensors at one time and not at another.)
     assert held[2] - held[0] < 4 * sum(p.numel() for p in problem.model.parameters())
     assert pages[2] - pages[0] < 20
 
