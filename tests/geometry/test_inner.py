@@ -91,10 +91,10 @@ def test_recycled_within_the_tolerance(name):
     for clip in (None, 0.05):
         options = SolverOptions("momentum", 50, 0.01, 0.9, clip)
         with torch.no_grad():
-            plain, _ = _solve(objective, states, options, 0)
+            plain, _ = _solve(objective, states, states, options, 0)
             for tolerance in (1e-2, 1e-5):
                 calls.clear()
-                found, _ = _solve(objective, states, options, tolerance)
+                found, _ = _solve(objective, states, states, options, tolerance)
                 assert difference(found, plain, states) < tolerance
                 assert len(calls) < 40
 
@@ -103,8 +103,8 @@ def test_recycled_within_the_tolerance(name):
 def test_other_solvers_take_the_literal_loop(solver):
     objective, states = inner_problem("kfac")
     options = SolverOptions(solver, 6, 0.01, 0.9, 5.0)
-    plain, _ = _solve(objective, states, options, 0)
-    found, _ = _solve(objective, states, options, 1e-8)
+    plain, _ = _solve(objective, states, states, options, 0)
+    found, _ = _solve(objective, states, states, options, 1e-8)
     assert difference(found, plain, states) < 1e-4
 
 

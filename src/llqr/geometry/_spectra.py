@@ -53,7 +53,8 @@ def extreme_eigenvalues(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     if exact or matrices.shape[-1] <= EXACT_BELOW:
         values = torch.linalg.eigvalsh(matrices)
         return values[:, 0], values[:, -1]
-    return _lanczos(lambda v: (matrices @ v[:, :, None])[:, :, 0], matrices[:, 0, :])
+    # Symmetric, so the vector may stand on the left: a batch of GEMVs takes five times as long.
+    return _lanczos(lambda v: torch.bmm(v[:, None, :], matrices)[:, 0], matrices[:, 0, :])
 
 
 def operator_extremes(
@@ -84,21 +85,20 @@ def _lanczos(
     noise = torch.Generator().manual_seed(0)
     start = torch.randn(like.shape, generator=noise, dtype=torch.float32).to(like)
     basis = [start / start.norm(dim=1, keepdim=True)]
-    image = apply(basis[0])
+    images = [apply(basis[0])]
     tiny = torch.finfo(like.dtype).tiny
     for _ in range(min(steps, like.shape[1]) - 1):
-        v = image
+        v = images[-1]
         for _ in range(2):
             for q in basis:
                 v = v - (q * v).sum(1, keepdim=True) * q
         norm = v.norm(dim=1, keepdim=True)
         # A block whose Krylov space is exhausted adds zero vectors; they are dropped below.
-        alive = norm > 100 * torch.finfo(like.dtype).eps * image.norm(dim=1, keepdim=True)
+        alive = norm > 100 * torch.finfo(like.dtype).eps * images[-1].norm(dim=1, keepdim=True)
         basis.append(torch.where(alive, v / norm.clamp(min=tiny), torch.zeros_like(v)))
-        image = apply(basis[-1])
+        images.append(apply(basis[-1]))
     q = torch.stack(basis, 1)  # (b, k, n)
-    images = torch.stack([apply(v) for v in basis], 1)
-    small = q @ images.mT
+    small = q @ torch.stack(images, 1).mT
     dead = q.norm(dim=2) < 0.5
     small = 0.5 * (small + small.mT)
     # Give an exhausted direction the value of the first one, which is inside the interval.
