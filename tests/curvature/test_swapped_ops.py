@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -431,3 +432,33 @@ def test_these_are_swapped_where_gradients_flow(op, arguments):
     assert torch.equal(plain, unwatched)
     assert type(swapped.grad_fn).__name__ != type(plain.grad_fn).__name__
     assert not constant.requires_grad and not unwatched.requires_grad
+
+
+ALL = {
+    "convolution": CONVOLUTIONS["conv2d plain"],
+    "batch_norm": NORMS["batch_norm 2d"],
+    "layer_norm": NORMS["layer_norm"],
+    **{
+        name: (DENSE[name], (3, 4, 6))
+        for name in ("linear", "gelu", "attention", "torch's attention")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_model_that_is_let_go_frees_its_graph(name):
+    make, shape = ALL[name]
+    net, x = ready(Net(make(), shape)), torch.randn(shape, dtype=F64)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    def use() -> None:
+        model = llqr.quadratic_model(lambda: ((z := net(x)).square().sum(), z), net.parameters())
+        model.product(model.gradient)
+
+    use()  # what is cached once
+    before = tensors()
+    use()
+    assert tensors() == before

@@ -31,7 +31,9 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Linearised, *tensors: Tensor | None) -> Tensor:
         ctx.op = op
-        return op.value
+        # The output's own node must not hold it: such a circle through autograd is never freed.
+        value, op.value = op.value, op.value.detach()
+        return value
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
