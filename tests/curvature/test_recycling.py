@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import llqr
 from explicit import F64, agree, vector
@@ -89,6 +90,19 @@ def test_zero_directions():
     recycled(exact.g)
     assert not recycled(torch.zeros_like(exact.g)).any()
     assert len(exact.directions) == 1
+
+
+def test_answers_take_no_fresh_memory():
+    """Without a product, an answer makes nothing of a vector's size."""
+    exact = Counted()
+    recycled = RecycledProduct(exact, exact.g, 1e-8)
+    recycled(exact.g)
+    d = 2 * exact.g
+    first = recycled(d).data_ptr()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        assert recycled(d).data_ptr() == first
+    largest = max(e.self_cpu_memory_usage for e in trace.events())
+    assert len(exact.directions) == 1 and largest < exact.g.numel() * 8
 
 
 def test_float32_stays_orthogonal():
