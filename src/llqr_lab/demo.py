@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .environment import environment
+from .halving import FIRST_SEED
 from .methods import METHODS
 from .output import add_out, table_lines, write_json
 from .pictures import draw_accuracy, draw_spectrum
 from .runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH, Run, available_workers, run, run_all
-from .search_demo import FIRST_SEED, SETTINGS_FILE
+from .search_demo import SETTINGS_FILE
 from .summary import accuracy_rows, refresh_lines, summarise
 
 __all__ = ["add_arguments", "main", "read_settings"]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
 import time
@@ -21,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from .environment import environment
+from .halving import FIRST_SEED, Space, halving
 from .methods import METHODS
 from .output import write_json
-from .runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH, Run, available_workers, run, run_all
+from .runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH, Run, available_workers, run
 
-__all__ = ["FIRST_SEED", "RUNGS", "SETTINGS_FILE", "SPACES", "configurations", "main", "search"]
+__all__ = ["RUNGS", "SETTINGS_FILE", "SPACES", "main", "search"]
 
 SETTINGS_FILE = Path(__file__).parent / "settings" / "demo.json"
-FIRST_SEED = 1000  # the demo's seeds are 0, 1, ...
 RUNGS = ((30, 1), (8, 2), (4, 4))  # (configurations, new seeds for each)
 
-Space = dict[str, dict[str, list[Any]]]
 SGD: Space = {"lr": {"log": [0.01, 0.5]}, "weight_decay": {"log": [1e-4, 3e-2]}}
 # Without a probe, small steps are what keeps the network from the wrong labels.
 SMALL_STEPS: Space = SGD | {"lr": {"log": [0.001, 0.5]}}
@@ -67,28 +64,6 @@ SPACES: dict[str, Space] = {
 }
 
 
-def configurations(space: Space, count: int) -> list[dict[str, Any]]:
-    """Return a Latin hypercube: each hyperparameter visits ``count`` equal shares of its range.
-
-    A choice among dicts sets several settings at once.
-    """
-    rows: list[dict[str, Any]] = [{} for _ in range(count)]
-    for key, values in space.items():
-        draw = random.Random(f"{key}/{count}")
-        strata = draw.sample(range(count), count)
-        for row, stratum in zip(rows, strata, strict=True):
-            value = _value(values, (stratum + draw.random()) / count)
-            row.update(value if isinstance(value, dict) else {key: value})
-    return rows
-
-
-def _value(values: dict[str, list[Any]], u: float) -> Any:
-    if "choice" in values:
-        return values["choice"][int(u * len(values["choice"]))]
-    low, high = map(math.log, values["log"])
-    return float(f"{math.exp(low + u * (high - low)):.3g}")
-
-
 def _trial(task: Run) -> dict[str, Any]:
     """Run; a failure is a result, and the worst."""
     try:
@@ -107,26 +82,14 @@ def search(
     methods: Sequence[str], rungs: Sequence[tuple[int, int]], epochs: int, workers: int
 ) -> dict[str, Any]:
     """Search all methods and return everything that was tried, the best settings first."""
-    trials: dict[str, list[dict[str, Any]]] = {
-        name: [{"settings": s, "runs": []} for s in configurations(SPACES[name], rungs[0][0])]
-        for name in methods
-    }
-    seed = FIRST_SEED
-    for number, (count, new) in enumerate(rungs, 1):
-        chosen = [(name, trial) for name in methods for trial in trials[name][:count]]
-        tasks = [
-            Run(name, trial["settings"], seed + k, epochs, validation=True)
-            for name, trial in chosen
-            for k in range(new)
-        ]
-        results = iter(run_all(_trial, tasks, workers, f"rung {number} of {len(rungs)}"))
-        for _, trial in chosen:
-            trial["runs"] += [{"seed": seed + k, **next(results)} for k in range(new)]
-            trial["accuracy"] = round(statistics.fmean(r["accuracy"] for r in trial["runs"]), 3)
-        # Those that went further stay in front; sorting is stable.
-        for name in methods:
-            trials[name][:count] = sorted(trials[name][:count], key=lambda t: -t["accuracy"])
-        seed += new
+    trials, seed = halving(
+        {name: SPACES[name] for name in methods},
+        rungs,
+        lambda name, settings, seed: Run(name, settings, seed, epochs, validation=True),
+        _trial,
+        workers,
+        "accuracy",
+    )
     runs = sum(count * new for count, new in rungs)
     return {
         "search": {

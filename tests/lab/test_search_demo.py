@@ -7,15 +7,9 @@ from collections import Counter
 import pytest
 
 from llqr_lab import search_demo
+from llqr_lab.halving import FIRST_SEED, configurations
 from llqr_lab.methods import METHODS
-from llqr_lab.search_demo import (
-    FIRST_SEED,
-    INNER_RATES,
-    RUNGS,
-    SETTINGS_FILE,
-    SPACES,
-    configurations,
-)
+from llqr_lab.search_demo import INNER_RATES, RUNGS, SETTINGS_FILE, SPACES
 
 RECORDED = json.loads(SETTINGS_FILE.read_text())
 

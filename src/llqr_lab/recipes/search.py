@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import environment
+from ..halving import FIRST_SEED, Space, halving
 from ..output import write_json
 from ..protocols import EXPERIMENTS, slug
 from ..protocols.own import SETTINGS
-from ..runs import available_workers, run_all
-from ..search_demo import FIRST_SEED, Space, configurations
+from ..runs import available_workers
 from .config import compose
 
 __all__ = ["SPACES", "Trial", "main", "search"]
@@ -106,26 +106,14 @@ def search(
 ) -> dict[str, Any]:
     """Search all methods of an experiment and return all that was tried, the best first."""
     spaces = SPACES[experiment]
-    trials: dict[str, list[dict[str, Any]]] = {
-        name: [{"settings": s, "runs": []} for s in configurations(space, rungs[0][0])]
-        for name, space in spaces.items()
-    }
-    seed = FIRST_SEED
-    for number, (count, new) in enumerate(rungs, 1):
-        which = [(name, t) for name in spaces for t in trials[name][:count]]
-        tasks = [
-            Trial(experiment, name, t["settings"], seed + k, data)
-            for name, t in which
-            for k in range(new)
-        ]
-        results = iter(run_all(trial, tasks, workers, f"rung {number} of {len(rungs)}"))
-        for _, t in which:
-            t["runs"] += [{"seed": seed + k, **next(results)} for k in range(new)]
-            t["metric"] = round(statistics.fmean(r["metric"] for r in t["runs"]), 3)
-        # Those that went further stay in front; sorting is stable.
-        for name in spaces:
-            trials[name][:count] = sorted(trials[name][:count], key=lambda t: -t["metric"])
-        seed += new
+    trials, seed = halving(
+        spaces,
+        rungs,
+        lambda name, settings, seed: Trial(experiment, name, settings, seed, data),
+        trial,
+        workers,
+        "metric",
+    )
     return {
         "search": {
             "command": f"python -m llqr_lab.recipes.search {experiment}",
