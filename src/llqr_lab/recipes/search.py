@@ -143,12 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("experiment", choices=SPACES)
     parser.add_argument("--data", help="folder of the data (default: where Debian puts them)")
     parser.add_argument("--configurations", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--best", type=int, default=2, help="run on 2 further seeds; default: 2")
+    parser.add_argument(
+        "--best", type=int, default=2, help="run on 2 further seeds (0: none; default: 2)"
+    )
     parser.add_argument("--workers", type=int, default=available_workers(), help="processes")
     parser.add_argument("--out", type=Path, help="JSON to write (default: the package's own)")
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
-    rungs = [(arguments.configurations, 1), (arguments.best, 2)]
+    rungs = [(arguments.configurations, 1), (arguments.best, 2)][: 1 + bool(arguments.best)]
     found = search(arguments.experiment, rungs, arguments.workers, arguments.data)
     out = arguments.out or SETTINGS / f"{arguments.experiment}.json"
     write_json(out, found)

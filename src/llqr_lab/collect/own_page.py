@@ -1,0 +1,108 @@
+"""Tables of this project's own experiments within a page: ``python -m llqr_lab.collect.own_page``.
+
+The page is written by hand; what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is
+made from the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..protocols import EXPERIMENTS, METHODS
+from .cells import Chosen, choose, difference, mean_std
+from .make import table_of
+from .others import others
+from .render import markdown
+from .runs import Cell, Found, find
+from .tables import plus_minus
+
+__all__ = ["filled", "main", "own_table"]
+
+BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def own_table(recipe: str, found: Found) -> str:
+    """Return the table of an experiment: last epoch, and differences to the base and to SAM.
+
+    Differences are taken seed by seed; behind ± stands their standard error.
+    """
+    runs = others(found.runs)[recipe]
+    about = EXPERIMENTS[recipe]
+    noise = runs[0]["noise"]
+    cells = {m: Cell(about.datasets[0], about.models[0], m, noise) for m in about.methods}
+    chosen = {m: choose(runs, cell, recipe) for m, cell in cells.items()}
+    base = about.methods[0]
+    key = runs[0]["metric"]
+    header = [
+        "method",
+        "seeds",
+        key.replace("_", " "),
+        f"minus {base}",
+        "minus SAM",
+        "U changes g by",
+    ]
+    lines = [header, ["---"] * len(header)]
+    for method in about.methods:
+        mine = chosen[method]
+        mean, std = mean_std(mine.values("last").values())
+        lines.append(
+            [
+                method,
+                str(len(mine.runs)),
+                "missing" if mean is None else plus_minus(mean, std),
+                _minus(mine, chosen[base], method == base),
+                _minus(mine, chosen["SAM"], method == "SAM"),
+                _change(mine) if METHODS[method].curvature else "",
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _minus(mine: Chosen, baseline: Chosen, same: bool) -> str:
+    found = None if same else difference(mine, baseline, "last")
+    return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
+
+
+def _change(mine: Chosen) -> str:
+    """Return the median of |Ug - g| / |g| over all refreshes, and how many were refused."""
+    reports: list[dict[str, Any]] = [r for run in mine.runs.values() for r in run["refreshes"]]
+    if not reports:
+        return ""
+    median = statistics.median(r["change"] for r in reports)
+    refused = sum(not r["accepted"] for r in reports)
+    return f"{median:.2g}" + f" ({refused} of {len(reports)} refused)" * bool(refused)
+
+
+def filled(page: str, found: Found) -> str:
+    """Return the page with its tables made anew: ``tableN`` of the paper, or an own experiment."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        number = name.removeprefix("table")
+        made = markdown(table_of(number, found, None)) if number != name else own_table(name, found)
+        return f"{match[1]}\n{made.strip()}\n\n{match[3]}"
+
+    return BLOCK.sub(block, page)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llqr_lab.collect.own_page", description="Fill the tables of a page."
+    )
+    parser.add_argument("runs", type=Path, help="folder of the finished runs")
+    parser.add_argument("page", type=Path, help="Markdown file")
+    arguments = parser.parse_args(argv)
+    text = arguments.page.read_text(encoding="utf-8")
+    arguments.page.write_text(filled(text, find(arguments.runs)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
