@@ -48,7 +48,7 @@ HELP_TEXTS = Group(
     "Help texts, German to English",
     [
         *LEARNED,
-        Setting("data.limit", 4000, SCALE, "training pairs, and at most as many to validate"),
+        Setting("data.limit", 4000, SCALE, "training pairs, and a tenth as many to validate"),
         Setting("data.bpe", 2000, SCALE),
         Setting("model.small", True, SCALE),
         Setting("model.width", None, SCALE),
@@ -57,7 +57,7 @@ HELP_TEXTS = Group(
         Setting("model.layers", None, SCALE),
         Setting("model.dropout", None, SCALE),
         Setting("train.tokens", 2048, SCALE),
-        Setting("train.epochs", 6, SCALE),
+        Setting("train.epochs", 5, SCALE),
         Setting("train.warmup_steps", 100, SCALE),
         Setting("probe.start", 100, SCALE),
         Setting("llqr.every", 50, SCALE),

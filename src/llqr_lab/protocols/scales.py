@@ -82,7 +82,7 @@ SMALL_CADENCE = Group(
 SMOKE = Group(
     "Smoke: a few steps, to see that everything runs",
     [
-        Setting("data.limit", 96, SCALE, "examples of each part"),
+        Setting("data.limit", 96, SCALE, "images of each part; training pairs"),
         Setting("train.epochs", 2, SCALE),
         Setting("train.batch", 32, SCALE),
         Setting("train.images", 96, SCALE),

@@ -47,7 +47,7 @@ LEARNED: Space = {
     "llqr.ema": {"choice": [0.0, 0.5, 0.9]},
     "optimizer.graft": {"choice": [False, True]},
 }
-TEXT: Space = {"base.lr": {"log": [5e-4, 1e-2]}, "base.weight_decay": {"log": [1e-4, 1e-1]}}
+TEXT: Space = {"base.lr": {"log": [1e-3, 8e-3]}, "base.weight_decay": {"log": [1e-4, 1e-1]}}
 TEXT_RHO: Space = {"probe.rho": {"log": [0.005, 0.2]}}
 IMAGES: dict[str, Space] = {
     "SGDM": SGD,

@@ -61,8 +61,10 @@ def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
 
 
 def _limited(pairs: Pairs, config: DictConfig) -> Pairs:
+    """Return the first pairs of each part; a tenth of the limit to validate and to test."""
     limit = config.input.limit
-    return Pairs(pairs.train[:limit], pairs.valid[:limit], pairs.test[:limit])
+    few = limit and -(-limit // 10)
+    return Pairs(pairs.train[:limit], pairs.valid[:few], pairs.test[:few])
 
 
 class Translation:
