@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["clip_eigenvalues", "extreme_eigenvalues", "operator_extremes", "polar"]
+__all__ = ["clip_eigenvalues", "eigh", "extreme_eigenvalues", "operator_extremes", "polar"]
 
 EXACT_BELOW = 64
 
@@ -26,13 +26,26 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
     bad = below | above
     if not bool(bad.any()):
         return matrices
-    values, vectors = torch.linalg.eigh(matrices[bad])
+    values, vectors = eigh(matrices[bad])
     margin = min(8 * n * torch.finfo(matrices.dtype).eps * high, 0.25 * (high - low))
     values = values.clamp(low + margin, high - margin)
     clipped = (vectors * values[:, None, :]) @ vectors.mT
     result = matrices.clone()
     result[bad] = 0.5 * (clipped + clipped.mT)
     return result
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices.
+
+    In float32 LAPACK gives up on many repeated eigenvalues, such as the zeros of X X' where X is
+    the gradient of an embedding with few of its words; in float64 it does not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = (t.to(matrices.dtype) for t in torch.linalg.eigh(matrices.double()))
+    return values, vectors
 
 
 def polar(matrices: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._pieces import Group
-from ._spectra import clip_eigenvalues, extreme_eigenvalues, operator_extremes, polar
+from ._spectra import clip_eigenvalues, eigh, extreme_eigenvalues, operator_extremes, polar
 
 __all__ = ["State", "Structure", "make_structure"]
 
@@ -331,7 +331,7 @@ class EKfac(Structure):
         if not rotate:
             return new
         # Contiguous, as a checkpoint brings them back: products round by the strides.
-        new["QB"], new["QA"] = (torch.linalg.eigh(new[k]).eigenvectors.contiguous() for k in "LR")
+        new["QB"], new["QA"] = (eigh(new[k])[1].contiguous() for k in "LR")
         # The squares of an orthogonal matrix are doubly stochastic; undo rounding in that.
         turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in _turns(state, new))
         new["S"] = turn_b @ state["S"] @ turn_a.mT
