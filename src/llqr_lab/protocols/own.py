@@ -57,7 +57,7 @@ HELP_TEXTS = Group(
         Setting("model.layers", None, SCALE),
         Setting("model.dropout", None, SCALE),
         Setting("train.tokens", 2048, SCALE),
-        Setting("train.epochs", 5, SCALE),
+        Setting("train.epochs", 4, SCALE),
         Setting("train.warmup_steps", 100, SCALE),
         Setting("probe.start", 100, SCALE),
         Setting("llqr.every", 50, SCALE),
