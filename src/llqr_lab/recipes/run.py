@@ -6,6 +6,7 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from ..data.errors import DataError
 from ..environment import environment
 from ..protocols import slug
 from .cadence import cadence
@@ -80,17 +84,26 @@ def main(arguments: argparse.Namespace) -> int:
         overrides[at : at + 2] = [f"out={overrides[at + 1]}"]
     # Hydra's parser wants all settings in one piece.
     overrides.sort(key=lambda word: word.startswith("-") or "=" not in word)
-    before = sys.argv
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"llqr run {arguments.recipe}", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report is a traceback, whatever the error
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=arguments.recipe)(
             perform
         )()
     except SystemExit as stopped:
         return int(stopped.code or 0)
+    except (DataError, ValueError, HydraException, OmegaConfBaseException) as error:
+        if full == "1":
+            raise
+        print(f"llqr: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        return 1
     finally:
         sys.argv = before
-        _leave()
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+    _leave()
     return 0
 
 
@@ -201,7 +214,11 @@ def _say(workers: Workers, text: str) -> None:
 
 
 def _leave() -> None:
-    """Let the processes part: nobody leaves while another still sends."""
+    """Let the processes part: nobody leaves while another still sends.
+
+    Not after an error: the others may wait for what this one will never send, and torchrun ends
+    them when it leaves.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -53,7 +53,8 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
 
     for stop in (1, 3):
         monkeypatch.setattr(loop.Training, "_step", failing_at(stop))
-        assert main(["run", *settings, "out=broken", "checkpoint_every=1"]) != 0
+        with pytest.raises(RuntimeError, match="stopped here"):
+            main(["run", *settings, "out=broken", "checkpoint_every=1"])
         monkeypatch.setattr(loop.Training, "_step", real)
         assert list((tmp_path / "broken").rglob("checkpoint.pt"))
     assert main(["run", *settings, "out=broken", "checkpoint_every=2"]) == 0
@@ -88,12 +89,15 @@ def test_an_unfinished_run_with_other_settings_is_refused(tmp_path, monkeypatch,
 
     monkeypatch.chdir(tmp_path)
     settings = ["table1", "method=sam", "scale=smoke", "tensorboard=false"]
+
+    def stopping(self, bar):
+        self.records.save(self.state())
+        raise RuntimeError("stopped here")
+
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_step", lambda *_: 1 / 0)
-        patch.setattr(
-            loop.Training, "_epoch", lambda self, _: self.records.save(self.state()) or 1 / 0
-        )
-        assert main(["run", *settings]) != 0
+        patch.setattr(loop.Training, "_epoch", stopping)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            main(["run", *settings])
     # As if the protocol had changed since.
     real = config.flat
     monkeypatch.setattr(loop, "flat", lambda c: {**real(c), "base.lr": 7.0})
