@@ -85,7 +85,11 @@ def filled(page: str, found: Found) -> str:
     def block(match: re.Match[str]) -> str:
         name = match[2]
         number = name.removeprefix("table")
-        made = markdown(table_of(number, found, None)) if number != name else own_table(name, found)
+        if number == name:
+            made = own_table(name, found)
+        else:
+            made = markdown(table_of(number, found, None)).replace("\n## ", "\n### ")
+            made = made.partition("\n")[2]  # the page has a heading of its own
         return f"{match[1]}\n{made.strip()}\n\n{match[3]}"
 
     return BLOCK.sub(block, page)
