@@ -1,7 +1,8 @@
 """Tables of this project's own experiments within a page: ``python -m llqr_lab.collect.own_page``.
 
 The page is written by hand; what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is
-made from the runs.
+made from the runs. NAME is ``tableN`` of the paper, or an experiment and what its epochs measure,
+as in ``help-texts token_error``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose, difference, mean_std
+from ..summary import paired
+from .cells import Chosen, choose, mean_std
 from .make import table_of
 from .others import others
 from .render import markdown
@@ -24,13 +26,18 @@ from .tables import plus_minus
 
 __all__ = ["filled", "main", "own_table"]
 
-BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table (\S+) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def own_table(recipe: str, found: Found) -> str:
+def own_table(recipe: str, measure: str, found: Found) -> str:
     """Return the table of an experiment: last epoch, and differences to the base and to SAM.
 
     Differences are taken seed by seed; behind ± stands their standard error.
+
+    Args:
+        recipe: the experiment.
+        measure: an entry of its epochs.
+        found: the runs.
     """
     runs = others(found.runs)[recipe]
     about = EXPERIMENTS[recipe]
@@ -38,35 +45,32 @@ def own_table(recipe: str, found: Found) -> str:
     cells = {m: Cell(about.datasets[0], about.models[0], m, noise) for m in about.methods}
     chosen = {m: choose(runs, cell, recipe) for m, cell in cells.items()}
     base = about.methods[0]
-    key = runs[0]["metric"]
-    header = [
-        "method",
-        "seeds",
-        key.replace("_", " "),
-        f"minus {base}",
-        "minus SAM",
-        "U changes g by",
-    ]
+    ends = {m: {s: r["epochs"][-1][measure] for s, r in c.runs.items()} for m, c in chosen.items()}
+    name = measure.replace("_", " ")
+    header = ["method", "seeds", name, f"minus {base}", "minus SAM", "U changes g by"]
     lines = [header, ["---"] * len(header)]
     for method in about.methods:
-        mine = chosen[method]
-        mean, std = mean_std(mine.values("last").values())
+        mine = ends[method]
+        mean, std = mean_std(mine.values())
         lines.append(
             [
                 method,
-                str(len(mine.runs)),
+                str(len(mine)),
                 "missing" if mean is None else plus_minus(mean, std),
-                _minus(mine, chosen[base], method == base),
-                _minus(mine, chosen["SAM"], method == "SAM"),
-                _change(mine) if METHODS[method].curvature else "",
+                "" if method == base else _minus(mine, ends[base]),
+                "" if method == "SAM" else _minus(mine, ends["SAM"]),
+                _change(chosen[method]) if METHODS[method].curvature else "",
             ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _minus(mine: Chosen, baseline: Chosen, same: bool) -> str:
-    found = None if same else difference(mine, baseline, "last")
-    return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
+def _minus(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+    shared = [seed for seed in mine if seed in baseline]
+    if not shared:
+        return ""
+    found = paired([mine[s] for s in shared], [baseline[s] for s in shared])
+    return plus_minus(found["mean"], found["standard_error"], "+")
 
 
 def _change(mine: Chosen) -> str:
@@ -86,11 +90,11 @@ def filled(page: str, found: Found) -> str:
         name = match[2]
         number = name.removeprefix("table")
         if number == name:
-            made = own_table(name, found)
+            made = own_table(name, match[3], found)
         else:
             made = markdown(table_of(number, found, None)).replace("\n## ", "\n### ")
             made = made.partition("\n")[2]  # the page has a heading of its own
-        return f"{match[1]}\n{made.strip()}\n\n{match[3]}"
+        return f"{match[1]}\n{made.strip()}\n\n{match[4]}"
 
     return BLOCK.sub(block, page)
 
