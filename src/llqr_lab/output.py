@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["add_out", "progress", "table_lines", "write_csv", "write_json"]
+__all__ = [
+    "add_out",
+    "plain",
+    "progress",
+    "table_lines",
+    "write_csv",
+    "write_json",
+    "write_whole",
+]
 
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
@@ -43,11 +53,25 @@ def write_csv(path: Path, rows: Rows) -> Path:
     return path
 
 
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for JSON, which has no NaN and no infinity: null in their place."""
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
+
+
 def write_json(path: Path, content: Any) -> Path:
     """Write plain data; NaN is refused, since JSON has none. Return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file; an old one stays whole until the new one is. Return the path."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
     return path
 
 

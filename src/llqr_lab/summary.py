@@ -10,6 +10,7 @@ from typing import Any
 
 import llqr
 
+from .output import plain
 from .train import History
 
 __all__ = ["INACTIVE", "accuracy_rows", "paired", "refresh_lines", "refreshes", "summarise"]
@@ -53,17 +54,11 @@ def summarise(
             "skipped_steps": [h.skipped_steps for h in hs],
             "seconds": [h.seconds for h in hs],
             "refreshes": refreshes([r for h in hs for r in h.reports]),
-            "reports": [[_plain(r) for r in h.reports] for h in hs],
+            "reports": [[plain(asdict(r)) for r in h.reports] for h in hs],
             "spectra": [h.spectra for h in hs],
         }
         for name, hs in histories.items()
     }
-
-
-def _plain(report: llqr.RefreshReport) -> dict[str, Any]:
-    """Return a report without NaN, which JSON does not have."""
-    entries = asdict(report).items()
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entries}
 
 
 def refreshes(reports: Sequence[llqr.RefreshReport]) -> Summary | None:

@@ -22,7 +22,7 @@ from ._jacobian import (
 from ._linearize import ExactWeightNorm, twice_differentiable
 from ._swapped_ops import SwappedOps, swapped_above
 
-__all__ = ["Forward", "Term", "check_forward", "nonzero_rows"]
+__all__ = ["Forward", "LinearLoss", "Term", "check_forward", "nonzero_rows"]
 
 Forward = Callable[[], Any]
 #: Every other one serves Newton.
@@ -37,6 +37,10 @@ COSTS = {
     "forward-mode differentiation": "about half as fast again",
     "central differences": "slower and accurate to a few digits alone",
 }
+
+
+class LinearLoss(ValueError):
+    """A loss that has no second derivative in its outputs."""
 
 
 class Term:
@@ -241,7 +245,7 @@ class Term:
             flat = all(not bool(g.any()) for g, _ in self._hessian_of)
             if flat and type(curvature).__name__ == "Fisher":
                 return  # the loss is exactly minimal: nothing to learn, nothing wrong
-            raise ValueError(
+            raise LinearLoss(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
                 "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
                 "they are, they lie so far apart that training has diverged"

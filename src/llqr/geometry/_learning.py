@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..curvature import Curvature, QuadraticModel, quadratic_model
+from ..curvature._term import LinearLoss
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry
 from ._blocks import BlockDiagonal, States
@@ -25,8 +26,6 @@ __all__ = ["Learning"]
 log = logging.getLogger("llqr")
 
 NAN = float("nan")
-#: How the error begins that a loss without second derivative in its outputs raises.
-LINEAR = "loss is linear in `outputs`"
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
     "loss has become linear in `outputs`)"
@@ -118,10 +117,10 @@ class Learning(Geometry):
                 weights=weights,
                 micro_batch=settings["micro_batch"],
             )
-        except ValueError as error:
+        except LinearLoss:
             # A loss that had curvature before is not linear: where a network is certain of every
             # answer, the second derivative in the outputs underflows.
-            if self._refreshes > self._refused and str(error).startswith(LINEAR):
+            if self._refreshes > self._refused:
                 return None
             raise
 

@@ -16,7 +16,7 @@ from ..summary import INACTIVE, refreshes
 from .others import PAPER
 from .runs import Run
 
-__all__ = ["assumed", "changed", "environments", "refresh_rows", "skipped"]
+__all__ = ["assumed", "changed", "environments", "refresh_rows", "reports_of", "skipped"]
 
 
 def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for cell in sorted({run.cell for run in runs}):
         mine = [run for run in runs if run.cell == cell]
-        found = refreshes([_report(r) for run in mine for r in run["refreshes"] or ()])
+        found = refreshes(reports_of(mine))
         if found is None:
             continue
         rows.append(
@@ -43,6 +43,11 @@ def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def reports_of(runs: Iterable[Run]) -> list[llqr.RefreshReport]:
+    """Return the reports of all refreshes of the runs."""
+    return [_report(r) for run in runs for r in run["refreshes"] or ()]
 
 
 def _report(values: dict[str, Any]) -> llqr.RefreshReport:

@@ -13,7 +13,15 @@ from ..protocols import EXPERIMENTS, METHODS, SCALES, slug
 from ..summary import paired
 from .runs import Cell, Found, Run, RunError, numbers
 
-__all__ = ["Chosen", "choose", "choose_scale", "command", "difference", "mean_std"]
+__all__ = [
+    "Chosen",
+    "choose",
+    "choose_scale",
+    "command",
+    "difference",
+    "mean_std",
+    "paired_by_seed",
+]
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,16 @@ def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | Non
 
     None where no seed is shared, or where the runs read different data.
     """
-    values, others = mine.values(key), baseline.values(key)
+    same = mine.source == baseline.source
+    return paired_by_seed(mine.values(key), baseline.values(key)) if same else None
+
+
+def paired_by_seed(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> dict[str, Any] | None:
+    """Return mean and standard error of the differences over shared seeds; None without any."""
     shared = [seed for seed in values if seed in others]
-    if not shared or mine.source != baseline.source:
+    if not shared:
         return None
     found = paired([values[s] for s in shared], [others[s] for s in shared])
     return {**found, "seeds": shared}

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..protocols import EXPERIMENTS, METHODS
-from ..summary import paired
-from .cells import Chosen, choose, mean_std
+from ..summary import refreshes
+from .about import reports_of
+from .cells import Chosen, choose, mean_std, paired_by_seed
 from .make import table_of
 from .others import others
 from .render import markdown
@@ -66,21 +65,17 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
 
 
 def _minus(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
-    shared = [seed for seed in mine if seed in baseline]
-    if not shared:
-        return ""
-    found = paired([mine[s] for s in shared], [baseline[s] for s in shared])
-    return plus_minus(found["mean"], found["standard_error"], "+")
+    found = paired_by_seed(mine, baseline)
+    return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
 
 
 def _change(mine: Chosen) -> str:
     """Return the median of |Ug - g| / |g| over all refreshes, and how many were refused."""
-    reports: list[dict[str, Any]] = [r for run in mine.runs.values() for r in run["refreshes"]]
-    if not reports:
+    found = refreshes(reports_of(mine.runs.values()))
+    if found is None:
         return ""
-    median = statistics.median(r["change"] for r in reports)
-    refused = sum(not r["accepted"] for r in reports)
-    return f"{median:.2g}" + f" ({refused} of {len(reports)} refused)" * bool(refused)
+    refused = found["count"] - found["accepted"]
+    return f"{found['change']:.2g}" + f" ({refused} of {found['count']} refused)" * bool(refused)
 
 
 def filled(page: str, found: Found) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from .scales import SMALL_TRANSLATOR
 from .settings import METHODS, Group, Setting, Some, Source
 
 __all__ = ["FASHION", "HELP_TEXTS", "SETTINGS", "tuned"]
@@ -50,12 +51,7 @@ HELP_TEXTS = Group(
         *LEARNED,
         Setting("data.limit", 4000, SCALE, "training pairs, and a tenth as many to validate"),
         Setting("data.bpe", 2000, SCALE),
-        Setting("model.small", True, SCALE),
-        Setting("model.width", None, SCALE),
-        Setting("model.hidden", None, SCALE),
-        Setting("model.heads", None, SCALE),
-        Setting("model.layers", None, SCALE),
-        Setting("model.dropout", None, SCALE),
+        *SMALL_TRANSLATOR,
         Setting("train.tokens", 2048, SCALE),
         Setting("train.epochs", 4, SCALE),
         Setting("train.warmup_steps", 100, SCALE),

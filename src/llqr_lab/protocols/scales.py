@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from .settings import Group, Setting, Source
 
-__all__ = ["SCALES", "SMALL_CADENCE", "SMALL_IMAGES", "SMALL_TEXT", "SMOKE"]
+__all__ = ["SCALES", "SMALL_CADENCE", "SMALL_IMAGES", "SMALL_TEXT", "SMALL_TRANSLATOR", "SMOKE"]
 
 SCALES = ("paper", "small", "smoke")  # the largest first
 SCALE = Source.SCALE
 
 OWN = "that of the small network"
+SMALL_TRANSLATOR = [
+    Setting("model.small", True, SCALE),
+    *(
+        Setting(f"model.{size}", None, SCALE, OWN)
+        for size in ("width", "hidden", "heads", "layers", "dropout")
+    ),
+]
 
 SMALL_IMAGES = Group(
     "Small: digits in place of the images",
@@ -38,12 +45,7 @@ SMALL_TEXT = Group(
         Setting("data.read", "number-words", SCALE, "6,000 numbers below 100,000 to train on"),
         Setting("data.limit", None, SCALE, "all of them"),
         Setting("data.bpe", 200, SCALE),
-        Setting("model.small", True, SCALE),
-        Setting("model.width", None, SCALE, OWN),
-        Setting("model.hidden", None, SCALE, OWN),
-        Setting("model.heads", None, SCALE, OWN),
-        Setting("model.layers", None, SCALE, OWN),
-        Setting("model.dropout", None, SCALE, OWN),
+        *SMALL_TRANSLATOR,
         Setting("train.tokens", 2048, SCALE),
         Setting("train.epochs", 12, SCALE),
         Setting("train.warmup_steps", 200, SCALE),

@@ -1,4 +1,4 @@
-"""The optimizer and the schedule that a run's settings describe."""
+"""The network, the optimizer and the schedule that a run's settings describe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,28 @@ from torch import nn
 
 import llqr
 
+from ..models.registry import build
 from .config import given
+from .draws import seed_of
 
-__all__ = ["optimizer_of", "schedule_of"]
+__all__ = ["network_of", "optimizer_of", "schedule_of"]
+
+
+def network_of(
+    config: DictConfig, device: torch.device, classes: int, **settings: Any
+) -> nn.Module:
+    """Return the run's network; its weights depend on the seed alone.
+
+    Args:
+        config: of the run.
+        device: where it is.
+        classes: number of classes, or size of the target vocabulary.
+        **settings: what the data say of it, beside the group ``network``.
+    """
+    torch.manual_seed(seed_of(config.seed, "initialisation"))
+    own = given(config.network, "small", "classes")
+    small = bool(config.network.small)
+    return build(config.model.lower(), classes, small=small, **settings, **own).to(device)
 
 
 def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:

@@ -12,17 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..models.registry import build
-from .build import optimizer_of
-from .config import given
-from .draws import generator, seed_of
-from .records import Records
+from .build import network_of, optimizer_of
+from .draws import generator
 from .workers import Workers
 
 __all__ = ["cadence"]
 
 
-def cadence(config: DictConfig, workers: Workers, records: Records) -> dict[str, Any]:
+def cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
     """Time every step and every refresh of the epochs on random pictures.
 
     Two steps go before, with the compilation in them. The first refresh is timed apart: it can
@@ -33,11 +30,9 @@ def cadence(config: DictConfig, workers: Workers, records: Records) -> dict[str,
         median of the later ones (or in all, if it is the only one); medians of a step and of a
         later refresh.
     """
-    torch.manual_seed(seed_of(config.seed, "initialisation"))
-    small = bool(config.network.small)
     classes = config.network.classes
-    network = build(config.model, classes, small=small, **given(config.network, "small", "classes"))
-    model = workers.wrap(network.to(workers.device))
+    network = network_of(config, workers.device, classes)
+    model = workers.wrap(network)
     optimizer = optimizer_of(config, model)
     compiled = torch.compile(model) if config.train.compile else model
     mixed = torch.autocast(

@@ -13,7 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from ..protocols import EXPERIMENTS, METHODS, resolve, slug
 
-__all__ = ["CONF", "RECIPES", "changed", "chosen", "compose", "flat", "given"]
+__all__ = [
+    "CONF",
+    "RECIPES",
+    "changed",
+    "chosen",
+    "compose",
+    "flat",
+    "given",
+    "resolved",
+    "source_of",
+]
 
 CONF = Path(__file__).parent / "conf"
 RECIPES = [name for name in EXPERIMENTS if (CONF / f"{name}.yaml").exists()]
@@ -89,6 +99,26 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
         return _compose(recipe, list(overrides))
 
 
+def resolved(config: DictConfig) -> DictConfig:
+    """Return the configuration with every value in its place.
+
+    A value of the protocols costs a millisecond each time it is asked for; a step asks for several.
+
+    Raises:
+        ValueError: the recipe has no such dataset, model or method.
+    """
+    chosen(config)
+    # Not OmegaConf.resolve: it has no place for a list that a resolver returns.
+    whole = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    OmegaConf.set_struct(whole, True)
+    return whole
+
+
+def source_of(config: DictConfig) -> str:
+    """Return the name of the data that are read: the dataset itself, or what stands in for it."""
+    return config.read or config.dataset
+
+
 def given(group: DictConfig, *without: str) -> dict[str, Any]:
     """Return what a group of the configuration says: its values that are not null."""
     values = OmegaConf.to_container(group, resolve=True)
@@ -105,7 +135,7 @@ def flat(config: DictConfig) -> dict[str, Any]:
         for key in config[group]
     }
     values = {k: OmegaConf.to_object(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
-    return {"noise": config.noise, "read": config.read or config.dataset} | {
+    return {"noise": config.noise, "read": source_of(config)} | {
         k: v for k, v in values.items() if v is not None and method.needs(k)
     }
 

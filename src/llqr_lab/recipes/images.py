@@ -21,9 +21,9 @@ from ..data.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from ..data.images import Images, Split
 from ..data.noise import flip_labels
 from ..data.tiny_imagenet import tiny_imagenet
-from ..models.registry import build
-from .config import given
-from .draws import generator, seed_of
+from .build import network_of
+from .config import source_of
+from .draws import generator
 from .task import Forward
 from .workers import Workers
 
@@ -46,7 +46,7 @@ def in_memory(config: DictConfig) -> Split:
         ValueError: there is no such data set, or too few pictures are left.
         DataError: the data are missing or damaged.
     """
-    name = (config.read or config.dataset).lower()
+    name = source_of(config).lower()
     if name == "digits":
         split = digit_images()
     elif name not in READERS:
@@ -93,14 +93,7 @@ class Classification:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
         self.load()
-        torch.manual_seed(seed_of(config.seed, "initialisation"))
-        self.network = build(
-            config.model.lower(),
-            self.classes,
-            small=bool(config.network.small),
-            channels=self.channels,
-            **given(config.network, "small", "classes"),
-        ).to(workers.device)
+        self.network = network_of(config, workers.device, self.classes, channels=self.channels)
         batch = config.train.batch
         self.steps = -(-self.count // batch)
         if 0 < self.count % batch < workers.size:

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 import llqr
 
+from ..output import plain
 from .build import optimizer_of, schedule_of
 from .config import flat
 from .draws import seed_of
-from .records import Records, plain
+from .records import Records
 from .task import Forward, Task
 from .workers import Workers
 

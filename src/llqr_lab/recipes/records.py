@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +11,9 @@ from typing import Any
 import torch
 
 from ..collect.runs import FORMAT
+from ..output import plain, write_json, write_whole
 
-__all__ = ["Records", "plain"]
-
-
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values for JSON, which has no NaN and no infinity: null in their place."""
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+__all__ = ["Records"]
 
 
 class Records:
@@ -55,10 +48,10 @@ class Records:
         """
         if (folder := self._written) is None:
             return
-        _replace(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(folder / "config.json", config)
         metrics = folder / "metrics.jsonl"
         kept = metrics.read_text().splitlines(keepends=True)[:lines] if lines else []
-        _replace(metrics, "".join(kept))
+        write_whole(metrics, "".join(kept))
         self.lines = len(kept)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -101,8 +94,7 @@ class Records:
         """Write the result; the checkpoint is no longer needed."""
         if (folder := self._written) is None:
             return
-        text = json.dumps({"format": FORMAT, **result}, indent=2, allow_nan=False)
-        _replace(folder / "result.json", text + "\n")
+        write_json(folder / "result.json", {"format": FORMAT, **result})
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -115,9 +107,3 @@ class Records:
         """The result of a finished run."""
         path = self.folder and self.folder / "result.json"
         return json.loads(path.read_text()) if path is not None and path.exists() else None
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)

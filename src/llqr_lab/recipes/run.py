@@ -22,14 +22,15 @@ from ..data.errors import DataError
 from ..environment import environment
 from ..protocols import slug
 from .cadence import cadence
-from .config import CONF, RECIPES, changed, chosen, flat
+from .config import CONF, RECIPES, changed, chosen, flat, resolved, source_of
 from .images import Classification, FolderClassification
 from .loop import Training
 from .records import Records
+from .task import Task
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["add_arguments", "folder_of", "main", "measure", "perform"]
+__all__ = ["add_arguments", "describe", "folder_of", "main", "measure", "perform"]
 
 ABOUT = """\
 Makes one run of a table or figure of the paper and writes it below the folder out: its settings,
@@ -107,19 +108,17 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def folder_of(config: DictConfig) -> Path:
+def folder_of(about: dict[str, Any], out: str) -> Path:
     """Return the folder of a run: its name says what it is, and differs for other settings."""
-    run = chosen(config)
-    parts = [config.recipe, config.scale, *(slug(run[k]) for k in ("dataset", "model", "method"))]
-    name = f"seed{config.seed}"
-    if config.noise:
-        name = f"noise{config.noise:g}-{name}"
-    settings = flat(config)
-    own = {key: settings.get(key) for key in changed(config)}
+    names = (slug(about[k]) for k in ("dataset", "model", "method"))
+    name = f"seed{about['seed']}"
+    if about["noise"]:
+        name = f"noise{about['noise']:g}-{name}"
+    own = {key: about["settings"].get(key) for key in about["changed"]}
     if own:
         text = json.dumps(own, sort_keys=True)
         name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Path(config.out, *parts, name)
+    return Path(out, about["recipe"], about["scale"], *names, name)
 
 
 def perform(config: DictConfig) -> None:
@@ -127,26 +126,27 @@ def perform(config: DictConfig) -> None:
     workers = Workers(config.device)
     if workers.device.type == "cpu":
         torch.set_num_threads(config.threads)
-    folder = folder_of(config)
+    config = resolved(config)
+    about = describe(config)
+    folder = folder_of(about, config.out)
     records = Records(folder, writes=workers.first, tensorboard=config.tensorboard)
     if (found := records.result) is not None and not config.force:
-        if found["settings"] != flat(config):
+        if found["settings"] != about["settings"]:
             raise ValueError(
                 f"out: {folder} holds a finished run with other settings; give another out=DIR, or "
                 "force=true to replace it"
             )
         _say(workers, f"{folder}: finished before; force=true runs it again")
         return
-    description = _description(config)
     if config.force and workers.first:
         for name in ("result.json", "checkpoint.pt"):
             (folder / name).unlink(missing_ok=True)
     try:
-        measured = measure(config, workers, records)
+        measured = measure(config, workers, records, about)
         finished = datetime.datetime.now().isoformat(timespec="seconds")
         records.finish(
             {
-                **description,
+                **about,
                 **measured,
                 "environment": environment(config.threads, workers.device),
                 "finished": finished,
@@ -157,13 +157,14 @@ def perform(config: DictConfig) -> None:
     _say(workers, f"{folder / 'result.json'}: {_short(measured)}")
 
 
-def _description(config: DictConfig) -> dict[str, Any]:
+def describe(config: DictConfig) -> dict[str, Any]:
+    """Return what a run is: its names, seed and settings."""
     run = chosen(config)
     return {
         "recipe": config.recipe,
         "scale": config.scale,
         **{k: run[k] for k in ("dataset", "model", "method")},
-        "source": config.read or config.dataset,
+        "source": source_of(config),
         "noise": config.noise,
         "seed": config.seed,
         "settings": flat(config),
@@ -171,32 +172,37 @@ def _description(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def measure(config: DictConfig, workers: Workers, records: Records | None = None) -> dict[str, Any]:
-    """Return what a run measures; without records it leaves nothing on disk."""
+def measure(
+    config: DictConfig, workers: Workers, records: Records, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a run measures.
+
+    Args:
+        config: resolved.
+        workers: the processes.
+        records: where it leaves its traces.
+        about: what :func:`describe` says of it.
+    """
     with warnings.catch_warnings():
         # Both are counted in the result.
         warnings.filterwarnings("ignore", "a refresh was refused")
         warnings.filterwarnings("ignore", "a step was skipped")
-        return _measure(config, workers, records or Records())
+        if config.recipe in ("table10", "figure6"):
+            records.begin(about)
+            return cadence(config, workers)
+        training = Training(config, _task(config, workers, about), workers, records)
+        done = training.resume()
+        if done:
+            _say(workers, f"{records.folder}: goes on at step {done} of {training.steps}")
+        records.begin(about, done, training.lines)
+        return training.run()
 
 
-def _measure(config: DictConfig, workers: Workers, records: Records) -> dict[str, Any]:
-    description = _description(config)
-    if config.recipe in ("table10", "figure6"):
-        records.begin(description)
-        return cadence(config, workers, records)
-    source = description["source"].lower()
-    kinds = {"imagenet": FolderClassification}
-    if chosen(config)["model"] == "transformer-iwslt":
-        task: Any = Translation(config, workers)
-    else:
-        task = kinds.get(source, Classification)(config, workers)
-    training = Training(config, task, workers, records)
-    done = training.resume()
-    if done:
-        _say(workers, f"{records.folder}: goes on at step {done} of {training.steps}")
-    records.begin(description, done, training.lines)
-    return training.run()
+def _task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
+    if about["model"] == "transformer-iwslt":
+        return Translation(config, workers)
+    images = FolderClassification if about["source"].lower() == "imagenet" else Classification
+    return images(config, workers)
 
 
 def _short(measured: dict[str, Any]) -> str:

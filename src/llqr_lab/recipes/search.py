@@ -24,7 +24,7 @@ from ..output import write_json
 from ..protocols import EXPERIMENTS, slug
 from ..protocols.own import SETTINGS
 from ..runs import available_workers
-from .config import compose
+from .config import compose, resolved
 
 __all__ = ["SPACES", "Trial", "main", "search"]
 
@@ -83,7 +83,8 @@ class Trial:
 
 def trial(task: Trial) -> dict[str, Any]:
     """Run without a trace on disk; a failure is a result, and the worst."""
-    from .run import measure
+    from .records import Records
+    from .run import describe, measure
     from .workers import Workers
 
     overrides = [f"method={slug(task.method)}", f"seed={task.seed}", "scale=small"]
@@ -91,7 +92,8 @@ def trial(task: Trial) -> dict[str, Any]:
     overrides += [f"input.holdout={HELD_OUT[task.experiment]}"]
     overrides += [f"data={task.data}"] if task.data else []
     try:
-        measured = measure(compose(task.experiment, overrides), Workers("cpu"))
+        config = resolved(compose(task.experiment, overrides))
+        measured = measure(config, Workers("cpu"), Records(), describe(config))
     except (RuntimeError, ValueError) as error:
         return {"metric": 0.0, "error": f"{type(error).__name__}: {error}"}
     found = {"metric": round(measured["last"], 3)}

@@ -19,11 +19,11 @@ from ..data.number_words import number_words
 from ..data.pairs import Pairs
 from ..data.token_batches import Sentences, TokenBatch, token_batches
 from ..data.vocabulary import Bpe, Vocabulary, Words
-from ..models.registry import build
 from ..tokens import PAD
 from ..translate import bleu, token_error, translate
-from .config import given
-from .draws import generator, seed_of
+from .build import network_of
+from .config import source_of
+from .draws import generator
 from .task import Forward
 from .workers import Workers
 
@@ -40,7 +40,7 @@ def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
     for package in ("tokenizers", "sacrebleu"):
         if find_spec(package) is None:
             raise DataError(f"{package}: not installed; pip install 'llqr[translation]'")
-    name = (config.read or config.dataset).lower()
+    name = source_of(config).lower()
     if name == "number-words":
         pairs = number_words()
     elif name == "help-texts":
@@ -81,17 +81,12 @@ class Translation:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
         pairs, source, self.target = read(config)
-        parts = (pairs.train, pairs.valid, pairs.test)
+        mine = slice(workers.rank, None, workers.size)  # of what is evaluated
+        parts = (pairs.train, pairs.valid[mine], pairs.test[mine])
         self.train, self.valid, self.test = (Sentences(p, source, self.target) for p in parts)
         self.lengths = self.train.lengths()
-        torch.manual_seed(seed_of(config.seed, "initialisation"))
-        self.network = build(
-            config.model.lower(),
-            len(self.target),
-            small=bool(config.network.small),
-            source=len(source),
-            **given(config.network, "small", "classes"),
-        ).to(workers.device)
+        sizes = {"classes": len(self.target), "source": len(source)}
+        self.network = network_of(config, workers.device, **sizes)
         self.steps = len(self.chosen(0))
 
     def chosen(self, epoch: int) -> list[list[int]]:
@@ -141,8 +136,7 @@ class Translation:
         self.network.eval()
         loss = 0.0
         wrong = count = 0
-        batches = list(token_batches(self.valid.lengths(), self.config.train.tokens))
-        for chosen in batches[self.workers.rank :: self.workers.size]:
+        for chosen in token_batches(self.valid.lengths(), self.config.train.tokens):
             batch = self.valid.batch(chosen).to(self.workers.device)
             logits = self.network(batch.source, batch.prefix).float()
             targets = batch.target.flatten()
@@ -171,4 +165,5 @@ class Translation:
             beam=self.config.report.beam,
             tokens=self.config.train.tokens,
         )
-        return bleu(texts, [b for _, b in sentences.pairs])
+        references = [b for _, b in sentences.pairs]
+        return bleu(self.workers.gather(texts), self.workers.gather(references))

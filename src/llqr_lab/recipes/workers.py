@@ -79,13 +79,6 @@ class Workers:
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 
-    def agree(self, value: Any) -> Any:
-        """Return what the first process says."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, device=self.device)
-        return box[0]
-
     def synchronize(self) -> None:
         """Wait until the device has done its work."""
         if self.device.type == "cuda":
