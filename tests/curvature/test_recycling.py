@@ -105,6 +105,21 @@ def test_answers_take_no_fresh_memory():
     assert len(exact.directions) == 1 and largest < exact.g.numel() * 8
 
 
+def test_two_reads_at_most(monkeypatch):
+    """An answer without a product reads from the device once, one with a product twice."""
+    exact, reads = Counted(), []
+    move = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: reads.append(1) or move(self))
+    recycled = RecycledProduct(exact, exact.g, 1e-4)
+    span = torch.randn(3, 40, dtype=F64)
+    for d in span:
+        recycled(d)
+    assert len(exact.directions) == 3 and len(reads) == 6
+    for d in span:
+        recycled(3 * d)
+    assert len(exact.directions) == 3 and len(reads) == 9
+
+
 def test_float32_stays_orthogonal():
     """Directions that are nearly parallel, as those of an inner solve are."""
     exact = Counted()

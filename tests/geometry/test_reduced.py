@@ -28,9 +28,9 @@ MIXED = {"0": "e-kfac", "2": "diagonal", "4": "scalar", "6": "identity", "8": "d
 MIXED_KFAC = {"0": "e-kfac", "2": "kfac", "4": "diagonal", "6": "e-kfac", "8": "diag-kfac"}
 
 
-def chain(dtype: torch.dtype = F64) -> Problem:
+def chain(dtype: torch.dtype = F64, seed: int = 0) -> Problem:
     """Five layers of different sizes, a batch far from fitted."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = [5, 6, 6, 4, 6, 3]
     layers: list[nn.Module] = []
     for a, b in zip(sizes, sizes[1:], strict=False):
@@ -46,8 +46,10 @@ def chain(dtype: torch.dtype = F64) -> Problem:
 class Inner:
     """One inner problem: the objective, the states to start from, and what was solved."""
 
-    def __init__(self, settings: dict, curvature: str = "fisher", dtype: torch.dtype = F64) -> None:
-        problem = chain(dtype)
+    def __init__(
+        self, settings: dict, curvature: str = "fisher", dtype: torch.dtype = F64, seed: int = 0
+    ) -> None:
+        problem = chain(dtype, seed)
         geometry = llqr.LLQR(curvature=curvature, **settings)
         geometry.bind(problem.model)
         parameters = list(geometry.parameters.values())
@@ -145,6 +147,20 @@ def test_single_precision(name: str) -> None:
     assert single.products < 45
 
 
+@pytest.mark.parametrize("seed", [2000, 6000])
+@pytest.mark.parametrize("name", list(LINEAR))
+def test_single_precision_misses_no_direction(name: str, seed: int) -> None:
+    """Where coefficients cancel, their rounding must not hide what lies outside the basis.
+
+    The solve is as exact as in double precision; at these seeds it was wrong by up to 0.02.
+    """
+    lr = 1.0 if name == "dense" else 10.0  # where the solve does not diverge
+    exact, _ = Inner(LINEAR[name], seed=seed).solve(0, lr=lr)
+    double, _ = Inner(LINEAR[name], seed=seed).solve(1e-2, lr=lr)
+    single, _ = Inner(LINEAR[name], dtype=torch.float32, seed=seed).solve(1e-2, lr=lr)
+    assert error(single, exact) < 1.2 * error(double, exact) + 2e-4
+
+
 def test_directions_exhausted_in_single_precision() -> None:
     """Five numbers span five directions; what rounding leaves must not become a sixth."""
     inner = Inner(LINEAR["scalar"], "newton", torch.float32)
@@ -183,7 +199,8 @@ def test_a_krylov_solve_without_leaves_is_wrong_once_a_clip_is_active() -> None:
 def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most two transfers to the host a real product, and none in a step without one.
 
-    But for a direction that is found shorter than it had to be feared, which is one.
+    But for a direction that is found shorter than it had to be feared, which is one. (In single
+    precision a tighter tolerance has to look more often: rounding may hide that much.)
     """
     inner, reads = Inner(LINEAR["e-kfac"], dtype=torch.float32), Counter()
     for name in ("tolist", "item", "__float__", "__bool__", "cpu", "to"):
@@ -191,12 +208,12 @@ def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> N
 
         def count(self, *args, _name=name, _original=original, **kwargs):
             moved = _name != "to" or "cpu" in args
-            if self.dtype == torch.float32 and moved:
+            if moved and (_name != "__float__" or self.dtype == torch.float32):
                 reads[_name] += 1
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, count)
-    inner.solve(1e-3, lr=0.5)
+    inner.solve(1e-2, lr=0.5)
     monkeypatch.undo()
     assert 3 <= inner.products <= 12
     # The start reads once, and the caller reads J.

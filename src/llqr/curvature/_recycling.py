@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ._rows import Rows, dots
+from ._rows import Rows, bordered, dots
 
 __all__ = ["RecycledProduct"]
+
+TINY = torch.finfo(torch.float64).tiny
 
 
 class RecycledProduct:
@@ -41,51 +43,77 @@ class RecycledProduct:
         capacity: int = 64,
         dot: Callable[[Tensor, Tensor], Tensor] = dots,
     ) -> None:
-        self._product, self._gradient, self._tolerance = product, gradient, tolerance
-        self._dot = dot
+        self._product, self._tolerance, self._dot = product, tolerance, dot
         self._q, self._w = Rows(gradient, capacity), Rows(gradient, capacity)
-        self._largest = gradient.new_zeros(())
+        self._gradient, self._eps = gradient, torch.finfo(gradient.dtype).eps
+        self._largest = 0.0
+        # Inner products of g and the w_i: on the host, and the newest, which the next answer reads.
+        self._gram = gradient.new_zeros(0, 0, device="cpu", dtype=torch.float64)
+        self._newest = dot(gradient, gradient)[None]
         # Fresh memory for every answer would cost more than the arithmetic.
-        self._rest, self._known, self._sum = (torch.empty_like(gradient) for _ in range(3))
+        self._rest, self._known = (torch.empty_like(gradient) for _ in range(2))
 
     def __call__(self, d: Tensor) -> Tensor:
         """Return C d, exactly if a real product was spent, else within the tolerance.
 
         The result is the caller's to change, and lasts until the next call.
         """
-        r, known = self._rest.copy_(d), self._known.zero_()
+        known = self._known.zero_()
+        whole, c = self._dot(d, d), self._coefficients(d)
+        self._w.subtract(-c, known)
+        # From the coefficients alone first: most directions lie in the span by far.
+        length, *host = self._read(whole, c)
+        outside = max(length - sum(x * x for x in host), 0.0) + self._eps * length
+        if self._q.count and outside <= self._allowed(host):
+            return known
+        r = self._rest.copy_(d)
+        self._q.subtract(c, r)
         # A second pass before a product is spent: in float32 one leaves the residual visibly
         # oblique to the basis, and what rounding left of the basis must not pass for something new.
-        whole = self._dot(r, r)
-        for _ in range(2):
-            self._reduce(r, known)
-            if self._negligible(r, known, whole):
-                return known
-        length = self._dot(r, r).sqrt()
-        r.div_(length)
+        again = self._coefficients(r)
+        self._q.subtract(again, r)
+        self._w.subtract(-again, known)
+        outside, *host = self._read(self._dot(r, r), c + again)
+        rounding = (32 * self._eps) ** 2 * length
+        if outside <= rounding or (self._q.count and outside <= self._allowed(host)):
+            return known
+        r.div_(outside**0.5)
         image = self._product(r)
-        self._largest = torch.maximum(self._largest, self._dot(image, image))
-        if not self._q.full:
-            self._q.append().copy_(r)
-            self._w.append().copy_(image)
-        return known.addcmul_(image, length)
+        self._take(r, image)
+        return known.add_(image, alpha=outside**0.5)
 
-    def _negligible(self, r: Tensor, known: Tensor, whole: Tensor) -> bool:
-        """Tell whether the product of r, what is left of |d|^2 = whole, may be left out.
+    def _coefficients(self, v: Tensor) -> Tensor:
+        """Return Q'v."""
+        if not self._q.count:
+            return v.new_zeros(0, dtype=torch.float64)
+        return self._q.each(lambda q: self._dot(q, v))
 
-        One read from the device; all ranks read the same numbers, and so take the same branch.
+    def _allowed(self, c: Sequence[float]) -> float:
+        """Return the square of how long the part of d outside the span may be.
+
+        Numbers that all ranks read alike, so that all take the same branch.
         """
-        target = torch.add(self._gradient, known, out=self._sum)
-        rest, size, length, largest = torch.stack(
-            [self._dot(r, r), self._dot(target, target), whole, self._largest]
-        ).tolist()
-        rounding = (32 * torch.finfo(r.dtype).eps) ** 2 * length
-        known_enough = largest * rest <= self._tolerance**2 * size
-        return bool(rest <= rounding or (self._q.count and known_enough))
+        a = self._gram.new_tensor([1.0, *c])
+        size = max(float(a @ self._gram @ a), 0.0)
+        return self._tolerance**2 * size / max(self._largest, TINY)
 
-    def _reduce(self, r: Tensor, known: Tensor) -> None:
-        """Move the part of r inside the span to where its product is known."""
-        if self._q.count:
-            c = self._q.each(lambda q: self._dot(q, r))
-            self._q.subtract(c, r)
-            self._w.subtract(-c, known)
+    def _take(self, q: Tensor, image: Tensor) -> None:
+        """Remember a direction with its image, while there is room."""
+        self._newest = self._dot(image, image)[None]
+        if self._q.full:
+            return
+        known = [self._w.each(lambda w: self._dot(w, image))] if self._w.count else []
+        self._newest = torch.cat([self._dot(self._gradient, image)[None], *known, self._newest])
+        self._q.append().copy_(q)
+        self._w.append().copy_(image)
+
+    def _read(self, first: Tensor, others: Tensor) -> list[float]:
+        """Return numbers of the device, and take in the newest inner products with them."""
+        new = len(self._newest)
+        values = torch.cat([self._newest, first[None], others]).cpu()
+        if new > len(self._gram):
+            self._gram = bordered(self._gram, values[:new])
+        if new and self._q.count:
+            self._largest = max(self._largest, float(values[new - 1]))
+        self._newest = self._newest[:0]
+        return values[new:].tolist()

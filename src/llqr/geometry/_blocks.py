@@ -28,7 +28,7 @@ class BlockDiagonal:
         self.parts: list[Structure] = [
             make_structure(group, learned=learned, square=square) for group in layout.groups
         ]
-        self._places = [group.places() for group in layout.groups]
+        self._cut: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         # Of all processes, since all must take the same way.
         self._linear = all(
             make_structure(Group(*kind), learned=learned, square=square).linear
@@ -67,11 +67,10 @@ class BlockDiagonal:
         """
         done: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        for part, state, places in zip(self.parts, states, self._places, strict=True):
-            if isinstance(part, Diagonal):  # its pieces are whole parameters
-                runs = torch.split(state["U"], [q.numel for q, _ in places])
-                pairs = [(q.name, u) for (q, _), u in zip(places, runs, strict=True)]
-                us = {n: u.view(tensors[n].shape) for n, u in pairs if n in tensors}
+        for part, state in zip(self.parts, states, strict=True):
+            places = part.group.places
+            if isinstance(part, Diagonal):
+                us = {n: u for n, u in self._cut_up(part, state["U"]).items() if n in tensors}
                 if us:
                     results = torch._foreach_mul(list(us.values()), [tensors[n] for n in us])
                     done.update(zip(us, results, strict=True))
@@ -90,6 +89,20 @@ class BlockDiagonal:
             for name, x in tensors.items()
         }
 
+    def _cut_up(self, part: Diagonal, u: Tensor) -> dict[str, Tensor]:
+        """Return views of an elementwise state shaped like its parameters; its pieces are whole.
+
+        Kept while the state is the same tensor: every step asks for them.
+        """
+        of, views = self._cut.get(part.group.start, (None, {}))
+        if of is not u:
+            views = {
+                piece.name: u[start : start + piece.numel].view(self.layout.views[piece.name].shape)
+                for piece, start in part.group.places
+            }
+            self._cut[part.group.start] = u, views
+        return views
+
     def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
         """Return the gradient of <r, U x> in the trainable entries."""
         return [
@@ -104,6 +117,21 @@ class BlockDiagonal:
     def turn(self, states: States, flat: Tensor) -> Tensor:
         """Return x in the coordinates of a linear structure, or x itself where nothing turns."""
         return self._turned(states, flat, "turn")
+
+    def act(self, states: States, x: Tensor) -> Tensor:
+        """Return U x, with x and U x in turned coordinates (linear structures)."""
+        out = torch.empty_like(x)
+        for part, state in zip(self.parts, states, strict=True):
+            view = part.group.view
+            view(out).copy_(part.act(state, view(x)))
+        return out
+
+    def pull(self, x: Tensor, r: Tensor) -> States:
+        """Return the pullback of r at x, both in turned coordinates (linear structures)."""
+        return [
+            part.pull(part.group.view(x).to(dtype), part.group.view(r).to(dtype))
+            for part, dtype in ((part, part.group.dtype) for part in self.parts)
+        ]
 
     def turn_back(self, states: States, flat: Tensor) -> Tensor:
         """Undo :meth:`turn`."""

@@ -161,7 +161,7 @@ class Layout:
         self._all: dict[str, list[tuple[Piece, int]]] = {name: [] for name in parameters}
         for number, groups in enumerate(held):
             for group in groups:
-                for piece, offset in group.places():
+                for piece, offset in group.places:
                     start = group.start + offset
                     self._all[piece.name].append((piece, number * self.width + start))
                     if number == rank:
@@ -241,7 +241,7 @@ class Layout:
     def gather(self, group: Group, tensors: Mapping[str, Tensor | None], out: Tensor) -> None:
         """Write a group's part of the flat vector (missing tensors: 0)."""
         targets, sources = [], []
-        for piece, start in group.places():
+        for piece, start in group.places:
             tensor, target = tensors.get(piece.name), out[start : start + piece.numel]
             if tensor is None:
                 target.zero_()
@@ -347,7 +347,7 @@ class Layout:
 
     def gram(self, rows: Tensor, b: Tensor) -> Tensor:
         """Return each leaf's share of the inner products of (k, P) rows with b: (leaves, k)."""
-        parts, start = [rows.new_zeros(0, len(rows))], 0
+        parts, start = [rows.new_zeros(0, len(rows), dtype=torch.float64)], 0
         for many, length in self._runs:
             stop = start + many * length
             parts.append(dots_of_runs(rows[:, start:stop], b[start:stop], length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Piece:
         n = self.columns[1] - self.columns[0]
         return (n,) if self.rows is None else (self.rows[1] - self.rows[0], n)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """The number of entries."""
         return math.prod(self.shape)
@@ -79,7 +80,7 @@ class Block:
     number: int = 0
     leaf: int = 0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """The number of gradient entries that the block acts on."""
         return sum(piece.numel for piece in self.pieces)
@@ -91,7 +92,8 @@ class Group:
 
     Kronecker and dense blocks of a group have one ``shape`` and are a (count, *shape) view;
     elementwise, scalar and identity blocks are of any length and stay one flat run. "vector" is
-    the elementwise structure of a 1-D parameter in a Kronecker layer.
+    the elementwise structure of a 1-D parameter in a Kronecker layer. What follows from the blocks
+    is computed once, when they are all there.
     """
 
     structure: str
@@ -100,21 +102,22 @@ class Group:
     blocks: list[Block] = field(default_factory=list)
     start: int = 0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """The number of gradient entries of the group."""
         return sum(block.numel for block in self.blocks)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """The number of gradient entries of each block."""
         return [block.numel for block in self.blocks]
 
-    @property
+    @cached_property
     def runs(self) -> list[tuple[int, int]]:
         """The blocks as runs of equal length: (blocks, length) in order."""
         return [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
+    @cached_property
     def places(self) -> list[tuple[Piece, int]]:
         """The pieces of all blocks, each with where it starts in the group."""
         pieces = [piece for block in self.blocks for piece in block.pieces]
@@ -146,9 +149,9 @@ class Plan(NamedTuple):
 
 
 def grouped(plans: Sequence[Plan]) -> list[Group]:
-    """Gather blocks in groups, one behind the other in a flat vector."""
+    """Gather blocks in groups, one behind the other in a flat vector, equal lengths together."""
     groups: dict[tuple[str, tuple[int, ...] | None, torch.dtype], Group] = {}
-    for kind, shape, dtype, block in plans:
+    for kind, shape, dtype, block in sorted(plans, key=lambda plan: plan.block.numel):
         groups.setdefault((kind, shape, dtype), Group(kind, shape, dtype)).blocks.append(block)
     start = 0
     for group in groups.values():

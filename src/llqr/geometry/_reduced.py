@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..curvature._rows import Rows
+from ..curvature._rows import Rows, bordered
 from ._blocks import States
 from ._solver import Objective, SolverOptions
 
@@ -97,11 +97,11 @@ class _Stage:
         self.options, self.tolerance = options, tolerance
         self.first: Tensor | None = None
         g = self.blocks.turn(states, objective.gradient)
-        self.d0 = self.blocks.turn(states, -self.blocks.apply(states, objective.gradient))
+        self.d0 = self.blocks.act(states, g).neg_()
         self.F, self.Q = Rows(g, capacity + 2), Rows(g, capacity)
         self.work = torch.empty_like(g)
         self.largest = self.rest = 0.0
-        self.eps = 32 * torch.finfo(g.dtype).eps
+        self.eps = torch.finfo(g.dtype).eps
         n = self.layout.leaves
         self.GV, self.YY = (torch.zeros(n, 0, 0, **F64) for _ in range(2))
         self.QY, self.FF = torch.zeros(n, 0, 0, **F64), torch.zeros(0, 0, **F64)
@@ -145,10 +145,8 @@ class _Stage:
 
     def states(self) -> States:
         """Return the states that the coefficients stand for, and let go of the vectors."""
-        moved = self._combination(self.x)
+        change = self.blocks.pull(self.g, self._combination(self.x))
         del self.F, self.Q, self.g, self.d0
-        moved = self.blocks.turn_back(self.start, moved)
-        change = self.blocks.pullback(self.start, self.objective.gradient, moved)
         return [
             {**state, **{k: state[k] + v for k, v in entries.items()}}
             for state, entries in zip(self.start, change, strict=True)
@@ -187,8 +185,11 @@ class _Stage:
         dx = self.x - self.exact
         whole = float(torch.einsum("li,lij,lj->", dx, self.YY, dx))
         inside = float(torch.einsum("lij,lj->i", self.QY, dx).square().sum())
-        # The difference cancels, and its terms carry the rounding of the vectors' dtype.
-        return self.rest + math.sqrt(max(whole - inside + self.eps * whole, 0.0))
+        # The difference cancels, and so do the terms of either; sums in pieces keep that many
+        # digits of the terms, and what the others may hide counts as outside.
+        sizes = self.YY.diagonal(dim1=1, dim2=2).sqrt() * dx.abs()
+        hidden = self.eps / 16 * float(sizes.sum(1).square().sum())
+        return self.rest + math.sqrt(max(whole - inside, 0.0) + hidden)
 
     def _leave_basis(self) -> float:
         """Write the part of d outside the basis into the work vector; return its length."""
@@ -203,7 +204,7 @@ class _Stage:
         norm, length = torch.stack([whole, self.layout.dot(d, d)]).sqrt().tolist()
         self.exact = self.x
         # What is left by rounding has no direction.
-        self.rest = length if length > self.eps * norm or not self.Q.count else 0.0
+        self.rest = length if length > 32 * self.eps * norm or not self.Q.count else 0.0
         return self.rest
 
     def _product(self, length: float) -> None:
@@ -237,9 +238,9 @@ class _Stage:
             new["Yq"] = F.each(lambda rows: gram(rows, y))
             new["qd"] = dot(q, self.d0)[None]
         host = _read(new)
-        self.FF = _bordered(self.FF, host["FF"])
-        self.GV = _bordered(self.GV, host["GV"])
-        self.YY = _bordered(self.YY, host["YY"])
+        self.FF = bordered(self.FF, host["FF"])
+        self.GV = bordered(self.GV, host["GV"])
+        self.YY = bordered(self.YY, host["YY"])
         leaves, rows, columns = self.QY.shape
         larger = self.QY.new_zeros(leaves, rows + int(q is not None), columns + 1)
         larger[:, :rows, :columns] = self.QY  # pad() of torch 2.9 refuses what has no rows
@@ -268,10 +269,3 @@ def _read(values: dict[str, Tensor]) -> dict[str, Tensor]:
     flat = torch.cat([v.reshape(-1) for v in values.values()]).to("cpu", torch.float64)
     parts = torch.split(flat, [v.numel() for v in values.values()])
     return {k: part.view(v.shape) for (k, v), part in zip(values.items(), parts, strict=True)}
-
-
-def _bordered(matrix: Tensor, border: Tensor) -> Tensor:
-    """Append a row and column to symmetric matrices (the border has the corner last)."""
-    larger = pad(matrix, (0, 1, 0, 1))
-    larger[..., -1, :] = larger[..., :, -1] = border
-    return larger

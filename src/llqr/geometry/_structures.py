@@ -58,10 +58,18 @@ class Structure:
         """Undo :meth:`turn`."""
         return x
 
-    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
-        """Write what U x changes by along the pullback of r, for a linear structure.
+    def act(self, state: State, x: Tensor) -> Tensor:
+        """Return U x, both in turned coordinates (linear structures)."""
+        return self.apply(state, x)
 
-        All three are in turned coordinates, where the result depends on no state; ``out`` may be r.
+    def pull(self, x: Tensor, r: Tensor) -> State:
+        """Return the pullback of r at x, both turned; it depends on no state where U is linear."""
+        return self.pullback({}, x, r)
+
+    def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write what U x changes by along the pullback of r: ``act(pull(x, r), x)``.
+
+        For a linear structure, all three in turned coordinates; ``out`` may be r.
         """
         out.zero_()
 
@@ -274,8 +282,7 @@ class EKfac(Structure):
 
     def apply(self, state: State, x: Tensor) -> Tensor:
         """Return QB (S o (QB' X QA)) QA'."""
-        qa, qb = state["QA"], state["QB"]
-        return qb @ (self._eigenvalues(state) * (qb.mT @ x @ qa)) @ qa.mT
+        return self.turn_back(state, self.act(state, self.turn(state, x)))
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return the gradients in S and, if they are learned, in the bases."""
@@ -298,6 +305,14 @@ class EKfac(Structure):
     def turn_back(self, state: State, x: Tensor) -> Tensor:
         """Return QB X QA'."""
         return state["QB"] @ x @ state["QA"].mT
+
+    def act(self, state: State, x: Tensor) -> Tensor:
+        """Return S o x."""
+        return self._eigenvalues(state) * x
+
+    def pull(self, x: Tensor, r: Tensor) -> State:
+        """Return x o r, the gradient in S."""
+        return {"S": x * r}
 
     def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:
         """Write x o x o r."""
