@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 import llqr
 from llqr_lab.models.resnet import resnet18
 from llqr_lab.models.vit import vit
+
+#: What makes glibc keep memory that was freed.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 class Classifier:
@@ -131,9 +135,12 @@ def optimizer_of(p: Classifier, geometry: llqr.Geometry | None, **options: Any) 
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """Return the MiB that ``script --child ...`` printed, in a process of its own."""
-    command = [sys.executable, script, "--child", *arguments]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """Return the MiB that a script printed, in a process of its own that keeps no memory."""
+    command = [sys.executable, script, *arguments]
+    environment = {k: v for k, v in os.environ.items() if k not in KEPT}
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     return float(out.splitlines()[-1])
 
 
@@ -157,10 +164,18 @@ def resident(key: str = "VmRSS") -> float:
 def arguments(description: str | None, **choices: Sequence[str]) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
+    if "--keep-memory" in sys.argv and not KEPT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="let glibc keep what a refresh gives back, as CUDA's allocator does, so that its "
+        "next use costs no page faults; without it a refresh pays them anew",
+    )
     for name, values in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=list(values))
     return parser
@@ -174,6 +189,7 @@ def show(title: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
         "torch": torch.__version__,
         "llqr": llqr.__version__,
         "python": platform.python_version(),
+        "memory": "kept" if options.keep_memory else "given back",
     }
     print(f"\n{title}\n" + ", ".join(f"{k} {v}" for k, v in place.items()) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="also with every product computed")
     parser.add_argument("--memory", action="store_true", help="also the peaks, in processes apart")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.child:
@@ -141,21 +141,26 @@ def refreshes(
         }
         if "plain" in times:
             row["plain"] = 10 * times["plain"] / times["step"]
-        if options.memory and case == "mean 0.1":
+        if options.memory and case in ("mean 1e-3", "mean 0.1"):
             row |= {
-                "step MiB": peak_memory(__file__, name, "step"),
-                "refresh MiB": peak_memory(__file__, name, structure),
+                f"{what} MiB": peak_memory(
+                    __file__,
+                    *("--child", name, structure if what == "refresh" else "step", case),
+                    *("--device", options.device, "--threads", str(options.threads)),
+                    *(("--batch", str(options.batch)) if options.batch else ()),
+                )
+                for what in ("step", "refresh")
             }
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def child(name: str, what: str, options: argparse.Namespace) -> None:
+def child(name: str, what: str, case: str, options: argparse.Namespace) -> None:
     """Print the peak of training steps, or of those and a refresh."""
     before = resident()
     p = problem(name, options.device, options.batch)
-    geometry = llqr.LLQR(**{**STRUCTURES.get(what, {}), **CASES["mean 0.1"]}, ema=0.0)
+    geometry = llqr.LLQR(**{**STRUCTURES.get(what, {}), **CASES[case]}, ema=0.0)
     optimizer = optimizer_of(p, geometry)
 
     def call() -> None:

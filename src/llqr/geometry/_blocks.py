@@ -56,8 +56,7 @@ class BlockDiagonal:
         """Return U x as a new flat vector."""
         out = torch.empty_like(flat)
         for part, state in zip(self.parts, states, strict=True):
-            x = part.group.view(flat).to(part.group.dtype)
-            part.group.view(out).copy_(part.apply(state, x))
+            part.group.view(out).copy_(part.apply(state, part.group.own(flat)))
         return out
 
     def transform(self, states: States, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,11 +105,7 @@ class BlockDiagonal:
     def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
         """Return the gradient of <r, U x> in the trainable entries."""
         return [
-            part.pullback(
-                state,
-                part.group.view(x).to(part.group.dtype),
-                part.group.view(r).to(part.group.dtype),
-            )
+            part.pullback(state, part.group.own(x), part.group.own(r))
             for part, state in zip(self.parts, states, strict=True)
         ]
 
@@ -122,16 +117,12 @@ class BlockDiagonal:
         """Return U x, with x and U x in turned coordinates (linear structures)."""
         out = torch.empty_like(x)
         for part, state in zip(self.parts, states, strict=True):
-            view = part.group.view
-            view(out).copy_(part.act(state, view(x)))
+            part.group.view(out).copy_(part.act(state, part.group.own(x)))
         return out
 
     def pull(self, x: Tensor, r: Tensor) -> States:
         """Return the pullback of r at x, both in turned coordinates (linear structures)."""
-        return [
-            part.pull(part.group.view(x).to(dtype), part.group.view(r).to(dtype))
-            for part, dtype in ((part, part.group.dtype) for part in self.parts)
-        ]
+        return [part.pull(part.group.own(x), part.group.own(r)) for part in self.parts]
 
     def turn_back(self, states: States, flat: Tensor) -> Tensor:
         """Undo :meth:`turn`."""
@@ -142,8 +133,7 @@ class BlockDiagonal:
             return flat
         out = torch.empty_like(flat)
         for part, state in zip(self.parts, states, strict=True):
-            x = part.group.view(flat).to(part.group.dtype)
-            part.group.view(out).copy_(getattr(part, way)(state, x))
+            part.group.view(out).copy_(getattr(part, way)(state, part.group.own(flat)))
         return out
 
     def tangent(self, x: Tensor, r: Tensor, out: Tensor) -> None:

@@ -36,7 +36,7 @@ def solve_buffered(
     blocks, g, damping = objective.blocks, objective.gradient, objective.damping
     u, first = torch.empty_like(g), None
     inners = [
-        inner_of(part, state, part.group.view(g).to(part.group.dtype))
+        inner_of(part, state, part.group.own(g))
         for part, state in zip(blocks.parts, states, strict=True)
     ]
     for _ in range(options.steps):
@@ -50,7 +50,7 @@ def solve_buffered(
             first = blocks.layout.dot(u, torch.add(g, r, alpha=0.5))
         r.add_(g).neg_()  # the pullback is of u = -U g
         for inner in inners:
-            inner.step(inner.group.view(r).to(inner.group.dtype), options)
+            inner.step(inner.group.own(r), options)
     assert first is not None
     return [inner.state() for inner in inners], first
 

@@ -134,6 +134,10 @@ class Group:
         """Return the group's part of a flat vector, without a copy."""
         return self.shaped(flat[self.start : self.start + self.numel])
 
+    def own(self, flat: Tensor) -> Tensor:
+        """Return the group's part of a flat vector in the group's dtype."""
+        return self.view(flat).to(self.dtype)
+
     def shaped(self, part: Tensor) -> Tensor:
         """Return the group's own flat vector as a batch of blocks, or as it is."""
         return part if self.shape is None else part.view(len(self.blocks), *self.shape)

@@ -177,7 +177,7 @@ def _renew_bases(
         return states
     rotate = number % settings["renew_every"] == 0
     return [
-        part.renew(state, part.group.view(g).to(part.group.dtype), number == 0, rotate)
+        part.renew(state, part.group.own(g), number == 0, rotate)
         if isinstance(part, EKfac)
         else state
         for part, state in zip(blocks.parts, states, strict=True)
