@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._perturbations import scaled, squares, total
 from .distributed._sharded import check_sharding
-from .geometry._layers import layers_of, unwrap
+from .geometry._modules import layers_of, unwrap
 
 __all__ = ["NamedParameters", "check_options", "rescaled", "widened"]
 

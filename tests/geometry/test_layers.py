@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import llqr
 from explicit import F64, as_matrix, block_indices
-from llqr.geometry._layers import Layout, layers_of, matrix_shape, unwrap
+from llqr.geometry._layers import Layout
+from llqr.geometry._modules import layers_of, matrix_shape, unwrap
 from nets import Tied, Zoo
 from tiny import STRUCTURES, says
 

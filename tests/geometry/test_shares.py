@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from llqr.geometry._layers import Layout, layers_of
+from llqr.geometry._layers import Layout
+from llqr.geometry._modules import layers_of
 from llqr.geometry._shares import share_out
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import llqr
 from explicit import F64, agree, block_indices, block_matrix, explicit_U, vector
 from llqr.geometry._blocks import BlockDiagonal
-from llqr.geometry._layers import Layout, layers_of
+from llqr.geometry._layers import Layout
+from llqr.geometry._modules import layers_of
 from nets import Zoo
 from tiny import STRUCTURES, layer_of
 

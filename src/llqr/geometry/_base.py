@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Ranks
-from ._layers import unwrap
+from ._modules import unwrap
 from ._report import RefreshReport
 
 __all__ = ["FixedGeometry", "Geometry"]

@@ -9,9 +9,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ._ekfac import EKfac
 from ._layers import Layout
 from ._pieces import ELEMENTWISE, Group
-from ._structures import Bounds, Diagonal, EKfac, State, Structure, make_structure
+from ._structure import Bounds, State, Structure
+from ._structures import Diagonal, make_structure
 
 __all__ = ["BlockDiagonal", "States"]
 

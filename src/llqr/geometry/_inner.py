@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ._blocks import States
+from ._ekfac import EKfac
 from ._solver import Objective, SolverOptions
-from ._structures import DiagKfac, EKfac, Kfac, State, Structure
+from ._structure import State, Structure
+from ._structures import DiagKfac, Kfac
 
 __all__ = ["solve_buffered"]
 

@@ -14,8 +14,9 @@ from .._checks import Schedule
 from ..curvature import Curvature, as_curvature
 from ._base import Gradients
 from ._blocks import BlockDiagonal, States
-from ._layers import Layout, layers_of, unwrap
+from ._layers import Layout
 from ._learning import Learning
+from ._modules import layers_of, unwrap
 from ._reduced import REDUCIBLE
 from ._refresh import basis_capacity
 from ._settings import StructureOf, check_settings, check_structure

@@ -15,13 +15,13 @@ from ..curvature import QuadraticModel
 from ..curvature._recycling import RecycledProduct
 from ..distributed import Ranks
 from ._blocks import BlockDiagonal, States
+from ._ekfac import EKfac
 from ._inner import solve_buffered
 from ._layers import Layout
 from ._reduced import REDUCIBLE, solve_reduced
 from ._report import RefreshReport
 from ._settings import at_step
 from ._solver import Objective, SolverOptions, solve
-from ._structures import EKfac
 
 __all__ = ["FlatModel", "Outcome", "basis_capacity", "relearn"]
 
