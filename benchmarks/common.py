@@ -91,6 +91,8 @@ def problem(name: str, device: str, batch: int | None = None) -> Classifier:
     for _ in range(5):
         built.step()
         base.step()
+    # Statistics of norms as they are for these weights: further steps leave them so.
+    torch.optim.swa_utils.update_bn([built.x], built.model)
     return built
 
 

@@ -153,6 +153,40 @@ def test_rounding_of_long_vectors_costs_no_product():
     assert len(calls) == 3
 
 
+def test_what_rounding_hides_is_not_taken_for_known():
+    """A part outside the span of about the square root of a rounding error, in float32."""
+    n, tolerance = 100_000, 1e-2
+    eps = torch.finfo(torch.float32).eps
+    generator = torch.Generator().manual_seed(0)
+
+    def stiff() -> Tensor:
+        sizes = 10 ** (-3 * torch.rand(n, generator=generator))
+        return sizes * torch.randn(n, generator=generator)
+
+    directions = [stiff() for _ in range(30)]
+    Q = torch.linalg.qr(torch.stack(directions).double().T)[0]
+    for factor in (1.2, 2.0, 3.0):
+        outside = torch.randn(n, generator=generator).double()
+        outside -= Q @ (Q.T @ outside)
+        d = (directions[0] / directions[0].norm()).double()
+        d = (d + (factor * eps) ** 0.5 * outside / outside.norm()).float()
+        residual = stiff()
+        residual *= (1.02 * eps) ** 0.5 / tolerance / residual.norm()
+        recycled = RecycledProduct(Tensor.clone, residual - d, tolerance)  # C = I
+        for v in directions:
+            recycled(v)
+        answer = recycled(d).double()
+        assert float((answer - d).norm()) <= tolerance * float((residual - d + answer).norm())
+
+
+def test_a_direction_that_overflows_is_answered_by_a_product():
+    """The square of its length is beyond float32."""
+    n = 100_000
+    recycled = RecycledProduct(lambda d: 2 * d, torch.ones(n), 1e-2)
+    for _ in range(2):
+        assert torch.equal(recycled(torch.full((n,), 1e30)), torch.full((n,), 2e30))
+
+
 # -- whole solves ----------------------------------------------------------------------------------
 
 

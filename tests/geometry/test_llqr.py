@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -474,3 +475,27 @@ def test_U_stays_float32_for_half_precision(dtype):
 def problem_gradient(problem, dtype):
     problem.x = problem.x.to(dtype)
     return problem.gradient()
+
+
+def test_pickling_after_use() -> None:
+    """A step keeps views of U; a copy must neither carry U once a view nor part from it."""
+    problem = mlp(torch.float32)
+    geometry = llqr.LLQR()
+    geometry.bind(problem.model)
+    geometry.refresh([problem])
+    gradients = {n: torch.ones_like(p) for n, p in problem.model.named_parameters()}
+    before = len(pickle.dumps(geometry))
+    geometry.apply(gradients)
+    assert len(pickle.dumps(geometry)) < 1.1 * before
+    for twin in (pickle.loads(pickle.dumps(geometry)), copy.deepcopy(geometry)):
+        twin.apply(gradients)
+        twin.state()["0.weight"]["U"].fill_(3.0)
+        assert bool((twin.apply(gradients)["0.weight"] == 3).all())
+        assert not bool((geometry.apply(gradients)["0.weight"] == 3).any())
+
+
+def test_spectrum_is_in_the_order_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 4))
+    geometry = llqr.LLQR()
+    geometry.bind(model)
+    assert list(geometry.spectrum()) == ["0", "1", "2"]

@@ -161,6 +161,24 @@ def test_single_precision_misses_no_direction(name: str, seed: int) -> None:
     assert error(single, exact) < 1.2 * error(double, exact) + 2e-4
 
 
+@pytest.mark.parametrize("solver", ["momentum", "sgd"])
+@pytest.mark.parametrize("name", ["diagonal", "scalar", "e-kfac"])
+def test_a_solve_that_has_converged_goes_on(name: str, solver: str) -> None:
+    """One weight: the residual vanishes, and rounding may leave less than nothing of its square."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+    x, y = torch.randn(256, 1), torch.randn(256, 1)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = model(x)
+        return nn.functional.mse_loss(z, y), z
+
+    geometry = llqr.LLQR(**LINEAR[name], steps=500, lr=1.0, solver=solver)
+    geometry.bind(model)
+    report = geometry.refresh([forward])
+    assert report.accepted and report.J_after < report.J_before
+
+
 def test_directions_exhausted_in_single_precision() -> None:
     """Five numbers span five directions; what rounding leaves must not become a sixth."""
     inner = Inner(LINEAR["scalar"], "newton", torch.float32)
@@ -200,9 +218,9 @@ def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> N
     """At most two transfers to the host a real product, and none in a step without one.
 
     But for a direction that is found shorter than it had to be feared, which is one. (In single
-    precision a tighter tolerance has to look more often: rounding may hide that much.)
+    precision a step has to look more often, for one read: rounding may hide that much.)
     """
-    inner, reads = Inner(LINEAR["e-kfac"], dtype=torch.float32), Counter()
+    inner, reads = Inner(LINEAR["e-kfac"]), Counter()
     for name in ("tolist", "item", "__float__", "__bool__", "cpu", "to"):
         original = getattr(Tensor, name)
 
@@ -213,11 +231,11 @@ def test_one_read_decides_and_one_measures(monkeypatch: pytest.MonkeyPatch) -> N
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(Tensor, name, count)
-    inner.solve(1e-2, lr=0.5)
+    inner.solve(1e-3, lr=0.5)
     monkeypatch.undo()
     assert 3 <= inner.products <= 12
     # The start reads once, and the caller reads J.
-    assert sum(reads.values()) <= 2 * inner.products + 2 + 1, reads
+    assert inner.products < sum(reads.values()) <= 2 * inner.products + 2 + 1, reads
 
 
 def test_used_by_a_refresh() -> None:

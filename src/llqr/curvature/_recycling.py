@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,7 +25,9 @@ class RecycledProduct:
 
     and the last term, one real product, is dropped when
     :math:`\lambda |r| \le \text{tolerance} \cdot |g + W c|` with :math:`\lambda` the largest
-    :math:`|w_i|` seen. A real product extends the basis, so none is ever repeated.
+    :math:`|w_i|` seen (an estimate of the norm of C, from below). A real product extends the basis,
+    so none is ever repeated. In float32 nothing is told from zero below 32 eps of d, so that a
+    residual smaller than 32 eps / tolerance of C d is less exact than that.
 
     Args:
         product: the real product, flat vector to flat vector.
@@ -61,9 +64,12 @@ class RecycledProduct:
         known = self._known.zero_()
         whole, c = self._dot(d, d), self._coefficients(d)
         self._w.subtract(-c, known)
-        # From the coefficients alone first: most directions lie in the span by far.
         length, *host = self._read(whole, c)
-        outside = max(length - sum(x * x for x in host), 0.0) + self._eps * length
+        if not math.isfinite(length):  # nothing to be divided by, nor remembered
+            return known.copy_(self._product(d))
+        # From the coefficients alone first: most directions lie in the span by far.
+        # What the vectors' rounding may hide in that difference counts as outside.
+        outside = max(length - sum(x * x for x in host), 0.0) + 4 * self._eps * length
         if self._q.count and outside <= self._allowed(host):
             return known
         r = self._rest.copy_(d)

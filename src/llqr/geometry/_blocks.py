@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ class BlockDiagonal:
             make_structure(Group(*kind), learned=learned, square=square).linear
             for kind in layout.kinds
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the views, which would each be copied with all of U."""
+        return {**self.__dict__, "_cut": {}}
 
     @property
     def linear(self) -> bool:

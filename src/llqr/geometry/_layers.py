@@ -282,9 +282,9 @@ class Layout:
         return good if self.ranks is None else self.ranks.all(good)
 
     def widest(self, spectrum: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """Return the smallest and largest eigenvalues of each layer in any process."""
+        """Return the smallest and largest eigenvalues of each layer in any process, in order."""
         if self.ranks is None:
-            return spectrum
+            return {layer: spectrum[layer] for layer in self.layers if layer in spectrum}
         nothing = (math.inf, -math.inf)
         ends = [spectrum.get(layer, nothing) for layer in self.layers]
         return dict(zip(self.layers, self.ranks.ranges(ends), strict=True))

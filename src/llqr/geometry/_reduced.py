@@ -54,7 +54,9 @@ def solve_reduced(
         objective: J; its product is the real one.
         states: where the solve starts; not changed.
         options: with a solver of ``REDUCIBLE``.
-        tolerance: error allowed in a residual, relative to its norm.
+        tolerance: error allowed in a residual, relative to its norm, as far as the largest image
+            of a direction so far tells. In float32 no residual is told from zero that is below
+            32 eps / tolerance of C d.
         capacity: how many directions are kept at a time; when they are used up the solve goes on
             from where it is with an empty basis.
         known: a control u with (C + damping) u, which is a first direction that costs nothing.
@@ -178,7 +180,8 @@ class _Stage:
         if not self.Q.count:
             return -1.0
         a = self._residual(c)
-        return self.tolerance * math.sqrt(float(a @ self.FF @ a)) / max(self.largest, TINY)
+        size = max(float(a @ self.FF @ a), 0.0)  # rounding may leave less where the terms cancel
+        return self.tolerance * math.sqrt(size) / max(self.largest, TINY)
 
     def _bound(self) -> float:
         """Return a bound, from the coefficients alone, on the part of d outside the basis."""
@@ -188,7 +191,7 @@ class _Stage:
         # The difference cancels, and so do the terms of either; sums in pieces keep that many
         # digits of the terms, and what the others may hide counts as outside.
         sizes = self.YY.diagonal(dim1=1, dim2=2).sqrt() * dx.abs()
-        hidden = self.eps / 16 * float(sizes.sum(1).square().sum())
+        hidden = self.eps / 4 * float(sizes.sum(1).square().sum())
         return self.rest + math.sqrt(max(whole - inside, 0.0) + hidden)
 
     def _leave_basis(self) -> float:
