@@ -63,8 +63,8 @@ class LLQR(Learning):
             which U may become indefinite; "square" (e-kfac only) their psd-e-kfac.
         bounds: (u_min, u_max), eigenvalues of U under "positive".
         block_size: sides of matrices wider than this are cut into blocks; None: whole.
-        tolerance: relative error at which a curvature product is answered from earlier ones;
-            0 computes every product.
+        tolerance: relative error in g + C u at which a product C u is answered from earlier ones,
+            as far as those tell (not below rounding: 32 eps C u); 0 computes every product.
         solver: "momentum", "sgd", "adam" or "lbfgs" (then at most ``steps`` evaluations).
         start: first optimizer step before which a refresh is due.
         max_failures: refused refreshes in a row that are tolerated; one more raises.
