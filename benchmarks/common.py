@@ -136,6 +136,11 @@ def optimizer_of(p: Classifier, geometry: llqr.Geometry | None, **options: Any) 
     return llqr.Optimizer(base, p.model, geometry=geometry, **options)
 
 
+def memory_kept() -> bool:
+    """Tell whether glibc was told to keep memory."""
+    return KEPT.items() <= os.environ.items()
+
+
 def peak_memory(script: str, *arguments: str) -> float:
     """Return the MiB that a script printed, in a process of its own that keeps no memory."""
     command = [sys.executable, script, *arguments]
@@ -166,7 +171,7 @@ def resident(key: str = "VmRSS") -> float:
 def arguments(description: str | None, **choices: Sequence[str]) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    if "--keep-memory" in sys.argv and not KEPT.items() <= os.environ.items():
+    if "--keep-memory" in sys.argv and not memory_kept():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEPT})
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -191,7 +196,7 @@ def show(title: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
         "torch": torch.__version__,
         "llqr": llqr.__version__,
         "python": platform.python_version(),
-        "memory": "kept" if options.keep_memory else "given back",
+        "memory": "kept" if memory_kept() else "given back",
     }
     print(f"\n{title}\n" + ", ".join(f"{k} {v}" for k, v in place.items()) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))

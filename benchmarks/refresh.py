@@ -142,15 +142,10 @@ def refreshes(
         if "plain" in times:
             row["plain"] = 10 * times["plain"] / times["step"]
         if options.memory and case in ("mean 1e-3", "mean 0.1"):
-            row |= {
-                f"{what} MiB": peak_memory(
-                    __file__,
-                    *("--child", name, structure if what == "refresh" else "step", case),
-                    *("--device", options.device, "--threads", str(options.threads)),
-                    *(("--batch", str(options.batch)) if options.batch else ()),
-                )
-                for what in ("step", "refresh")
-            }
+            same = ["--device", options.device, "--threads", str(options.threads)]
+            same += ["--batch", str(options.batch)] if options.batch else []
+            for column, what in (("step MiB", "step"), ("refresh MiB", structure)):
+                row[column] = peak_memory(__file__, "--child", name, what, case, *same)
         rows.append(row)
         print(row, flush=True)
     return rows

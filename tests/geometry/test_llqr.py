@@ -478,7 +478,7 @@ def problem_gradient(problem, dtype):
 
 
 def test_pickling_after_use() -> None:
-    """A step keeps views of U; a copy must neither carry U once a view nor part from it."""
+    """A step leaves nothing behind that a copy would carry, or part from."""
     problem = mlp(torch.float32)
     geometry = llqr.LLQR()
     geometry.bind(problem.model)

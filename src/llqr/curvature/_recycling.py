@@ -10,9 +10,24 @@ from torch import Tensor
 
 from ._rows import Rows, bordered, dots
 
-__all__ = ["RecycledProduct"]
+__all__ = ["RecycledProduct", "negligible"]
 
 TINY = torch.finfo(torch.float64).tiny
+
+
+def negligible(tolerance: float, a: Tensor, gram: Tensor, largest: float) -> float:
+    """Return how long the part of a direction outside a basis may be, to be left out.
+
+    Its image is at most ``largest`` times as long, and is what the residual sum_j a_j F_j lacks.
+
+    Args:
+        tolerance: relative error allowed in the residual.
+        a: (k,) coefficients of the residual.
+        gram: (k, k) inner products of the F_j.
+        largest: length of the longest image of a direction of length one.
+    """
+    size = max(float(a @ gram @ a), 0.0)  # rounding may leave less where the terms cancel
+    return tolerance * math.sqrt(size) / max(largest, TINY)
 
 
 class RecycledProduct:
@@ -70,7 +85,7 @@ class RecycledProduct:
         # From the coefficients alone first: most directions lie in the span by far.
         # What the vectors' rounding may hide in that difference counts as outside.
         outside = max(length - sum(x * x for x in host), 0.0) + 4 * self._eps * length
-        if self._q.count and outside <= self._allowed(host):
+        if self._q.count and math.sqrt(outside) <= self._allowed(host):
             return known
         r = self._rest.copy_(d)
         self._q.subtract(c, r)
@@ -80,13 +95,13 @@ class RecycledProduct:
         self._q.subtract(again, r)
         self._w.subtract(-again, known)
         outside, *host = self._read(self._dot(r, r), c + again)
-        rounding = (32 * self._eps) ** 2 * length
-        if outside <= rounding or (self._q.count and outside <= self._allowed(host)):
+        rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(length)
+        if rest <= rounding or (self._q.count and rest <= self._allowed(host)):
             return known
-        r.div_(outside**0.5)
+        r.div_(rest)
         image = self._product(r)
         self._take(r, image)
-        return known.add_(image, alpha=outside**0.5)
+        return known.add_(image, alpha=rest)
 
     def _coefficients(self, v: Tensor) -> Tensor:
         """Return Q'v."""
@@ -95,13 +110,12 @@ class RecycledProduct:
         return self._q.each(lambda q: self._dot(q, v))
 
     def _allowed(self, c: Sequence[float]) -> float:
-        """Return the square of how long the part of d outside the span may be.
+        """Return how long the part of d outside the span may be.
 
-        Numbers that all ranks read alike, so that all take the same branch.
+        From numbers that all ranks read alike, so that all take the same branch.
         """
         a = self._gram.new_tensor([1.0, *c])
-        size = max(float(a @ self._gram @ a), 0.0)
-        return self._tolerance**2 * size / max(self._largest, TINY)
+        return negligible(self._tolerance, a, self._gram, self._largest)
 
     def _take(self, q: Tensor, image: Tensor) -> None:
         """Remember a direction with its image, while there is room."""
@@ -120,6 +134,6 @@ class RecycledProduct:
         if new > len(self._gram):
             self._gram = bordered(self._gram, values[:new])
         if new and self._q.count:
-            self._largest = max(self._largest, float(values[new - 1]))
+            self._largest = max(self._largest, math.sqrt(float(values[new - 1])))
         self._newest = self._newest[:0]
         return values[new:].tolist()

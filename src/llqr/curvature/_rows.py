@@ -104,12 +104,12 @@ class Rows:
                 left -= len(found[-1])
         return found
 
-    def each(self, function: Callable[[Tensor], Tensor], count: int | None = None) -> Tensor:
+    def each(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Join what a function of a (k, P) matrix gives for all vectors, along the last dimension.
 
         There must be at least one vector.
         """
-        parts = [function(matrix) for matrix in self.matrices(count)]
+        parts = [function(matrix) for matrix in self.matrices()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def subtract(self, c: Tensor, target: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +30,11 @@ class BlockDiagonal:
         self.parts: list[Structure] = [
             make_structure(group, learned=learned, square=square) for group in layout.groups
         ]
-        self._cut: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         # Of all processes, since all must take the same way.
         self._linear = all(
             make_structure(Group(*kind), learned=learned, square=square).linear
             for kind in layout.kinds
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the views, which would each be copied with all of U."""
-        return {**self.__dict__, "_cut": {}}
 
     @property
     def linear(self) -> bool:
@@ -75,8 +69,10 @@ class BlockDiagonal:
         parts: dict[str, list[Tensor]] = {}
         for part, state in zip(self.parts, states, strict=True):
             places = part.group.places
-            if isinstance(part, Diagonal):
-                us = {n: u for n, u in self._cut_up(part, state["U"]).items() if n in tensors}
+            if isinstance(part, Diagonal):  # its pieces are whole parameters
+                runs = torch.split(state["U"], [q.numel for q, _ in places])
+                pairs = [(q.name, u) for (q, _), u in zip(places, runs, strict=True)]
+                us = {n: u.view(tensors[n].shape) for n, u in pairs if n in tensors}
                 if us:
                     results = torch._foreach_mul(list(us.values()), [tensors[n] for n in us])
                     done.update(zip(us, results, strict=True))
@@ -94,20 +90,6 @@ class BlockDiagonal:
             name: done[name] if name in done else self.layout.join(name, parts.get(name, []), x)
             for name, x in tensors.items()
         }
-
-    def _cut_up(self, part: Diagonal, u: Tensor) -> dict[str, Tensor]:
-        """Return views of an elementwise state shaped like its parameters; its pieces are whole.
-
-        Kept while the state is the same tensor: every step asks for them.
-        """
-        of, views = self._cut.get(part.group.start, (None, {}))
-        if of is not u:
-            views = {
-                piece.name: u[start : start + piece.numel].view(self.layout.views[piece.name].shape)
-                for piece, start in part.group.places
-            }
-            self._cut[part.group.start] = u, views
-        return views
 
     def pullback(self, states: States, x: Tensor, r: Tensor) -> States:
         """Return the gradient of <r, U x> in the trainable entries."""

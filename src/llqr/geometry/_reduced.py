@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..curvature._recycling import negligible
 from ..curvature._rows import Rows, bordered
 from ._blocks import States
 from ._solver import Objective, SolverOptions
@@ -34,7 +35,6 @@ __all__ = ["REDUCIBLE", "solve_reduced"]
 #: Solvers whose steps are linear in the (clipped) gradients.
 REDUCIBLE = ("momentum", "sgd")
 F64: Any = {"dtype": torch.float64}
-TINY = torch.finfo(torch.float64).tiny
 
 
 Known = tuple[Tensor, Tensor]
@@ -173,15 +173,10 @@ class _Stage:
         return (self.options.clip / norms.clamp(min=self.options.clip))[:, None] * a
 
     def _allowed(self, c: Tensor) -> float:
-        """Return how long the part of d outside the basis may be: all of d needs a first product.
-
-        Its image under C + damping, at most ``largest`` times as long, is what a residual lacks.
-        """
+        """Return how long the part of d outside the basis may be (all of d needs a product)."""
         if not self.Q.count:
             return -1.0
-        a = self._residual(c)
-        size = max(float(a @ self.FF @ a), 0.0)  # rounding may leave less where the terms cancel
-        return self.tolerance * math.sqrt(size) / max(self.largest, TINY)
+        return negligible(self.tolerance, self._residual(c), self.FF, self.largest)
 
     def _bound(self) -> float:
         """Return a bound, from the coefficients alone, on the part of d outside the basis."""
