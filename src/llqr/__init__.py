@@ -8,11 +8,12 @@ metric, and transport the update by it, around any torch.optim optimizer.
 from ._optimizer import Optimizer as Optimizer
 
 # Where the loss is probed
-from ._perturbations import ASAM as ASAM
-from ._perturbations import SAM as SAM
-from ._perturbations import FisherSAM as FisherSAM
-from ._perturbations import FriendlySAM as FriendlySAM
-from ._perturbations import Perturbation as Perturbation
+from .perturbations import ASAM as ASAM
+from .perturbations import SAM as SAM
+from .perturbations import FisherSAM as FisherSAM
+from .perturbations import FriendlySAM as FriendlySAM
+from .perturbations import Perturbation as Perturbation
+from .perturbations import Probe as Probe
 
 # What the curvature is
 from .curvature import Curvature as Curvature
@@ -20,8 +21,8 @@ from .curvature import Divergence as Divergence
 from .curvature import Fisher as Fisher
 from .curvature import Newton as Newton
 from .curvature import QuadraticModel as QuadraticModel
-from .curvature import exact_lqr_step as exact_lqr_step
 from .curvature import quadratic_model as quadratic_model
+from ._exact_lqr import exact_lqr_step as exact_lqr_step
 
 # The metric U
 from .geometry import LLQR as LLQR
@@ -29,5 +30,6 @@ from .geometry import FixedGeometry as FixedGeometry
 from .geometry import Geometry as Geometry
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport
+from .geometry import StructuredGeometry as StructuredGeometry
 
 __version__ = "0.1.0"

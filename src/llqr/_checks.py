@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
-__all__ = ["Schedule", "at", "check_choice", "check_flags", "check_integer", "check_number"]
+__all__ = [
+    "Schedule",
+    "check_choice",
+    "check_flags",
+    "check_integer",
+    "check_number",
+    "value_at_step",
+]
 
+#: A number, or a function of the optimizer step.
 Schedule = float | Callable[[int], float]
 
 
-def at(value: Schedule, step: int) -> float:
-    """Return a setting's value at an optimizer step: a number, or a function of the step."""
+def value_at_step(value: Schedule, step: int) -> float:
+    """Return a setting's value at an optimizer step."""
     return value(step) if callable(value) else value
 
 
@@ -47,10 +55,11 @@ def check_number(
         raise ValueError(f"{name}: expected a number {sign} {low}{limit}{also}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Refuse what is not one of the allowed strings."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+def check_choice(name: str, value: Any, allowed: Any) -> None:
+    """Refuse what is not one of the strings of a ``Literal`` type."""
+    choices = get_args(allowed)
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_flags(**flags: Any) -> None:

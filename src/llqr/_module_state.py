@@ -1,4 +1,4 @@
-"""What a second pass or a refresh must not leave behind in a module: buffers, modes, randomness."""
+"""Save and restore what a second pass or a refresh changes: buffers, modes and random state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "RandomState", "autocast_off", "undisturbed", "without_autocast"]
+__all__ = [
+    "Buffers",
+    "RandomState",
+    "autocast_off",
+    "evaluated_without_trace",
+    "without_autocast",
+]
 
 
 class Buffers:
@@ -55,7 +61,7 @@ class RandomState:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def evaluated_without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluate a module without a trace: evaluation mode, buffers and random state put back."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Generic, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
-from ._checkpoint import load_state_dict, state_dict
+from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
 from ._module_state import without_autocast
-from ._parameters import NamedParameters, rescaled, widened
+from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
-from ._perturbations import Perturbation
-from ._refreshing import Forward, RefreshHook, Refreshing, as_list
-from .curvature._quadratic_model import normalised
-from .curvature._term import check_forward
+from ._progress import Progress
+from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
+from ._vectors import rescale_to_norm, widen_to_float32
+from ._wrapper import OptimizerWrapper
+from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .distributed._sharded import local
 from .geometry import Geometry, RefreshReport
+from .perturbations import Perturbation
 
 __all__ = ["Optimizer"]
 
-log = logging.getLogger("llqr")
+BufferPolicy = Literal["clean", "perturbed"]
+#: The type of ``optimizer.geometry``: what it was given.
+G = TypeVar("G", bound=Geometry | None, default=Any)
 
 
-class Optimizer(Refreshing):
+class Optimizer(OptimizerWrapper, Generic[G]):
     r"""Wrap a torch.optim optimizer with a learned metric and a sharpness-aware second pass.
 
     .. math::
@@ -100,11 +103,11 @@ class Optimizer(Refreshing):
         base: torch.optim.Optimizer,
         model: nn.Module,
         *,
-        geometry: Geometry | None = None,
+        geometry: G = None,  # type: ignore[assignment]  # left out, G is None
         perturbation: Perturbation | None = None,
         transport: bool = True,
         graft: bool = False,
-        buffers: str = "clean",
+        buffers: BufferPolicy = "clean",
         replay_rng: bool = True,
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
@@ -112,7 +115,7 @@ class Optimizer(Refreshing):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         check_parts(base, model, geometry, perturbation)
-        check_choice("buffers", buffers, ("clean", "perturbed"))
+        check_choice("buffers", buffers, BufferPolicy)
         check_flags(
             transport=transport,
             graft=graft,
@@ -123,54 +126,96 @@ class Optimizer(Refreshing):
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
         super().__init__(base)
-        self.model = model
-        self.geometry, self.perturbation = geometry, perturbation
-        self.transport, self.graft = transport, graft
-        self.refresh_forward, self.refresh_autocast = refresh_forward, refresh_autocast
-        # Lightning and Fabric wrap an optimizer in objects of a class derived from its own, that
-        # read its attributes but keep what is assigned: hence no assignment outside of step().
-        self._reports: list[RefreshReport] = []
-        self.skipped_steps = self.skipped_probes = 0
-        self._step = 0
-        self._refresh_hooks: OrderedDict[int, RefreshHook] = OrderedDict()
-        self._warned: set[str] = set()
-        self.ranks, self.sync = Ranks(model, process_group), sync
-        self._named = NamedParameters(base, model)
-        self._bind()
-        if not sync and (self.ranks.sharded or (geometry is not None and geometry.shared)):
+        self.model, self.transport, self.graft = model, transport, graft
+        self._geometry, self._perturbation = geometry, perturbation
+        self.ranks = Ranks(model, process_group)
+        self._progress = Progress()
+        self._parameters = NamedParameters(base, model)
+        self._passes = Passes(
+            self._parameters,
+            geometry,
+            perturbation,
+            self.ranks,
+            self._progress,
+            keep_clean_buffers=buffers == "clean",
+            replay_rng=replay_rng,
+            sync=sync,
+        )
+        self._refresher = Refresher(
+            geometry,
+            self._parameters,
+            self.ranks,
+            self._progress,
+            default_forward=refresh_forward,
+            autocast=refresh_autocast,
+        )
+        self._bind_parts()
+        if not sync:
+            self._check_local_probes()
+
+    def _check_local_probes(self) -> None:
+        geometry, perturbation = self._geometry, self._perturbation
+        if self.ranks.sharded or (geometry is not None and geometry.sharded):
             raise ValueError(
                 "sync: False (each process probes with its own gradient) needs whole gradients and "
                 "U in every process; with fully_shard or LLQR(shard=True), leave sync=True"
             )
-        self._passes = Passes(self, buffers, replay_rng)
+        if self._passes.geometry_observes or self._passes.combines:
+            part = geometry if self._passes.geometry_observes else perturbation
+            raise ValueError(
+                f"sync: False (each process probes with its own gradient) does not go with "
+                f"{type(part).__name__}, which needs the first gradient of all; leave sync=True"
+            )
 
     @property
-    def _parameters(self) -> NamedParameters:
-        if self._named.outdated:  # a group was added to the base itself
-            self._take_groups()
-        return self._named
+    def geometry(self) -> G:
+        """The metric U, or None."""
+        return self._geometry
 
-    def _take_groups(self) -> None:
-        self._named.read()
-        self._bind()
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """Where the loss is probed, or None."""
+        return self._perturbation
 
-    def _bind(self) -> None:
-        named = self._named.named
-        if self.geometry is not None:
-            self.geometry.ranks = self.ranks
-            self.geometry.bind(self.model, named)
-        if self.perturbation is not None:
-            self.perturbation.bind(named)
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped, since their gradients were not finite."""
+        return self._progress.skipped_steps
+
+    @property
+    def skipped_probes(self) -> int:
+        """How many second passes ran unperturbed, since U gave g no positive norm."""
+        return self._progress.skipped_probes
+
+    # -- parameters ----------------------------------------------------------------------------
+
+    def _bind_parts(self) -> None:
+        """Attach geometry and perturbation to the parameters as they are now."""
+        named = self._parameters.named
+        if self._geometry is not None:
+            self._geometry.ranks = self.ranks
+            self._geometry.bind(self.model, named)
+        if self._perturbation is not None:
+            self._perturbation.bind(named)
+
+    def _read_groups(self) -> None:
+        self._parameters.read_groups()
+        self._bind_parts()
+
+    def _follow_groups(self) -> None:
+        """Take over parameters that were added to the base itself."""
+        if self._parameters.outdated:
+            self._read_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; their blocks of U start at the identity."""
         groups = len(self.base.param_groups)
         self.base.add_param_group(param_group)
         try:
-            self._take_groups()
+            self._read_groups()
         except (TypeError, ValueError):
             del self.base.param_groups[groups:]
-            self._take_groups()
+            self._read_groups()
             raise
 
     def __repr__(self) -> str:
@@ -180,19 +225,12 @@ class Optimizer(Refreshing):
         body = "".join(f"\n{line}" for line in [*lines, repr(self.base)])
         return f"{type(self).__name__} ({body}\n)"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_refresh_hooks": OrderedDict()}
-
     # -- the step ------------------------------------------------------------------------------
-
-    @property
-    def local_probes(self) -> bool:
-        """Whether each of several processes probes with its own gradient (``sync=False``)."""
-        return not self.sync and self.ranks.size > 1
 
     @property
     def needs_second_pass(self) -> bool:
         """Whether the next step probes: a perturbation, its start reached, rho not 0."""
+        self._follow_groups()
         return self._passes.needed
 
     @torch.no_grad()
@@ -211,49 +249,45 @@ class Optimizer(Refreshing):
         if closure is not None:
             if self.refresh_due and self.refresh_forward is not None:
                 self.refresh(self.refresh_forward)
-            for _ in self._passes.run(None):
+            for _ in self.passes():
                 with torch.enable_grad():
                     value = closure()
                 loss = value if loss is None else loss
-        self._advance()
+        self._update_parameters()
         return loss
 
-    def _advance(self) -> None:
+    def _update_parameters(self) -> None:
         """Update the parameters from the gradients that are there."""
+        self._follow_groups()
         self._passes.close()
         gradients = self._parameters.gradients()
-        if not gradients or self._idle(gradients):
+        if not gradients or self._changes_nothing(gradients):
             self.base.step()
             return
         if not self.ranks.finite(gradients, equal=True):
-            self._skip()
+            self._skip_step()
             return
         self._warn_of_omissions()
-        if not self._update(gradients):
-            self._skip()
+        if not self._step_along(gradients):
+            self._skip_step()
             return
-        if self.perturbation is not None:
-            if not self._passes.observed:  # one pass of the user's own, without passes()
-                self.perturbation.observe(widened(gradients))
-            self.perturbation.commit()
-        self._passes.forget()
-        self._step += 1
+        self._count_step(gradients)
 
-    def _idle(self, gradients: Mapping[str, Tensor]) -> bool:
+    def _changes_nothing(self, gradients: Mapping[str, Tensor]) -> bool:
         """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
         if any(bool(group.get("lr", 1.0) != 0) for group in self.param_groups):
             return False
         return self.ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
-    def _update(self, gradients: dict[str, Tensor]) -> bool:
-        """Hand U g to the base, unless it is not finite."""
-        if self.geometry is None or not self.transport:
+    def _step_along(self, gradients: dict[str, Tensor]) -> bool:
+        """Step the base along U g, unless that is not finite."""
+        if self._geometry is None or not self.transport:
             self.base.step()
             return True
         with without_autocast(self._parameters.device):  # a step may be taken within the caller's
-            moved = self.geometry.apply(gradients)
+            moved = self._geometry.apply(gradients)
             if self.graft:
-                moved = rescaled(moved, gradients)
+                moved = rescale_to_norm(moved, gradients)
         coarse = any(g.dtype.itemsize < 4 for g in moved.values())
         if coarse and not self.ranks.finite(moved):  # U may take float16 out of its range
             return False
@@ -267,26 +301,39 @@ class Optimizer(Refreshing):
                 named[name].grad = gradient
         return True
 
-    def _skip(self) -> None:
-        self.skipped_steps += 1
+    def _count_step(self, gradients: dict[str, Tensor]) -> None:
+        """Let everything that learns from steps learn that this one counted."""
+        passes = self._passes
+        if self._perturbation is not None:
+            if not passes.observed:  # one pass of the user's own, without passes()
+                self._perturbation.observe(widen_to_float32(gradients))
+            self._perturbation.commit()
+        if self._geometry is not None and passes.geometry_observes:
+            clean = widen_to_float32(gradients) if passes.clean is None else passes.clean
+            self._geometry.observe(clean)
+        passes.forget_step()
+        self._progress.step += 1
+
+    def _skip_step(self) -> None:
+        self._progress.skipped_steps += 1
         kept = (
             "weights, buffers and counters are as before it"
-            if self._passes.undo()
+            if self._passes.undo_step()
             else "weights and counters are as before it, buffers as the backward pass left them"
         )
-        self._warn_once(
+        self._progress.warn_once(
             f"a step was skipped because its gradients are not finite; {kept} "
             "(optimizer.skipped_steps counts)"
         )
 
     def _warn_of_omissions(self) -> None:
-        if self.needs_second_pass and not self._passes.probed:
-            self._warn_once(
+        if self._passes.needed and not self._passes.probed:
+            self._progress.warn_once(
                 "step() ran without a perturbed pass although a perturbation is set: use "
                 "minimize, step(closure), passes or perturbed"
             )
         if self.refresh_due:
-            self._warn_once(
+            self._progress.warn_once(
                 "step() ran although a refresh of the geometry is due, so U is not learned: call "
                 "optimizer.refresh_if_due(forward) before it, use minimize, or pass "
                 "refresh_forward to llqr.Optimizer"
@@ -311,7 +358,8 @@ class Optimizer(Refreshing):
             ...     model(torch.ones(3, 2)).square().mean().backward()
             >>> optimizer.step()
         """
-        return self._passes.run(scaler)
+        self._follow_groups()
+        return self._passes.run_both(scaler)
 
     def perturbed(self, scaler: Any = None) -> AbstractContextManager[None]:
         """Move the weights to theta + eps for the body, from the clean gradients in p.grad.
@@ -324,7 +372,8 @@ class Optimizer(Refreshing):
             scaler: the GradScaler that scaled the clean backward; gradients are divided by its
                 scale, ``unscale_`` is not called.
         """
-        return self._passes.perturbed(scaler)
+        self._follow_groups()
+        return self._passes.run_perturbed(scaler)
 
     def minimize(
         self,
@@ -348,24 +397,17 @@ class Optimizer(Refreshing):
         Returns:
             The clean loss (of the first pass), a detached scalar.
         """
-        forwards = as_list(forward)
-        shares = normalised(weights, len(forwards))
+        forwards = as_forwards(forward)
+        parts = normalised_weights(weights, len(forwards))
         check_scaler(scaler)
         if self.refresh_due:
             own = refresh if refresh is not None else (self.refresh_forward or forwards)
             self.refresh(own, weights=weights if own is forwards else None)
         clean: Tensor | None = None
         with torch.enable_grad():
-            for _ in self._passes.run(scaler):
-                losses = []
-                for i, (share, run) in enumerate(zip(shares, forwards, strict=True), 1):
-                    with self.ranks.quiet(i < len(forwards)):  # the last backward sends the sum
-                        loss, _outputs = check_forward(run())
-                        joined = loss if len(forwards) == 1 else share * loss
-                        (joined if scaler is None else scaler.scale(joined)).backward()
-                    losses.append(joined.detach())
-                if clean is None:
-                    clean = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            for _ in self.passes(scaler):
+                loss = self._run_backward(forwards, parts, scaler)
+                clean = loss if clean is None else clean
         if scaler is None:
             if before_step is not None:
                 before_step()
@@ -379,6 +421,85 @@ class Optimizer(Refreshing):
         assert clean is not None
         return clean
 
+    def _run_backward(
+        self, forwards: Sequence[Forward], weights: Sequence[float], scaler: Any
+    ) -> Tensor:
+        """Add up the gradients of the weighted losses in p.grad; return the joined loss."""
+        losses = []
+        for i, (weight, run) in enumerate(zip(weights, forwards, strict=True), 1):
+            # The last backward sends the sum.
+            with self.ranks.no_gradient_sync(i < len(forwards)):
+                loss, _outputs = split_loss_and_outputs(run())
+                joined = loss if len(forwards) == 1 else weight * loss
+                (joined if scaler is None else scaler.scale(joined)).backward()
+            losses.append(joined.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    # -- refreshing ----------------------------------------------------------------------------
+
+    @property
+    def refresh_forward(self) -> Forward | None:
+        """The forward of a refresh if none is given."""
+        return self._refresher.default_forward
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the geometry wants a refresh before the next step."""
+        return self._refresher.due
+
+    def refresh(
+        self,
+        forward: Forward | Sequence[Forward] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport:
+        """Refresh the geometry now, due or not.
+
+        The model is in evaluation mode meanwhile; buffers, random state and p.grad stay untouched.
+
+        Args:
+            forward: as in :meth:`minimize`; default ``refresh_forward``.
+            weights: how much each forward counts.
+
+        Returns:
+            The report, also kept as ``last_report`` and passed to the refresh hooks.
+
+        Raises:
+            RuntimeError: there is no geometry, or a perturbed pass is open.
+            ValueError: there is no forward.
+        """
+        self._follow_groups()
+        self._passes.refuse_if_displaced(
+            "refresh", "refresh before the passes of a step, or after them"
+        )
+        report = self._refresher.refresh(forward, weights)
+        for hook in list(self._refresher.hooks.values()):
+            hook(self, report)
+        return report
+
+    def refresh_if_due(
+        self,
+        forward: Forward | Sequence[Forward] | None = None,
+        *,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport | None:
+        """Refresh the geometry if it is due; return the report or None."""
+        return self.refresh(forward, weights=weights) if self.refresh_due else None
+
+    @property
+    def last_report(self) -> RefreshReport | None:
+        """The report of the last refresh, if there was one."""
+        return self._refresher.last_report
+
+    def register_refresh_hook(self, hook: RefreshHook) -> HookHandle:
+        """Call ``hook(optimizer, report)`` after every refresh.
+
+        Returns:
+            A handle as of torch's own hooks, whose ``remove()`` takes the hook away again; a call
+            of the handle does the same.
+        """
+        return self._refresher.register_hook(hook)
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -391,9 +512,17 @@ class Optimizer(Refreshing):
             RuntimeError: called within a perturbed pass. Nothing of ours is perturbed there, but
                 the model's weights are, and a checkpoint of both would hold theta + eps.
         """
-        self._passes.refuse("state_dict", "make checkpoints after the pass has ended")
-        return state_dict(self)
+        self._passes.refuse_if_displaced("state_dict", "make checkpoints after the pass has ended")
+        self._follow_groups()
+        for pre in self._optimizer_state_dict_pre_hooks.values():
+            pre(self)
+        result = self._checkpoint.save()
+        for post in self._optimizer_state_dict_post_hooks.values():
+            changed = post(self, result)
+            result = result if changed is None else changed
+        return result
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; training goes on bitwise.
 
@@ -401,8 +530,27 @@ class Optimizer(Refreshing):
             ValueError: the state does not fit this geometry or perturbation; nothing is changed.
             RuntimeError: called within a perturbed pass, whose end would bring old weights back.
         """
-        self._passes.refuse("load_state_dict", "load after the pass has ended")
-        load_state_dict(self, state_dict)
+        self._passes.refuse_if_displaced("load_state_dict", "load after the pass has ended")
+        self._follow_groups()
+        given = dict(state_dict)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre(self, given)
+            given = given if changed is None else dict(changed)
+        self._checkpoint.load(given)
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            self._parameters,
+            self._geometry,
+            self._perturbation,
+            self.ranks,
+            self._progress,
+            self._refresher,
+            local_probes=self._passes.local_probes,
+        )
 
 
 def check_parts(base: Any, model: Any, geometry: Any, perturbation: Any) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._perturbations import scaled, squares, total
 from .distributed._sharded import check_sharding
-from .geometry._modules import layers_of, unwrap
+from .geometry.layout import layers_of, unwrap_model
 
-__all__ = ["NamedParameters", "check_options", "rescaled", "widened"]
+__all__ = ["NamedParameters", "check_group_options"]
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
@@ -22,7 +20,7 @@ REFUSED_OPTIONS = {
 }
 
 
-def check_options(groups: Iterable[Mapping[str, Any]]) -> None:
+def check_group_options(groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse options of the base that do not go with two passes or a metric."""
     for group in groups:
         for option, remedy in REFUSED_OPTIONS.items():
@@ -34,20 +32,22 @@ class NamedParameters:
     """Names, layers and groups of the parameters that a base optimizer holds.
 
     Attributes:
+        base: the optimizer.
+        model: the network, as it was given.
         named: {name: parameter}, in model order.
         layers: {name: layer}.
         group_of: {name: index of the parameter group}.
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
-        self._base, self._model = base, model
-        self.read()
+        self.base, self.model = base, model
+        self.read_groups()
 
-    def read(self) -> None:
+    def read_groups(self) -> None:
         """Take over the groups as they are now, or refuse them."""
-        base, inner = self._base, unwrap(self._model)
+        base, inner = self.base, unwrap_model(self.model)
+        check_group_options(base.param_groups)
         groups: dict[int, int] = {}
-        check_options(base.param_groups)
         for index, group in enumerate(base.param_groups):
             for parameter in group["params"]:
                 if isinstance(parameter, nn.UninitializedParameter):
@@ -59,8 +59,18 @@ class NamedParameters:
         self.named: dict[str, nn.Parameter] = {
             name: p for name, p in inner.named_parameters() if id(p) in groups
         }
+        self._refuse_strangers()
+        self._refuse_unsupported()
+        check_sharding(inner, self.named)
+        layers, _ = layers_of(inner)
+        self.layers = {name: layers[name] for name in self.named}
+        self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
+        self._count = self._count_in_groups()
+
+    def _refuse_strangers(self) -> None:
+        """Raise if the base holds a parameter that the model does not have."""
         known = {id(p) for p in self.named.values()}
-        for index, group in enumerate(base.param_groups):
+        for index, group in enumerate(self.base.param_groups):
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     raise ValueError(
@@ -68,31 +78,28 @@ class NamedParameters:
                         "not a parameter of the model; llqr.Optimizer takes names and layers from "
                         "the model, so build the base from model.parameters()"
                     )
+
+    def _refuse_unsupported(self) -> None:
         for name, parameter in self.named.items():
             if parameter.layout != torch.strided or parameter.is_complex():
                 kind = "complex" if parameter.is_complex() else "sparse"
                 raise ValueError(f"base: parameter {name!r} is {kind}, which is not supported")
             if not parameter.is_floating_point():
                 raise ValueError(f"base: parameter {name!r} has dtype {parameter.dtype}")
-        check_sharding(inner, self.named)
-        layers, _ = layers_of(inner)
-        self.layers = {name: layers[name] for name in self.named}
-        self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
-        self._count = self._held()
 
-    def _held(self) -> int:
-        return sum(len(group["params"]) for group in self._base.param_groups)
+    def _count_in_groups(self) -> int:
+        return sum(len(group["params"]) for group in self.base.param_groups)
 
     @property
     def outdated(self) -> bool:
         """Whether the base holds more or fewer parameters than were read."""
-        return self._held() != self._count
+        return self._count_in_groups() != self._count
 
-    def others(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    def parameters_not_held(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
         """Return the parameters of the modules that the base does not hold."""
-        own = {id(p) for p in self.named.values()}
+        held = {id(p) for p in self.named.values()}
         found = (p for module in modules for p in module._parameters.values())
-        return [p for p in found if p is not None and id(p) not in own]
+        return [p for p in found if p is not None and id(p) not in held]
 
     @property
     def device(self) -> torch.device:
@@ -113,13 +120,12 @@ class NamedParameters:
             found[name] = parameter.grad
         return found
 
-
-def widened(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return gradients in at least float32."""
-    return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
-
-
-def rescaled(moved: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``moved`` with the global norm of ``like``."""
-    old, new = (math.sqrt(total(squares(gs, gs))) for gs in (like, moved))
-    return scaled(moved, dict.fromkeys(moved, old / max(new, torch.finfo(torch.float64).tiny)))
+    def require_gradients(self, where: str) -> dict[str, Tensor]:
+        """Return p.grad of all parameters that have one; raise if none has."""
+        gradients = self.gradients()
+        if not gradients:
+            raise RuntimeError(
+                f"no parameter has a gradient after {where}: call backward() in it, on a loss "
+                "that depends on the optimizer's parameters"
+            )
+        return gradients

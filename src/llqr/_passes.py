@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import at
+from ._checks import value_at_step
 from ._module_state import Buffers, RandomState, without_autocast
-from ._parameters import widened
+from ._parameters import NamedParameters
+from ._progress import Progress
+from ._vectors import widen_to_float32
+from .distributed import Ranks
 from .distributed._sharded import local, reshard
-
-if TYPE_CHECKING:
-    from ._optimizer import Optimizer
+from .geometry import Geometry
+from .perturbations import Perturbation, Probe
 
 __all__ = ["Passes", "check_scaler"]
 
 
-class Displaced:
+class PassRecord:
     """What one perturbed pass has to put back, once.
 
     Attributes:
         weights: (parameter, its clean value).
-        gradients: (parameter that is not ours, its p.grad).
-        buffers: those after the clean pass, or None where they may stay.
+        gradients: (parameter that the optimizer does not hold, its p.grad).
+        buffers: those after the clean pass, or None if they may stay.
     """
 
     def __init__(self) -> None:
@@ -35,101 +37,131 @@ class Displaced:
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.buffers: Buffers | None = None
 
-    def end(self) -> None:
-        """Put everything back; a second call does nothing."""
+    def put_back(self) -> bool:
+        """Put everything back, once; tell whether weights had moved."""
         weights, self.weights = self.weights, []
         gradients, self.gradients = self.gradients, []
         buffers, self.buffers = self.buffers, None
         if weights:
+            # From copies: subtracting eps would not give the bits back.
             with torch.no_grad():
                 torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
         for p, gradient in gradients:
             p.grad = gradient
         if buffers is not None:
             buffers.restore()
+        return bool(weights)
 
 
 class Passes:
-    """Run the passes of one step for an optimizer.
+    """Run the passes of one step.
+
+    Args:
+        parameters: of the base optimizer.
+        geometry: the metric of the probe, or None for U = I.
+        perturbation: where to probe, or None for one pass.
+        ranks: the processes that train together.
+        progress: the counters of the training.
+        keep_clean_buffers: whether buffers advance as in the first pass only.
+        replay_rng: whether the second pass gets the random numbers of the first.
+        sync: whether several processes probe with the gradient of all; False: each with its own.
 
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
         observed: whether the perturbation saw the clean gradients of the coming step.
         displaced: whether a perturbed pass is open, so that the weights are theta + eps.
+        clean: the clean gradients of the coming step, if the geometry observes them.
     """
 
-    def __init__(self, optimizer: Optimizer, buffers: str, replay_rng: bool) -> None:
-        self._optimizer = optimizer
-        self._keep_clean = buffers == "clean"
-        self._replay_rng = replay_rng
+    def __init__(
+        self,
+        parameters: NamedParameters,
+        geometry: Geometry | None,
+        perturbation: Perturbation | None,
+        ranks: Ranks,
+        progress: Progress,
+        *,
+        keep_clean_buffers: bool,
+        replay_rng: bool,
+        sync: bool,
+    ) -> None:
+        self._parameters, self._ranks, self._progress = parameters, ranks, progress
+        self._geometry, self._perturbation = geometry, perturbation
+        self._keep_clean_buffers = keep_clean_buffers
+        self._replay_rng, self._sync = replay_rng, sync
         self.probed = self.observed = self.displaced = False
-        self._start: Buffers | None = None
+        self.clean: dict[str, Tensor] | None = None
+        self._start_buffers: Buffers | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
-        self._open = Displaced()
+        self._open = PassRecord()
 
     # -- what is needed ------------------------------------------------------------------------
 
     @property
     def radii(self) -> dict[str, float]:
-        """The radius of each parameter at the coming step; 0 where it is not perturbed."""
-        opt = self._optimizer
-        perturbation, named = opt.perturbation, opt._parameters
-        if perturbation is None or opt._step < perturbation.start:
+        """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
+        perturbation, step = self._perturbation, self._progress.step
+        named, base = self._parameters, self._parameters.base
+        if perturbation is None or step < perturbation.start:
             return dict.fromkeys(named.named, 0.0)
-        groups: list[float] = []
-        taken = "rho" in opt.base.defaults  # Adadelta's own option of that name is no radius
-        for index, group in enumerate(opt.param_groups):
+        radii: list[float] = []
+        taken = "rho" in base.defaults  # Adadelta's own option of that name is no radius
+        for index, group in enumerate(base.param_groups):
             rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
-            rho = at(rho, opt._step)
+            rho = value_at_step(rho, step)
             if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
                 raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
-            groups.append(float(rho))
-        return {name: groups[i] for name, i in named.group_of.items()}
+            radii.append(float(rho))
+        return {name: radii[i] for name, i in named.group_of.items()}
 
     @property
     def needed(self) -> bool:
         """Whether the coming step has a second pass."""
         return any(self.radii.values())
 
+    @property
+    def local_probes(self) -> bool:
+        """Whether each of several processes probes with its own gradient."""
+        return not self._sync and self._ranks.size > 1
+
     # -- the passes ----------------------------------------------------------------------------
 
-    def run(self, scaler: Any) -> Iterator[int]:
+    def run_both(self, scaler: Any) -> Iterator[int]:
         """Yield once for the clean pass and, if needed, once for the perturbed pass."""
         check_scaler(scaler)
         self.close()
-        self.forget()
-        opt, own = self._optimizer, self._open
-        modules = list(opt.model.modules())
-        self._start = Buffers(modules)
-        random = RandomState(opt._parameters.device) if self._replay_rng else None
-        opt.zero_grad()
-        with opt.ranks.quiet(opt.local_probes and self.needed):
+        self.forget_step()
+        record, ranks = self._open, self._ranks
+        modules = list(self._parameters.model.modules())
+        self._start_buffers = Buffers(modules)
+        random = RandomState(self._parameters.device) if self._replay_rng else None
+        self._parameters.base.zero_grad()
+        with ranks.no_gradient_sync(self.local_probes and self.needed):
             yield 0
-        if self._open is not own:
+        if self._open is not record:
             if self.needed:
                 raise RuntimeError(
                     "passes: step() or other passes came between the first pass and the second; "
                     "call step() after the loop over passes()"
                 )
             return
-        clean = self._clean_gradients("the first pass")
+        clean = self._parameters.require_gradients("the first pass")
         if not self.needed:
-            if opt.perturbation is not None:
-                self._observe(clean, scaler)
-            if scaler is not None and not opt.ranks.finite(clean):
-                self.undo()  # the scaler will skip: the step is not ours to restore then
+            self._observe_clean(clean, scaler)
+            if scaler is not None and not ranks.finite(clean):
+                self.undo_step()  # the scaler will skip, and then step() never runs
             return
-        with self._displaced(clean, scaler, modules, start=self._start, random=random):
+        with self._displaced(clean, scaler, modules, start=self._start_buffers, random=random):
             yield 1
 
     @contextmanager
-    def perturbed(self, scaler: Any) -> Iterator[None]:
+    def run_perturbed(self, scaler: Any) -> Iterator[None]:
         """Run the body at theta + eps, from the gradients that are there."""
         check_scaler(scaler)
         self.close()
-        self.forget()
-        clean = self._clean_gradients("the clean backward")
-        modules = list(self._optimizer.model.modules())
+        self.forget_step()
+        clean = self._parameters.require_gradients("the clean backward")
+        modules = list(self._parameters.model.modules())
         with self._displaced(clean, scaler, modules, start=None, random=None):
             yield
 
@@ -142,118 +174,139 @@ class Passes:
         start: Buffers | None,
         random: RandomState | None,
     ) -> Iterator[None]:
-        opt, own = self._optimizer, self._open
-        healthy = opt.ranks.finite(clean)
-        eps = self._displacement(clean, scaler) if healthy else {}
-        if self._keep_clean or start is None:
-            own.buffers = Buffers(modules)
+        """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
+        record, ranks = self._open, self._ranks
+        healthy = ranks.finite(clean)
+        eps = self._find_displacement(clean, scaler) if healthy else {}
+        # The clean gradients are as large as the model: only who combines both keeps them.
+        kept = widen_gradients(clean, scaler) if healthy and self.combines else None
+        del clean
+        if self._keep_clean_buffers or start is None:
+            record.buffers = Buffers(modules)
         else:
             start.restore()
-        opt.zero_grad()
+        self._parameters.base.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.
-        own.gradients = [(p, p.grad) for p in opt._parameters.others(modules)]
+        record.gradients = [(p, p.grad) for p in self._parameters.parameters_not_held(modules)]
         try:
-            for p, _ in own.gradients:
+            for p, _ in record.gradients:
                 p.grad = None
-            self._move(own, eps)
+            self._move_weights(record, eps)
             del eps  # as large as the model
             if random is not None:
                 random.restore()
             self.displaced = True
             yield
         finally:
-            if self._open is own:
+            if self._open is record:
                 self.displaced = False
-            self._end(own)
-        if self._open is not own:
-            return  # step() or other passes came before the end: the rest is no more ours
+            self._put_back(record)
+        if self._open is not record:
+            return  # another step took over; nothing is left to clean up
         self.probed = True
-        second = self._clean_gradients("the second pass")
+        second = self._parameters.require_gradients("the second pass")
         if not healthy:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             for gradient in second.values():
                 gradient.fill_(float("nan"))
+        elif kept is not None:
+            self._combine_gradients(kept, second, scaler)
         # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
-        if start is not None and not (healthy and (scaler is None or opt.ranks.finite(second))):
+        if start is not None and not (healthy and (scaler is None or ranks.finite(second))):
             start.restore()
 
+    # -- the probe -----------------------------------------------------------------------------
+
     @torch.no_grad()
-    def _displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-        opt = self._optimizer
-        perturbation, geometry = opt.perturbation, opt.geometry
+    def _find_displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+        """Return eps = perturbation(g; U, rho), empty if there is none."""
+        perturbation = self._perturbation
+        wide = self._observe_clean(clean, scaler)
         if perturbation is None:
             return {}
-        wide = self._observe(clean, scaler)
-        rho = self.radii
-        chosen = {n: g for n, g in wide.items() if rho[n] > 0}
+        radii = self.radii
+        chosen = {n: g for n, g in wide.items() if radii[n] > 0}
         if not chosen:
             return {}
-        with without_autocast(opt._parameters.device):  # the passes may run within the caller's
-            eps = perturbation.displacement(
-                chosen,
-                opt._parameters.named,
-                rho,
-                dict if geometry is None else geometry.apply,
-                opt._parameters.layers,
-            )
+        metric = dict if self._geometry is None else self._geometry.apply
+        probe = Probe(chosen, self._parameters.named, radii, metric, self._parameters.layers)
+        # The passes may run within the caller's autocast.
+        with without_autocast(self._parameters.device):
+            eps = perturbation.displacement(probe)
         if eps is None:
-            opt.skipped_probes += 1
+            self._progress.skipped_probes += 1
             return {}
-        if not opt.ranks.finite(eps):
+        if not self._ranks.finite(eps):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
-                f"the gradients are; rho = {max(rho.values())}"
+                f"the gradients are; rho = {max(radii.values())}"
             )
         return eps
 
     @torch.no_grad()
-    def _observe(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-        """Show the perturbation the clean gradients, unscaled and in at least float32."""
-        wide = widened(clean)
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        if scale != 1.0:
-            wide = {n: g / scale for n, g in wide.items()}
-        assert self._optimizer.perturbation is not None
-        self._optimizer.perturbation.observe(wide)
+    def _observe_clean(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+        """Show the clean gradients, unscaled and in at least float32, to who learns from them."""
+        if self._perturbation is None and not self.geometry_observes:
+            return {}
+        wide = widen_gradients(clean, scaler)
+        if self._perturbation is not None:
+            self._perturbation.observe(wide)
+        if self.geometry_observes:  # copies: clipping changes p.grad in place
+            self.clean = {n: g.clone() if g is clean[n] else g for n, g in wide.items()}
         self.observed = True
         return wide
 
-    def _clean_gradients(self, where: str) -> dict[str, Tensor]:
-        gradients = self._optimizer._parameters.gradients()
-        if not gradients:
-            raise RuntimeError(
-                f"no parameter has a gradient after {where}: call backward() in it, on a loss "
-                "that depends on the optimizer's parameters"
-            )
-        return gradients
+    @property
+    def geometry_observes(self) -> bool:
+        """Whether the geometry learns from the gradients of steps."""
+        geometry = self._geometry
+        return geometry is not None and type(geometry).observe is not Geometry.observe
+
+    @property
+    def combines(self) -> bool:
+        """Whether the perturbation makes the step's gradient from those of both passes."""
+        perturbation = self._perturbation
+        if perturbation is None:
+            return False
+        return type(perturbation).combine is not Perturbation.combine
+
+    @torch.no_grad()
+    def _combine_gradients(
+        self, clean: dict[str, Tensor], second: dict[str, Tensor], scaler: Any
+    ) -> None:
+        """Put the combination of both passes' gradients into p.grad, scaled as it was."""
+        assert self._perturbation is not None
+        with without_autocast(self._parameters.device):
+            chosen = self._perturbation.combine(clean, widen_gradients(second, scaler))
+        scale = loss_scale(scaler)
+        for name, gradient in second.items():
+            gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)
 
     # -- weights and buffers -------------------------------------------------------------------
 
     @torch.no_grad()
-    def _move(self, own: Displaced, eps: dict[str, Tensor]) -> None:
-        """Add eps to the weights, keeping copies: subtraction would not give the bits back."""
-        named = self._optimizer._parameters.named
+    def _move_weights(self, record: PassRecord, eps: dict[str, Tensor]) -> None:
+        """Add eps to the weights, keeping copies."""
+        named = self._parameters.named
         if not eps:
             return
         moving: list[Tensor] = [named[n] for n in eps]
-        own.weights = [(p, p.detach().clone()) for p in moving]
+        record.weights = [(p, p.detach().clone()) for p in moving]
         steps: list[Tensor] = [e.to(named[n].dtype) for n, e in eps.items()]
         torch._foreach_add_(moving, steps)
-        reshard(self._optimizer.model)
+        reshard(self._parameters.model)
 
-    def _end(self, own: Displaced) -> None:
-        moved = bool(own.weights)
-        own.end()
-        if moved:
-            reshard(self._optimizer.model)
+    def _put_back(self, record: PassRecord) -> None:
+        if record.put_back():
+            reshard(self._parameters.model)
 
     def close(self) -> None:
         """End the passes so far, bringing the weights back if one was left open."""
         self.displaced = False
-        self._end(self._open)
-        self._open = Displaced()
+        self._put_back(self._open)
+        self._open = PassRecord()
 
-    def refuse(self, what: str, remedy: str) -> None:
+    def refuse_if_displaced(self, what: str, remedy: str) -> None:
         """Raise while the weights are at theta + eps; the pass stays open."""
         if self.displaced:
             raise RuntimeError(
@@ -261,18 +314,29 @@ class Passes:
                 f"{remedy}"
             )
 
-    def undo(self) -> bool:
+    def undo_step(self) -> bool:
         """Put the buffers back to the start of the skipped step; tell whether that was known."""
-        known = self._start is not None
-        if self._start is not None:
-            self._start.restore()
-        self.forget()
+        known = self._start_buffers is not None
+        if self._start_buffers is not None:
+            self._start_buffers.restore()
+        self.forget_step()
         return known
 
-    def forget(self) -> None:
+    def forget_step(self) -> None:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed = self.observed = False
-        self._start = None
+        self._start_buffers = self.clean = None
+
+
+def loss_scale(scaler: Any) -> float:
+    """Return the factor that a GradScaler puts on the loss."""
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def widen_gradients(gradients: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+    """Return gradients in at least float32, without the scale of the loss."""
+    wide, scale = widen_to_float32(gradients), loss_scale(scaler)
+    return wide if scale == 1.0 else {n: g / scale for n, g in wide.items()}
 
 
 def check_scaler(scaler: Any) -> None:

@@ -1,3 +1,3 @@
-"""Several processes: what they agree on, and how U is shared out among them."""
+"""Several processes: what they agree on, and how U is sharded among them."""
 
 from ._ranks import Ranks as Ranks

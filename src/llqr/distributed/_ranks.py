@@ -164,20 +164,17 @@ class Ranks:
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """Raise in every process when the body raises in one, so that none waits for the others."""
-        error: Exception | None = None
         try:
             yield
-        except Exception as raised:
-            error = raised
-        good = self.all(error is None)
-        if error is not None:
-            raise error
-        if not good:
+        except Exception:
+            self.all(False)
+            raise
+        if not self.all(True):
             raise RuntimeError(f"{what} failed in another process; its own error says why")
 
     # -- the DistributedDataParallel wrapper ---------------------------------------------------
 
-    def quiet(self, skip: bool = True) -> AbstractContextManager[None]:
+    def no_gradient_sync(self, skip: bool = True) -> AbstractContextManager[None]:
         """Keep the gradients of the body's backwards in this process (``no_sync`` of torch)."""
         if self._wrapper is None or not skip:
             return nullcontext()

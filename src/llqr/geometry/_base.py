@@ -1,29 +1,29 @@
-"""The slot that a metric fills: the public base class, and a fixed metric."""
+"""The slot that a metric fills: the public base class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .._vectors import Tensors
 from ..distributed import Ranks
-from ._modules import unwrap
+from .layout import unwrap_model
 from ._report import RefreshReport
 
-__all__ = ["FixedGeometry", "Geometry"]
-
-Gradients = Mapping[str, Tensor]
+__all__ = ["Geometry"]
 
 
 class Geometry:
     r"""A metric for the optimizer: how a gradient becomes :math:`U g` (base class).
 
     A subclass needs :meth:`apply`; it must be linear and symmetric positive definite in the
-    gradients. A metric that learns also has :meth:`due` and :meth:`refresh`, and keeps what it
-    learned in :meth:`state` (tensors per parameter) and :meth:`counters` (numbers), so that
-    checkpoints hold it.
+    gradients. A metric that learns from forwards also has :meth:`due` and :meth:`refresh`; one that
+    learns from the gradients of each step has :meth:`observe`. What it learned is in :meth:`state`
+    (tensors per parameter) and :meth:`counters` (numbers), so that checkpoints hold it. A metric
+    whose blocks are those of a structure (diagonal, kfac, ...) starts from
+    :class:`llqr.StructuredGeometry`, which does all but the learning.
 
     Example:
         >>> import torch, llqr
@@ -36,13 +36,13 @@ class Geometry:
         >>> _ = optimizer.minimize(lambda: model(torch.ones(1, 2)).sum())
     """
 
-    #: The processes that train together (set by the optimizer), and whether each needs the others
-    #: to apply U, which then must be applied to the same gradient in all.
+    #: The processes that train together (set by the optimizer).
     ranks: Ranks
-    shared = False
+    #: Whether each process holds a shard of U, so that all must apply it together, to the same g.
+    sharded: bool = False
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
-        """Meet the model and the parameters to precondition (called by the optimizer).
+        """Attach to a model and the parameters to precondition (called by the optimizer).
 
         Args:
             model: the network; wrappers such as DistributedDataParallel are looked through.
@@ -51,15 +51,18 @@ class Geometry:
         Bound again with more parameters, a geometry keeps what it knows of the old ones.
         """
         if parameters is None:
-            named = unwrap(model).named_parameters()
+            named = unwrap_model(model).named_parameters()
             parameters = {name: p for name, p in named if p.requires_grad}
         self.model = model
         self.ranks = getattr(self, "ranks", None) or Ranks(model)
         self.parameters = dict(parameters)
 
-    def apply(self, gradients: Gradients) -> dict[str, Tensor]:
+    def apply(self, gradients: Tensors) -> dict[str, Tensor]:
         """Return U g as {name: tensor} for the names given; absent gradients count as zero."""
         raise NotImplementedError
+
+    def observe(self, gradients: Tensors) -> None:
+        """See the clean gradients of a step that counted, unscaled, in float32 or float64."""
 
     def due(self, step: int) -> bool:
         """Tell whether a refresh is due before optimizer step ``step``."""
@@ -83,6 +86,25 @@ class Geometry:
         """Return the number of stored scalars."""
         return sum(v.numel() for entry in self.state().values() for v in entry.values())
 
+    def memory(self) -> dict[str, int]:
+        """Return bytes in this process; "preconditioner" is what U takes."""
+        entries = (v for entry in self.state().values() for v in entry.values())
+        return {"preconditioner": sum(v.numel() * v.element_size() for v in entries)}
+
+    def summary(self) -> str:
+        """Return a table of the parameters and how many scalars U stores for each."""
+        self._require_bound()
+        state = self.state()
+        rows = [("parameter", "shape", "stored")]
+        for name, parameter in self.parameters.items():
+            stored = sum(v.numel() for v in state.get(name, {}).values())
+            rows.append((name, shape_text(parameter), f"{stored:,}"))
+        return format_table(rows, self._total_line())
+
+    def _total_line(self) -> str:
+        total = sum(p.numel() for p in self.parameters.values())
+        return f"{total:,} parameters, {self.numel():,} scalars in U"
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the learned tensors as {parameter name: {key: tensor}}."""
         return {}
@@ -97,7 +119,7 @@ class Geometry:
     def load_counters(self, counters: Mapping[str, int]) -> None:
         """Take over numbers that :meth:`counters` returned."""
 
-    def _check(self, gradients: Gradients) -> None:
+    def _check_gradients(self, gradients: Tensors) -> None:
         """Refuse gradients that are not those of the parameters."""
         self._require_bound()
         for name, g in gradients.items():
@@ -117,123 +139,18 @@ class Geometry:
     def _require_bound(self) -> None:
         if not hasattr(self, "parameters"):
             raise RuntimeError(
-                f"{type(self).__name__} knows no parameters yet; hand it to llqr.Optimizer, or "
+                f"{type(self).__name__} is not bound to a model; pass it to llqr.Optimizer, or "
                 "call .bind(model)"
             )
 
 
-class FixedGeometry(Geometry):
-    """Precondition with a matrix that never changes.
-
-    Args:
-        U: an (n, n) tensor on all parameters, flattened and concatenated in model order; or
-            {parameter name: tensor}, each a number (0-dim), a tensor of the parameter's shape
-            (elementwise), or a (numel, numel) matrix. Parameters not named keep U = I. All must
-            be symmetric positive definite.
-
-    Raises:
-        ValueError: a name the model does not have, a shape that fits nothing, a matrix that is
-            not symmetric positive definite.
-
-    Example:
-        >>> import torch, llqr
-        >>> model = torch.nn.Linear(1, 2, bias=False)
-        >>> geometry = llqr.FixedGeometry(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
-        >>> geometry.bind(model)
-        >>> geometry.apply({"weight": torch.ones(2, 1)})["weight"].flatten().tolist()
-        [2.0, 0.5]
-    """
-
-    def __init__(self, U: Tensor | Mapping[str, Tensor]) -> None:
-        self.U = U
-        matrices = [("U", U)] if isinstance(U, Tensor) else [(f"U[{n!r}]", u) for n, u in U.items()]
-        for label, matrix in matrices:
-            if not isinstance(matrix, Tensor) or matrix.is_complex():
-                raise TypeError(f"{label}: expected a real tensor, got {matrix!r}")
-            if not bool(torch.isfinite(matrix).all()):
-                raise ValueError(f"{label}: has entries that are not finite")
-
-    def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
-        """Check U against the parameters."""
-        super().bind(model, parameters)
-        if self.ranks.sharded:
-            raise ValueError("geometry: FixedGeometry has no form for parameters of fully_shard")
-        if isinstance(self.U, Tensor):
-            n = sum(p.numel() for p in self.parameters.values())
-            if tuple(self.U.shape) != (n, n):
-                raise ValueError(
-                    f"U: expected shape ({n}, {n}) for {n} parameter entries, "
-                    f"got {tuple(self.U.shape)}"
-                )
-            _check_positive("U", self.U)
-            return
-        for name, u in self.U.items():
-            if name not in self.parameters:
-                raise ValueError(
-                    f"U: the optimizer has no parameter {name!r}; it has {list(self.parameters)}"
-                )
-            parameter = self.parameters[name]
-            n = parameter.numel()
-            if u.dim() != 0 and u.shape != parameter.shape and tuple(u.shape) != (n, n):
-                raise ValueError(
-                    f"U[{name!r}]: expected a number, shape {tuple(parameter.shape)} or "
-                    f"({n}, {n}), got {tuple(u.shape)}"
-                )
-            if self._elementwise(name):
-                if not bool((u > 0).all()):
-                    raise ValueError(f"U[{name!r}]: expected positive entries")
-            else:
-                _check_positive(f"U[{name!r}]", u)
-
-    def _elementwise(self, name: str) -> bool:
-        assert not isinstance(self.U, Tensor)
-        return self.U[name].dim() == 0 or self.U[name].shape == self.parameters[name].shape
-
-    def apply(self, gradients: Gradients) -> dict[str, Tensor]:
-        """Return U g."""
-        self._check(gradients)
-        if isinstance(self.U, Tensor):
-            like = next(iter(gradients.values()), None)
-            if like is None:
-                return {}
-            flat = torch.cat(
-                [
-                    gradients[n].reshape(-1) if n in gradients else like.new_zeros(p.numel())
-                    for n, p in self.parameters.items()
-                ]
-            )
-            sizes = [p.numel() for p in self.parameters.values()]
-            parts = torch.split(torch.mv(self.U.to(flat), flat), sizes)
-            whole = dict(zip(self.parameters, parts, strict=True))
-            return {n: whole[n].view_as(g) for n, g in gradients.items()}
-        return {n: self._apply_one(n, g) for n, g in gradients.items()}
-
-    def _apply_one(self, name: str, g: Tensor) -> Tensor:
-        assert not isinstance(self.U, Tensor)
-        if name not in self.U:
-            return g.clone()
-        u = self.U[name].to(g)
-        return u * g if self._elementwise(name) else (u @ g.reshape(-1)).view_as(g)
-
-    def spectrum(self) -> dict[str, tuple[float, float]]:
-        """Return the extreme eigenvalues, of all parameters ("") or of each named one."""
-        self._require_bound()
-        if isinstance(self.U, Tensor):
-            values = torch.linalg.eigvalsh(self.U)
-            return {"": (float(values[0]), float(values[-1]))}
-        result = {}
-        for name, u in self.U.items():
-            values = u if self._elementwise(name) else torch.linalg.eigvalsh(u)
-            result[name] = (float(values.min()), float(values.max()))
-        return result
-
-    def numel(self) -> int:
-        """Return the number of entries of U."""
-        return sum(u.numel() for u in ([self.U] if isinstance(self.U, Tensor) else self.U.values()))
+def shape_text(parameter: Tensor) -> str:
+    """Return a shape as people write it: "64x3x3"."""
+    return "x".join(map(str, parameter.shape)) or "scalar"
 
 
-def _check_positive(label: str, matrix: Tensor) -> None:
-    if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=1e-8):
-        raise ValueError(f"{label}: expected a symmetric matrix")
-    if int(torch.linalg.cholesky_ex(matrix).info) != 0:
-        raise ValueError(f"{label}: expected a positive definite matrix")
+def format_table(rows: Sequence[Sequence[str]], last_line: str) -> str:
+    """Return rows in aligned columns, and a line below them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*(line.rstrip() for line in lines), last_line])

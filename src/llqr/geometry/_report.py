@@ -1,19 +1,20 @@
-"""What a refresh of the geometry reports."""
+"""What a refresh of the geometry reports, and the count of refreshes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
-__all__ = ["RefreshError", "RefreshReport"]
+__all__ = ["RefreshError", "RefreshHistory", "RefreshReport"]
 
 
 class RefreshError(RuntimeError):
     """Too many refreshes in a row were refused."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshReport:
-    """The numbers of one refresh.
+    """The numbers of one refresh; what a geometry does not have is None, and is not printed.
 
     Attributes:
         step: the optimizer step before which it ran.
@@ -29,27 +30,93 @@ class RefreshReport:
         eigenvalue_max: largest eigenvalue of U (an estimate).
         products: curvature products computed.
         seconds: wall-clock time.
+
+    Example:
+        >>> import llqr
+        >>> print(llqr.RefreshReport(step=3, accepted=True, change=0.25, seconds=0.5))
+        refresh at step 3 accepted: |Ug-g|/|g| 0.25, 0.50 s
     """
 
     step: int
     accepted: bool
-    reason: str | None
-    J_before: float
-    J_after: float
-    gradient_norm: float
-    ratio: float
-    change: float
-    cosine: float
-    eigenvalue_min: float
-    eigenvalue_max: float
-    products: int
-    seconds: float
+    reason: str | None = None
+    J_before: float | None = None
+    J_after: float | None = None
+    gradient_norm: float | None = None
+    ratio: float | None = None
+    change: float | None = None
+    cosine: float | None = None
+    eigenvalue_min: float | None = None
+    eigenvalue_max: float | None = None
+    products: int | None = None
+    seconds: float | None = None
 
     def __str__(self) -> str:
         verdict = "accepted" if self.accepted else f"refused ({self.reason})"
-        return (
-            f"refresh at step {self.step} {verdict}: J {self.J_before:.4g} -> {self.J_after:.4g}, "
-            f"|Ug|/|g| {self.ratio:.3g}, |Ug-g|/|g| {self.change:.3g}, cos {self.cosine:.3g}, "
-            f"eigenvalues {self.eigenvalue_min:.3g} .. {self.eigenvalue_max:.3g}, "
-            f"{self.products} products, {self.seconds:.2f} s"
-        )
+        numbers = ", ".join(self._list_numbers())
+        return f"refresh at step {self.step} {verdict}" + (f": {numbers}" if numbers else "")
+
+    def _list_numbers(self) -> list[str]:
+        shown = [
+            (self.J_before, f"J {_short(self.J_before, 4)} -> {_short(self.J_after, 4)}"),
+            (self.ratio, f"|Ug|/|g| {_short(self.ratio)}"),
+            (self.change, f"|Ug-g|/|g| {_short(self.change)}"),
+            (self.cosine, f"cos {_short(self.cosine)}"),
+            (
+                self.eigenvalue_min,
+                f"eigenvalues {_short(self.eigenvalue_min)} .. {_short(self.eigenvalue_max)}",
+            ),
+            (self.products, f"{self.products} products"),
+            (self.seconds, f"{self.seconds or 0.0:.2f} s"),
+        ]
+        return [text for value, text in shown if value is not None]
+
+
+def _short(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+@dataclass
+class RefreshHistory:
+    """How the refreshes of a geometry went.
+
+    Attributes:
+        refreshes: how many ran.
+        refused: how many of them were refused.
+        failures: how many refusals in a row there are now, of those that a setting can help.
+        last: the optimizer step of the last one; -1: none yet.
+    """
+
+    refreshes: int = 0
+    refused: int = 0
+    failures: int = 0
+    last: int = -1
+
+    @property
+    def accepted(self) -> int:
+        """How many were accepted."""
+        return self.refreshes - self.refused
+
+    def record(self, report: RefreshReport, *, is_failure: bool = True) -> None:
+        """Count a refresh.
+
+        Args:
+            report: of the refresh.
+            is_failure: whether its refusal, if it was refused, is one that a setting can help.
+        """
+        self.last = report.step
+        self.refreshes += 1
+        if report.accepted:
+            self.failures = 0
+        else:
+            self.refused += 1
+            self.failures += is_failure
+
+    def counters(self) -> dict[str, int]:
+        """Return the numbers, to checkpoint."""
+        return asdict(self)
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Take over what :meth:`counters` returned."""
+        self.refreshes, self.refused = counters["refreshes"], counters["refused"]
+        self.failures, self.last = counters["failures"], counters["last"]

@@ -10,7 +10,7 @@ import torch
 from .._module_state import RandomState
 from .._optimizer import Optimizer
 
-__all__ = ["MicroBatches", "unwrapped"]
+__all__ = ["MicroBatches", "find_optimizer"]
 
 
 class _Seen(NamedTuple):
@@ -63,7 +63,7 @@ class MicroBatches:
                 now.restore()
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
+def find_optimizer(optimizer: Any) -> Optimizer:
     """Return the llqr.Optimizer inside a framework's wrapper."""
     inner = optimizer
     while hasattr(inner, "optimizer"):

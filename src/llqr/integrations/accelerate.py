@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..curvature._term import check_forward
-from ._micro_batches import MicroBatches, unwrapped
+from ..curvature import split_loss_and_outputs
+from ._micro_batches import MicroBatches, find_optimizer
 
 __all__ = ["TwoPasses"]
 
@@ -34,7 +34,7 @@ class TwoPasses:
 
     def __init__(self, accelerator: Any, optimizer: Any) -> None:
         """Take both as they were prepared."""
-        self._accelerator, self._optimizer = accelerator, unwrapped(optimizer)
+        self._accelerator, self._optimizer = accelerator, find_optimizer(optimizer)
         self._micro_batches = MicroBatches()
 
     def backward(self, forward: Callable[[], Any]) -> Tensor:
@@ -48,7 +48,7 @@ class TwoPasses:
         """
 
         def run() -> Tensor:
-            loss, _outputs = check_forward(forward())
+            loss, _outputs = split_loss_and_outputs(forward())
             self._accelerator.backward(loss)
             return loss.detach()
 

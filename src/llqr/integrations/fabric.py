@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._micro_batches import unwrapped
+from ._micro_batches import find_optimizer
 
 __all__ = ["passes"]
 
@@ -22,4 +22,4 @@ def passes(fabric: Any, optimizer: Any) -> Iterator[int]:
         optimizer: a llqr.Optimizer that ``fabric.setup`` returned.
     """
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-    return unwrapped(optimizer).passes(scaler)
+    return find_optimizer(optimizer).passes(scaler)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _optimizer
-from ._micro_batches import MicroBatches, unwrapped
+from ._micro_batches import MicroBatches, find_optimizer
 
 __all__ = ["Optimizer", "TwoPasses"]
 
@@ -43,7 +43,7 @@ class Optimizer(_optimizer.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._advance()
+        self._update_parameters()
         return loss
 
 
@@ -75,7 +75,7 @@ class TwoPasses(Module):  # type: ignore[misc]
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Remember the batch, until its step is done."""
         if self.automatic_optimization:
-            optimizer = unwrapped(self.optimizers())
+            optimizer = find_optimizer(self.optimizers())
             self._micro_batches.record(
                 optimizer,
                 lambda: self._backward(batch, batch_idx, optimizer),
@@ -87,7 +87,7 @@ class TwoPasses(Module):  # type: ignore[misc]
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
         """Run the second pass after the clean one, before unscaling, clipping and the update."""
-        ours = unwrapped(optimizer)
+        ours = find_optimizer(optimizer)
         if not isinstance(ours, Optimizer):
             raise TypeError(
                 "configure_optimizers: TwoPasses needs llqr.integrations.lightning.Optimizer, "

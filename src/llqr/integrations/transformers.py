@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ._micro_batches import MicroBatches, unwrapped
+from ._micro_batches import MicroBatches, find_optimizer
 
 __all__ = ["TwoPasses"]
 
@@ -37,7 +37,7 @@ class TwoPasses(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch and, at the last one of a step, all of them again at theta + eps."""
-        optimizer, clean = unwrapped(self.optimizer), super().training_step
+        optimizer, clean = find_optimizer(self.optimizer), super().training_step
 
         def backward() -> Tensor:
             loss: Tensor = clean(model, inputs, num_items_in_batch)

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._rows import Rows, bordered, dots
+from ..._vectors import dots
+from ._rows import Rows, append_border
 
-__all__ = ["RecycledProduct", "negligible"]
+__all__ = ["RecycledProduct", "longest_negligible"]
 
 TINY = torch.finfo(torch.float64).tiny
 
 
-def negligible(tolerance: float, a: Tensor, gram: Tensor, largest: float) -> float:
+def longest_negligible(tolerance: float, a: Tensor, gram: Tensor, largest: float) -> float:
     """Return how long the part of a direction outside a basis may be, to be left out.
 
     Its image is at most ``largest`` times as long, and is what the residual sum_j a_j F_j lacks.
@@ -77,62 +78,62 @@ class RecycledProduct:
         The result is the caller's to change, and lasts until the next call.
         """
         known = self._known.zero_()
-        whole, c = self._dot(d, d), self._coefficients(d)
-        self._w.subtract(-c, known)
-        length, *host = self._read(whole, c)
+        whole, c = self._dot(d, d), self._coefficients_in_basis(d)
+        self._w.subtract_combination(-c, known)
+        length, *host = self._read_from_device(whole, c)
         if not math.isfinite(length):  # nothing to be divided by, nor remembered
             return known.copy_(self._product(d))
         # From the coefficients alone first: most directions lie in the span by far.
         # What the vectors' rounding may hide in that difference counts as outside.
         outside = max(length - sum(x * x for x in host), 0.0) + 4 * self._eps * length
-        if self._q.count and math.sqrt(outside) <= self._allowed(host):
+        if self._q.count and math.sqrt(outside) <= self._allowed_outside(host):
             return known
         r = self._rest.copy_(d)
-        self._q.subtract(c, r)
+        self._q.subtract_combination(c, r)
         # A second pass before a product is spent: in float32 one leaves the residual visibly
         # oblique to the basis, and what rounding left of the basis must not pass for something new.
-        again = self._coefficients(r)
-        self._q.subtract(again, r)
-        self._w.subtract(-again, known)
-        outside, *host = self._read(self._dot(r, r), c + again)
+        again = self._coefficients_in_basis(r)
+        self._q.subtract_combination(again, r)
+        self._w.subtract_combination(-again, known)
+        outside, *host = self._read_from_device(self._dot(r, r), c + again)
         rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(length)
-        if rest <= rounding or (self._q.count and rest <= self._allowed(host)):
+        if rest <= rounding or (self._q.count and rest <= self._allowed_outside(host)):
             return known
         r.div_(rest)
         image = self._product(r)
-        self._take(r, image)
+        self._append_direction(r, image)
         return known.add_(image, alpha=rest)
 
-    def _coefficients(self, v: Tensor) -> Tensor:
+    def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
         if not self._q.count:
             return v.new_zeros(0, dtype=torch.float64)
-        return self._q.each(lambda q: self._dot(q, v))
+        return self._q.map_matrices(lambda q: self._dot(q, v))
 
-    def _allowed(self, c: Sequence[float]) -> float:
+    def _allowed_outside(self, c: Sequence[float]) -> float:
         """Return how long the part of d outside the span may be.
 
         From numbers that all ranks read alike, so that all take the same branch.
         """
         a = self._gram.new_tensor([1.0, *c])
-        return negligible(self._tolerance, a, self._gram, self._largest)
+        return longest_negligible(self._tolerance, a, self._gram, self._largest)
 
-    def _take(self, q: Tensor, image: Tensor) -> None:
+    def _append_direction(self, q: Tensor, image: Tensor) -> None:
         """Remember a direction with its image, while there is room."""
         self._newest = self._dot(image, image)[None]
         if self._q.full:
             return
-        known = [self._w.each(lambda w: self._dot(w, image))] if self._w.count else []
+        known = [self._w.map_matrices(lambda w: self._dot(w, image))] if self._w.count else []
         self._newest = torch.cat([self._dot(self._gradient, image)[None], *known, self._newest])
-        self._q.append().copy_(q)
-        self._w.append().copy_(image)
+        self._q.append_row().copy_(q)
+        self._w.append_row().copy_(image)
 
-    def _read(self, first: Tensor, others: Tensor) -> list[float]:
+    def _read_from_device(self, first: Tensor, others: Tensor) -> list[float]:
         """Return numbers of the device, and take in the newest inner products with them."""
         new = len(self._newest)
         values = torch.cat([self._newest, first[None], others]).cpu()
         if new > len(self._gram):
-            self._gram = bordered(self._gram, values[:new])
+            self._gram = append_border(self._gram, values[:new])
         if new and self._q.count:
             self._largest = max(self._largest, math.sqrt(float(values[new - 1])))
         self._newest = self._newest[:0]

@@ -1,4 +1,4 @@
-"""A torch optimizer whose parameter groups and state are those of another."""
+"""A torch optimizer whose parameter groups and state are those of the one it wraps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["SharedOptimizer"]
+__all__ = ["OptimizerWrapper"]
 
 
-class SharedOptimizer(torch.optim.Optimizer):
-    """Share the parameter groups, state and defaults of a base optimizer (base class).
+class OptimizerWrapper(torch.optim.Optimizer):
+    """Wrap a base optimizer: its parameter groups, state and defaults are also ours (base class).
 
     The objects are the base's own, looked up anew each time, since ``load_state_dict`` of the base
     replaces them. Hooks are kept here.

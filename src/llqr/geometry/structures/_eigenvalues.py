@@ -7,7 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["clip_eigenvalues", "eigh", "extreme_eigenvalues", "operator_extremes", "polar"]
+__all__ = [
+    "clip_eigenvalues",
+    "decompose_symmetric",
+    "extremes_of_matrices",
+    "extremes_of_operator",
+    "nearest_orthogonal",
+]
 
 EXACT_BELOW = 64
 
@@ -26,7 +32,7 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
     bad = below | above
     if not bool(bad.any()):
         return matrices
-    values, vectors = eigh(matrices[bad])
+    values, vectors = decompose_symmetric(matrices[bad])
     margin = min(8 * n * torch.finfo(matrices.dtype).eps * high, 0.25 * (high - low))
     values = values.clamp(low + margin, high - margin)
     clipped = (vectors * values[:, None, :]) @ vectors.mT
@@ -35,7 +41,7 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
     return result
 
 
-def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices.
 
     In float32 LAPACK gives up on many repeated eigenvalues, such as the zeros of X X' where X is
@@ -48,13 +54,13 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def polar(matrices: Tensor) -> Tensor:
+def nearest_orthogonal(matrices: Tensor) -> Tensor:
     """Return the nearest orthogonal matrix to each of (b, n, n) matrices."""
     u, _, vh = torch.linalg.svd(matrices)
     return torch.matmul(u, vh)
 
 
-def extreme_eigenvalues(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+def extremes_of_matrices(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """Return the smallest and largest eigenvalue of the symmetric part of (b, n, n) matrices.
 
     Args:
@@ -67,31 +73,36 @@ def extreme_eigenvalues(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
         values = torch.linalg.eigvalsh(matrices)
         return values[:, 0], values[:, -1]
     # Symmetric, so the vector may stand on the left: a batch of GEMVs takes five times as long.
-    return _lanczos(lambda v: torch.bmm(v[:, None, :], matrices)[:, 0], matrices[:, 0, :])
+    return _estimate_by_lanczos(lambda v: torch.bmm(v[:, None, :], matrices)[:, 0], matrices[:, 0, :])
 
 
-def operator_extremes(
+def extremes_of_operator(
     apply: Callable[[Tensor], Tensor], like: Tensor, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the extreme eigenvalues of symmetric operators on (b, m, n) matrices.
+    """Return the extreme eigenvalues of symmetric operators on (b, ...) batches.
 
     Args:
         apply: the operators, on a batch shaped like ``like``.
-        like: gives shape, dtype and device.
-        exact: form the operators as matrices (mn <= 2048); otherwise a Lanczos estimate.
+        like: gives shape, dtype and device; n entries per operator.
+        exact: form the operators as matrices (n <= 2048); otherwise a Lanczos estimate.
     """
-    b, m, n = like.shape
-    if m * n <= EXACT_BELOW or (exact and m * n <= 2048):
+    flat = like.reshape(len(like), -1)
+    n = flat.shape[1]
+
+    def apply_flat(v: Tensor) -> Tensor:
+        return apply(v.view(like.shape)).reshape(flat.shape)
+
+    if n <= EXACT_BELOW or (exact and n <= 2048):
         columns = []
-        for i in range(m * n):
-            unit = torch.zeros_like(like).view(b, -1)
+        for i in range(n):
+            unit = torch.zeros_like(flat)
             unit[:, i] = 1
-            columns.append(apply(unit.view(b, m, n)).reshape(b, -1))
-        return extreme_eigenvalues(torch.stack(columns, -1), exact=True)
-    return _lanczos(lambda v: apply(v.view(b, m, n)).reshape(b, -1), like.reshape(b, -1))
+            columns.append(apply_flat(unit))
+        return extremes_of_matrices(torch.stack(columns, -1), exact=True)
+    return _estimate_by_lanczos(apply_flat, flat)
 
 
-def _lanczos(
+def _estimate_by_lanczos(
     apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 24
 ) -> tuple[Tensor, Tensor]:
     """Estimate extreme eigenvalues by Lanczos with full reorthogonalisation (batched)."""

@@ -5,15 +5,15 @@ a combination of few vectors: with the directions d = -U g written in an orthono
 
     r = g + C d + damping d = sum_j a_j F_j,    F_0 = g,  F_i = (C + damping) q_i.
 
-So every iterate is s_0 + sum_j x[l, j] pullback(g, F_j)[l], one coefficient a leaf l and vector j
-(one a leaf, because each leaf is clipped by its own factor). With the symmetric map
+So every iterate is s_0 + sum_j x[l, j] pullback(g, F_j)[l], one coefficient per block l and vector j
+(per block, because the gradient of each block is clipped by its own factor). With the symmetric map
 
-    K f = U[pullback(g, f)] g,    <pullback(g, f), pullback(g, h)> = <f, K h>    (leaf by leaf),
+    K f = U[pullback(g, f)] g,    <pullback(g, f), pullback(g, h)> = <f, K h>    (block by block),
 
 all that the momentum loop decides by are inner products of F_j, K F_j and q_i: it runs on
 coefficients in float64 on the host. A product is computed when the part of d outside the basis
-matters (see :class:`llqr.curvature._recycling.RecycledProduct`), and only then are there
-operations on whole vectors.
+matters (see :class:`RecycledProduct`), and only then are there operations on
+whole vectors.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..curvature._recycling import negligible
-from ..curvature._rows import Rows, bordered
-from ._blocks import States
-from ._solver import Objective, SolverOptions
+from ..._vectors import quadratic_value
+from ..structures import States
+from ._objective import Objective
+from ._recycled_product import longest_negligible
+from ._rows import Rows, append_border
+from ._solvers import InnerSolver, SolverOptions
 
-__all__ = ["REDUCIBLE", "solve_reduced"]
+__all__ = ["solve_on_coefficients"]
 
-#: Solvers whose steps are linear in the (clipped) gradients.
-REDUCIBLE = ("momentum", "sgd")
 F64: Any = {"dtype": torch.float64}
+#: u and (C + damping) u.
+ControlAndImage = tuple[Tensor, Tensor]
 
 
-Known = tuple[Tensor, Tensor]
-
-
-def solve_reduced(
+def solve_on_coefficients(
     objective: Objective,
     states: States,
+    solver: InnerSolver,
     options: SolverOptions,
     tolerance: float,
     capacity: int,
-    known: Known | None = None,
+    known: ControlAndImage | None = None,
 ) -> tuple[States, Tensor]:
-    """Do what :func:`solve` does, for linear structures, to a relative error in the residuals.
+    """Do what :func:`solve_literally` does, for linear structures, within a tolerance.
 
     Args:
         objective: J; its product is the real one.
         states: where the solve starts; not changed.
-        options: with a solver of ``REDUCIBLE``.
+        solver: one with ``heavy_ball``.
+        options: how to solve.
         tolerance: error allowed in a residual, relative to its norm, as far as the largest image
             of a direction so far tells. In float32 no residual is told from zero that is below
             32 eps / tolerance of C d.
@@ -62,25 +63,25 @@ def solve_reduced(
         known: a control u with (C + damping) u, which is a first direction that costs nothing.
 
     Returns:
-        The new states and J at the old ones (at ``known``, where that is given).
+        The new states and J at the old ones (at ``known``, if that is given).
     """
     momentum, left, first = None, options.steps, None
     while left or first is None:
-        stage = _Stage(objective, states, momentum, options, tolerance, capacity)
+        stage = _Stage(objective, states, momentum, solver, options, tolerance, capacity)
         if known is not None:
-            stage.take(*known)
+            stage.append_known(*known)
             known = None
-        left = stage.run(left)
-        momentum = stage.momentum() if left else None
+        left = stage.make_steps(left)
+        momentum = stage.momentum_vector() if left else None
         first = stage.first if first is None else first
-        states = stage.states()
+        states = stage.final_states()
     return states, first
 
 
 class _Stage:
     """The solve while one basis lasts.
 
-    Host matrices, first dimension the leaf where there is one: ``GV`` = <F, K F>, the pullbacks'
+    Host matrices, first dimension the block if there is one: ``GV`` = <F, K F>, the pullbacks'
     inner products; ``YY`` = <K F, K F>; ``QY`` = <q, K F>; ``FF`` = <F, F>; ``qd`` = <q, d_0>.
     ``exact`` are the coefficients at which d was last split, with ``rest`` outside the basis.
     """
@@ -90,95 +91,97 @@ class _Stage:
         objective: Objective,
         states: States,
         momentum: Tensor | None,
+        solver: InnerSolver,
         options: SolverOptions,
         tolerance: float,
         capacity: int,
     ) -> None:
         self.objective, self.blocks, self.start = objective, objective.blocks, states
-        self.layout = self.blocks.layout
+        self.space = self.blocks.space
         self.options, self.tolerance = options, tolerance
+        self.inner_momentum = solver.momentum_of(options)
         self.first: Tensor | None = None
-        g = self.blocks.turn(states, objective.gradient)
-        self.d0 = self.blocks.act(states, g).neg_()
+        g = self.blocks.rotate(states, objective.gradient)
+        self.d0 = self.blocks.act_rotated(states, g).neg_()
         self.F, self.Q = Rows(g, capacity + 2), Rows(g, capacity)
         self.work = torch.empty_like(g)
         self.largest = self.rest = 0.0
         self.eps = torch.finfo(g.dtype).eps
-        n = self.layout.leaves
+        n = self.space.block_count
         self.GV, self.YY = (torch.zeros(n, 0, 0, **F64) for _ in range(2))
         self.QY, self.FF = torch.zeros(n, 0, 0, **F64), torch.zeros(0, 0, **F64)
         self.qd = torch.zeros(0, **F64)
         self.x = self.m = torch.zeros(n, 0, **F64)
-        self.F.append().copy_(g)
+        self.F.append_row().copy_(g)
         self.g = self.F.matrices()[0][0]
-        self._measure()
+        self._extend_matrices()
         if momentum is not None:  # a vector of its own, which no residual contains
-            self.F.append().copy_(momentum)
-            self._measure()
+            self.F.append_row().copy_(momentum)
+            self._extend_matrices()
             self.m[:, -1] = 1
         self.exact = self.x  # the coefficients when d was last inside the basis
 
-    def run(self, steps: int) -> int:
+    def make_steps(self, steps: int) -> int:
         """Make up to ``steps`` inner steps; return how many are left when the basis is full."""
-        mu = self.options.momentum if self.options.solver == "momentum" else 0.0
+        mu = self.inner_momentum
         for done in range(steps):
             c = self.qd - torch.einsum("lij,lj->i", self.QY, self.x)
-            allowed = self._allowed(c)
-            if self._bound() > allowed:
-                length = self._leave_basis()
+            allowed = self._allowed_outside(c)
+            if self._bound_outside() > allowed:
+                length = self._write_part_outside()
                 if length > allowed:
                     if self.Q.full:
                         return steps - done
-                    self._product(length)
+                    self._append_product(length)
                     c = pad(c, (0, 1), value=length)
-            self.m = mu * self.m + self._clipped(self._residual(c))
+            self.m = mu * self.m + self._clip_per_block(self._residual_on_images(c))
             self.x = self.x + self.options.lr * self.m
         return 0
 
-    def take(self, u: Tensor, image: Tensor) -> None:
+    def append_known(self, u: Tensor, image: Tensor) -> None:
         """Begin with a direction whose image under C + damping is known."""
-        self.first = self.layout.dot(u, torch.add(self.objective.gradient, image, alpha=0.5))
-        length = self.layout.dot(u, u).sqrt().clamp(min=torch.finfo(u.dtype).tiny)
-        q, f = self.Q.append(), self.F.append()
-        torch.div(self.blocks.turn(self.start, u), length, out=q)
-        torch.div(self.blocks.turn(self.start, image), length, out=f)
-        self._measure(q)
+        self.first = quadratic_value(u, self.objective.gradient, image, self.space.dot)
+        length = self.space.dot(u, u).sqrt().clamp(min=torch.finfo(u.dtype).tiny)
+        q, f = self.Q.append_row(), self.F.append_row()
+        torch.div(self.blocks.rotate(self.start, u), length, out=q)
+        torch.div(self.blocks.rotate(self.start, image), length, out=f)
+        self._extend_matrices(q)
         self.exact, self.rest = self.x, math.inf  # how far d_0 lies from it is not known yet
 
-    def states(self) -> States:
+    def final_states(self) -> States:
         """Return the states that the coefficients stand for, and let go of the vectors."""
-        change = self.blocks.pull(self.g, self._combination(self.x))
+        change = self.blocks.pull_rotated(self.g, self._combine_images(self.x))
         del self.F, self.Q, self.g, self.d0
         return [
             {**state, **{k: state[k] + v for k, v in entries.items()}}
             for state, entries in zip(self.start, change, strict=True)
         ]
 
-    def momentum(self) -> Tensor:
+    def momentum_vector(self) -> Tensor:
         """Return the vector that the momentum is the pullback of."""
-        return self._combination(self.m).clone()
+        return self._combine_images(self.m).clone()
 
-    def _residual(self, c: Tensor) -> Tensor:
+    def _residual_on_images(self, c: Tensor) -> Tensor:
         """Return the coefficients of g + (C + damping) d on F, for d = Q c."""
         a = torch.zeros(len(self.FF), **F64)
         a[0] = 1
         a[len(a) - len(c) :] = c
         return a
 
-    def _clipped(self, a: Tensor) -> Tensor:
-        """Return each leaf's coefficients after its gradient was clipped to norm ``clip``."""
+    def _clip_per_block(self, a: Tensor) -> Tensor:
+        """Return each block's coefficients after its gradient was clipped to norm ``clip``."""
         if self.options.clip is None:
             return a.expand_as(self.x)
         norms = torch.einsum("i,lij,j->l", a, self.GV, a).clamp(min=0).sqrt()
         return (self.options.clip / norms.clamp(min=self.options.clip))[:, None] * a
 
-    def _allowed(self, c: Tensor) -> float:
+    def _allowed_outside(self, c: Tensor) -> float:
         """Return how long the part of d outside the basis may be (all of d needs a product)."""
         if not self.Q.count:
             return -1.0
-        return negligible(self.tolerance, self._residual(c), self.FF, self.largest)
+        return longest_negligible(self.tolerance, self._residual_on_images(c), self.FF, self.largest)
 
-    def _bound(self) -> float:
+    def _bound_outside(self) -> float:
         """Return a bound, from the coefficients alone, on the part of d outside the basis."""
         dx = self.x - self.exact
         whole = float(torch.einsum("li,lij,lj->", dx, self.YY, dx))
@@ -189,58 +192,58 @@ class _Stage:
         hidden = self.eps / 4 * float(sizes.sum(1).square().sum())
         return self.rest + math.sqrt(max(whole - inside, 0.0) + hidden)
 
-    def _leave_basis(self) -> float:
+    def _write_part_outside(self) -> float:
         """Write the part of d outside the basis into the work vector; return its length."""
-        d = self._combination(self.x)
-        self.blocks.tangent(self.g, d, d)
+        d = self._combine_images(self.x)
+        self.blocks.kernel_product(self.g, d, d)
         torch.sub(self.d0, d, out=d)
         # What d is computed from, and so what its rounding is a part of.
-        whole = torch.maximum(self.layout.dot(d, d), self.layout.dot(self.d0, self.d0))
+        whole = torch.maximum(self.space.dot(d, d), self.space.dot(self.d0, self.d0))
         # A second pass: in float32 one leaves the rest visibly oblique to the basis.
         for _ in range(2 if self.Q.count else 0):
-            self.Q.subtract(self.Q.each(lambda q: self.layout.dot(q, d)), d)
-        norm, length = torch.stack([whole, self.layout.dot(d, d)]).sqrt().tolist()
+            self.Q.subtract_combination(self.Q.map_matrices(lambda q: self.space.dot(q, d)), d)
+        norm, length = torch.stack([whole, self.space.dot(d, d)]).sqrt().tolist()
         self.exact = self.x
         # What is left by rounding has no direction.
         self.rest = length if length > 32 * self.eps * norm or not self.Q.count else 0.0
         return self.rest
 
-    def _product(self, length: float) -> None:
-        """Take the part of d outside the basis (in the work vector) into the basis."""
-        q = self.Q.append()
+    def _append_product(self, length: float) -> None:
+        """Extend the basis by the part of d outside it, which is in the work vector."""
+        q = self.Q.append_row()
         torch.div(self.work, length or 1.0, out=q)
-        image = self.objective.product(self.blocks.turn_back(self.start, q))
-        f = self.F.append()
-        torch.add(self.blocks.turn(self.start, image), q, alpha=self.objective.damping, out=f)
+        image = self.objective.product(self.blocks.rotate_back(self.start, q))
+        f = self.F.append_row()
+        torch.add(self.blocks.rotate(self.start, image), q, alpha=self.objective.damping, out=f)
         if self.first is None:
-            # The sum before the inner product, as in the literal loop: the two terms of J cancel.
-            half = torch.add(self.g, f, alpha=0.5 * length, out=self.work)
-            self.first = self.layout.dot(self.d0, half)
-        self._measure(q)
+            # d_0 = length q, so its image is length F.
+            image = torch.mul(f, length, out=self.work)
+            self.first = quadratic_value(self.d0, self.g, image, self.space.dot)
+        self._extend_matrices(q)
         self.exact, self.rest = self.x, 0.0
 
-    def _measure(self, q: Tensor | None = None) -> None:
+    def _extend_matrices(self, q: Tensor | None = None) -> None:
         """Extend the host matrices by the newest F, and by q; one read from the device."""
         F, Q, y = self.F, self.Q, self.work
-        gram, dot, tangent = self.layout.gram, self.layout.dot, self.blocks.tangent
+        gram, dot, kernel_product = self.space.dots_per_block, self.space.dot, self.blocks.kernel_product
         f = F.matrices()[-1][-1]
-        new = {"FF": F.each(lambda rows: dot(rows, f))}
-        tangent(self.g, f, y)
-        new["GV"] = F.each(lambda rows: gram(rows, y))
+        new = {"FF": F.map_matrices(lambda rows: dot(rows, f))}
+        kernel_product(self.g, f, y)
+        new["GV"] = F.map_matrices(lambda rows: gram(rows, y))
         if Q.count:
-            new["QY"] = Q.each(lambda rows: gram(rows, y))
-        tangent(self.g, y, y)
-        new["YY"] = F.each(lambda rows: gram(rows, y))
+            new["QY"] = Q.map_matrices(lambda rows: gram(rows, y))
+        kernel_product(self.g, y, y)
+        new["YY"] = F.map_matrices(lambda rows: gram(rows, y))
         if q is not None:
-            tangent(self.g, q, y)
-            new["Yq"] = F.each(lambda rows: gram(rows, y))
+            kernel_product(self.g, q, y)
+            new["Yq"] = F.map_matrices(lambda rows: gram(rows, y))
             new["qd"] = dot(q, self.d0)[None]
-        host = _read(new)
-        self.FF = bordered(self.FF, host["FF"])
-        self.GV = bordered(self.GV, host["GV"])
-        self.YY = bordered(self.YY, host["YY"])
-        leaves, rows, columns = self.QY.shape
-        larger = self.QY.new_zeros(leaves, rows + int(q is not None), columns + 1)
+        host = _read_from_device(new)
+        self.FF = append_border(self.FF, host["FF"])
+        self.GV = append_border(self.GV, host["GV"])
+        self.YY = append_border(self.YY, host["YY"])
+        blocks, rows, columns = self.QY.shape
+        larger = self.QY.new_zeros(blocks, rows + int(q is not None), columns + 1)
         larger[:, :rows, :columns] = self.QY  # pad() of torch 2.9 refuses what has no rows
         self.QY = larger
         if Q.count:
@@ -251,18 +254,18 @@ class _Stage:
             self.qd = torch.cat([self.qd, host["qd"]])
             self.largest = max(self.largest, math.sqrt(float(self.FF[-1, -1])))
 
-    def _combination(self, coefficients: Tensor) -> Tensor:
-        """Return the combination of F with coefficients of each leaf, in the work vector."""
+    def _combine_images(self, coefficients: Tensor) -> Tensor:
+        """Return the combination of F with coefficients of each block, in the work vector."""
         c = coefficients.to(self.work)
         self.work.zero_()
         start = 0
         for rows in self.F.matrices():
-            self.layout.combine(c[:, start : start + len(rows)], rows, self.work)
+            self.space.add_combination(c[:, start : start + len(rows)], rows, self.work)
             start += len(rows)
         return self.work
 
 
-def _read(values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_from_device(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors in float64 on the host, with one transfer."""
     flat = torch.cat([v.reshape(-1) for v in values.values()]).to("cpu", torch.float64)
     parts = torch.split(flat, [v.numel() for v in values.values()])

@@ -1,4 +1,4 @@
-"""What a model's modules say of its parameters: layers, and the matrix that each is."""
+"""What the modules of a model say about its parameters: layers, and the matrix that each is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-__all__ = ["layers_of", "matrix_shape", "unwrap"]
+__all__ = ["layers_of", "matrix_shape", "unwrap_model"]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module inside DistributedDataParallel and torch.compile wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
@@ -35,11 +35,11 @@ def layers_of(model: nn.Module) -> tuple[dict[str, str], set[str]]:
     transposed: set[str] = set()
     seen: set[int] = set()
     for layer, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
+        for last, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{layer}.{leaf}" if layer else leaf
+            name = f"{layer}.{last}" if layer else last
             layers[name] = layer
             if isinstance(module, nn.modules.conv._ConvTransposeNd) and parameter.dim() > 2:
                 transposed.add(name)

@@ -1,0 +1,180 @@
+"""Inner products, norms and scaling of tensors and flat vectors: the ground floor of the library.
+
+Lists of tensors are {name: tensor}; flat vectors are 1-D tensors. Sums run over millions of terms,
+so how they are added up is decided here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .distributed._sharded import local, summed
+
+__all__ = [
+    "Tensors",
+    "inner_products",
+    "scale_tensors",
+    "dots",
+    "dots_of_runs",
+    "quadratic_value",
+    "rescale_to_norm",
+    "sum_as_double",
+    "widen_to_float32",
+]
+
+Tensors = Mapping[str, Tensor]
+
+#: Entries up to which float64 costs nothing.
+SHORT = 1 << 14
+#: Below it, products of single entries may have left the range of float32.
+TINY = 1e-20
+#: The longest sum that is left to one matrix product.
+PIECE = 2**8
+#: Numbers that are copied to float64 rather than summed in their own precision.
+COPIED = 2**16
+
+
+def quadratic_value(
+    u: Tensor, g: Tensor, image: Tensor, dot: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    r"""Return the quadratic model of the loss at a step, from the image of the step.
+
+    .. math:: J = g^\top u + \tfrac12 u^\top C u
+
+    Equation (9) of the paper with the states :math:`\delta x` eliminated; damping is part of C.
+
+    Args:
+        u: the step.
+        g: the gradient.
+        image: C u.
+        dot: the inner product of two vectors.
+    """
+    # The sum comes before the inner product: near the minimum the two terms of J cancel.
+    return dot(u, torch.add(g, image, alpha=0.5))
+
+
+# -- lists of tensors ----------------------------------------------------------------------------
+
+
+def scale_tensors(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return each tensor times its factor."""
+    if not tensors:
+        return {}
+    moved = torch._foreach_mul(list(tensors.values()), [factors[n] for n in tensors])
+    return dict(zip(tensors, moved, strict=True))
+
+
+def rescale_to_norm(moved: Tensors, like: Tensors) -> dict[str, Tensor]:
+    """Return ``moved`` with the global norm of ``like``."""
+    old, new = (math.sqrt(sum_as_double(inner_products(gs, gs))) for gs in (like, moved))
+    factor = old / max(new, torch.finfo(torch.float64).tiny)
+    return scale_tensors(moved, dict.fromkeys(moved, factor))
+
+
+def widen_to_float32(gradients: Tensors) -> dict[str, Tensor]:
+    """Return gradients in at least float32."""
+    return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
+
+
+def inner_products(a: Tensors, b: Tensors) -> dict[str, float]:
+    """Return the inner product of each pair of tensors (of sharded ones, over all processes).
+
+    Long ones are taken in float32, since torch's pairwise sums keep seven digits; short ones, and
+    those that leave the range of float32, are taken in float64.
+    """
+    pairs = {n: (local(a[n]), local(b[n])) for n in b}
+    if not pairs:
+        return {}
+    short = {n: pair for n, pair in pairs.items() if pair[0].numel() <= SHORT}
+    found = dict(zip(short, _dots_in_double(list(short.values())), strict=True))
+    for n, (x, y) in pairs.items():
+        if n not in found:
+            found[n] = (x * y if x.dtype.itemsize >= 4 else x.float() * y.float()).sum()
+    products = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+    for n, p in products.items():
+        if n not in short and not TINY < abs(p) < math.inf:
+            products[n] = float(_dots_in_double([pairs[n]])[0])
+    return summed({n: products[n] for n in b}, like=b)
+
+
+def sum_as_double(numbers: Mapping[str, float]) -> float:
+    """Return the sum of numbers, as torch adds them up in float64."""
+    return float(torch.tensor(list(numbers.values()), dtype=torch.float64).sum())
+
+
+def _dots_in_double(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return inner products in float64, with one conversion for all."""
+    if not pairs:
+        return []
+    xs, ys = ([x.reshape(-1) for x in side] for side in zip(*pairs, strict=True))
+    sizes = [x.numel() for x in xs]
+    left = _split_doubles(xs, sizes)
+    right = left if all(y is x for x, y in pairs) else _split_doubles(ys, sizes)
+    return [torch.dot(x, y) for x, y in zip(left, right, strict=True)]
+
+
+def _split_doubles(flat: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    joined = torch.cat(flat)
+    wide = joined if joined.device.type == "mps" else joined.double()  # MPS has no float64
+    return list(torch.split_with_sizes(wide, sizes))
+
+
+# -- flat vectors --------------------------------------------------------------------------------
+
+
+def dots(rows: Tensor, v: Tensor) -> Tensor:
+    """Return the inner products of a vector, or of the rows of a matrix, with a vector, in float64.
+
+    Summed in runs of ``PIECE`` terms: of 5 million terms of one sign in float32, torch's dot and
+    GEMV on a CPU get three or four digits right, and a basis orthogonalised by those falls apart
+    within ten vectors. In runs it is nine digits, in the same time.
+
+    Args:
+        rows: (P,) or (k, P).
+        v: (P,).
+
+    Returns:
+        A scalar or (k,), in float64.
+    """
+    matrix, whole = rows if rows.dim() == 2 else rows[None], len(v) - len(v) % PIECE
+    total = torch.mv(matrix[:, whole:].double(), v[whole:].double())
+    if whole:
+        total += dots_of_runs(matrix[:, :whole], v[:whole], PIECE).sum(0)
+    return total if rows.dim() == 2 else total[0]
+
+
+def dots_of_runs(rows: Tensor, v: Tensor, length: int) -> Tensor:
+    """Return the part that each run of ``length`` entries has in the rows' inner products with v.
+
+    Args:
+        rows: (k, P), with P a multiple of ``length``.
+        v: (P,).
+        length: of a run.
+
+    Returns:
+        (P / length, k), in float64.
+    """
+    many, piece = len(v) // length, _run_divisor(length)
+    if piece is None:
+        pairs = zip(torch.split(rows, length, 1), torch.split(v, length), strict=True)
+        return torch.stack([dots(a, b) for a, b in pairs])
+    if piece < length:
+        return dots_of_runs(rows, v, piece).view(many, length // piece, len(rows)).sum(1)
+    if rows.numel() <= COPIED:
+        rows, v = rows.double(), v.double()
+    # The vector as a row: with it as a column, a batch of GEMVs takes five times as long.
+    columns = rows.view(len(rows), many, length).permute(1, 2, 0)  # (many, length, k)
+    return torch.bmm(v.view(many, 1, length), columns)[:, 0].double()
+
+
+@cache
+def _run_divisor(length: int) -> int | None:
+    """Return the longest divisor of a length that is at most PIECE and not very short."""
+    if length <= PIECE:
+        return length
+    return next((d for d in range(PIECE, PIECE // 16, -1) if length % d == 0), None)

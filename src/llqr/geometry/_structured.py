@@ -1,0 +1,440 @@
+"""StructuredGeometry: all that a metric of structured blocks needs but the learning."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import Schedule, check_choice, check_flags, check_integer
+from .._vectors import Tensors
+from ..distributed._sharded import whole_parameters
+from ._base import Geometry, format_table, shape_text
+from ._report import RefreshError, RefreshHistory, RefreshReport
+from ._schedules import EVERY
+from .layout import Layout, layers_of, unwrap_model
+from .structures import BlockDiagonal, States, Structure, StructureOf, find_structure
+from .structures._table import check_structure
+
+__all__ = ["Application", "Learned", "MetricSettings", "StructuredGeometry"]
+
+log = logging.getLogger("llqr")
+Application = Literal["full", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSettings:
+    """What every metric of structured blocks is told: when to refresh, how to cut and apply U.
+
+    Attributes:
+        every: optimizer steps between refreshes; a number or a function of the step.
+        start: first optimizer step before which a refresh is due.
+        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        block_size: sides of matrices wider than this are cut into blocks; None: whole.
+        shard: with several processes, each keeps and applies its shard of U.
+        application: "full", or "bfloat16" for structures that apply faster in it.
+    """
+
+    every: Schedule = 500
+    start: int = 0
+    max_failures: int = 3
+    block_size: int | None = 512
+    shard: bool = False
+    application: Application = "full"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the argument and the value."""
+        EVERY.check(self.every)
+        check_integer("start", self.start, low=0)
+        check_integer("max_failures", self.max_failures, low=0)
+        if self.block_size is not None:
+            check_integer("block_size", self.block_size, low=1)
+        check_flags(shard=self.shard)
+        check_choice("application", self.application, Application)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the learning of one refresh came to.
+
+    Attributes:
+        states: the new states, or None if the old ones stay.
+        reason: why the old ones stay.
+        gradient: the flat gradient g that the report tells of U by, if there is one.
+        numbers: further fields of :class:`llqr.RefreshReport`, such as ``products``.
+        is_failure: whether a refusal is one that a setting can help, and so counts towards
+            ``max_failures``.
+    """
+
+    states: States | None
+    reason: str | None = None
+    gradient: Tensor | None = None
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    is_failure: bool = True
+
+
+class StructuredGeometry(Geometry):
+    """Precondition with a block-diagonal U whose blocks have a structure (base class).
+
+    A subclass says how U is learned, in :meth:`learn`; layout, blocks, application, spectrum,
+    memory, summary, sharding, moves between devices and dtypes, state, load checks, reports and the
+    count of refreshes are here.
+
+    Args:
+        structure: a structure's name or class, or a function (name, parameter) -> name or class.
+        settings: when to refresh, how to cut and apply U.
+
+    Attributes:
+        layout: parameters to flat vectors and back (after :meth:`bind`).
+        blocks: U, one :class:`llqr.geometry.structures.Structure` per group of equal blocks, in
+            ``blocks.parts``.
+        states: the state of each part, in the same order; only :meth:`learn` changes U.
+        history: how many refreshes ran and were refused.
+
+    Raises:
+        ValueError: an unknown structure; a structure that is not what it says (see
+            :func:`llqr.geometry.structures.verify_structure`).
+
+    Example:
+        Scale each layer's gradient to length one, learned at the first step:
+
+        >>> import torch, llqr
+        >>> class UnitLayers(llqr.StructuredGeometry):
+        ...     def __init__(self):
+        ...         super().__init__("scalar")
+        ...     def learn(self, forwards, parameters, *, step, weights):
+        ...         loss = forwards[0]()
+        ...         g = torch.autograd.grad(loss, parameters)
+        ...         flat = self.layout.pack(dict(zip(self.parameters, g)))
+        ...         states = [
+        ...             {"U": torch.stack([1 / part.norm() for part in flat.split(group.lengths)])}
+        ...             for group in self.layout.groups
+        ...         ]
+        ...         return llqr.geometry.Learned(states, gradient=flat)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> geometry = UnitLayers()
+        >>> optimizer = llqr.Optimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.1), model, geometry=geometry
+        ... )
+        >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
+        >>> round(optimizer.last_report.ratio * optimizer.last_report.gradient_norm, 6)
+        1.0
+    """
+
+    layout: Layout
+    blocks: BlockDiagonal
+    states: States
+
+    def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
+        check_structure(structure)
+        self.structure = structure
+        self.settings = MetricSettings() if settings is None else settings
+        self.history = RefreshHistory()
+        self._warned: set[str] = set()
+        self._lowered: tuple[States, States] = [], []
+
+    # -- what a subclass says ------------------------------------------------------------------
+
+    def learn(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        parameters: list[Tensor],
+        *,
+        step: int,
+        weights: Sequence[float] | None,
+    ) -> Learned:
+        """Return the states to use from now on.
+
+        Args:
+            forwards: functions that return the loss or (loss, outputs), on refresh minibatches.
+            parameters: what the forwards depend on, whole, in the order of ``self.parameters``.
+            step: the optimizer step.
+            weights: how much each forward counts; None: equally.
+        """
+        raise RuntimeError(f"{type(self).__name__} has nothing to refresh")
+
+    def find_kind(self, name: str, parameter: Tensor) -> type[Structure]:
+        """Return the structure of a parameter; a subclass may choose a variant of it."""
+        return find_structure(self.structure, name, parameter)
+
+    def advise_on_failures(self, step: int) -> str:
+        """Return what a user can do when refreshes are refused again and again."""
+        return "A larger refresh batch helps; max_failures sets how many are tolerated"
+
+    # -- binding -------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """Lay out the parameters in blocks; new ones start at the identity."""
+        known = self.state() if hasattr(self, "states") else {}
+        if known and unwrap_model(model) is not unwrap_model(self.model):
+            raise ValueError(
+                f"geometry: this {type(self).__name__} holds what it learned of another model; "
+                "make a new one for this model"
+            )
+        super().bind(model, parameters)
+        devices = {p.device for p in self.parameters.values()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"model: {type(self).__name__} needs all parameters on one device, got "
+                f"{sorted(map(str, devices))}"
+            )
+        self.sharded = self.ranks.sharded or (self.settings.shard and self.ranks.size > 1)
+        layers, transposed = layers_of(unwrap_model(model))
+        lay_out = partial(
+            Layout,
+            self.parameters,
+            layers,
+            self.find_kind,
+            self.settings.block_size,
+            transposed,
+        )
+        self.layout = lay_out(ranks=self.ranks) if self.sharded else lay_out()
+        self.blocks = BlockDiagonal(self.layout)
+        # What is stored if nothing is sharded, without memory for it.
+        self._whole_blocks = BlockDiagonal(lay_out()) if self.sharded else self.blocks
+        self.states = self.blocks.identity(next(iter(devices), torch.device("cpu")))
+        if known:
+            self._keep_known(known)
+
+    def _keep_known(self, known: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the blocks that are still there; say which are lost."""
+        self.blocks.load(self.states, known, optional=self.parameters)
+        meta = self._whole_blocks.identity(torch.device("meta"))
+        wrong = self._whole_blocks.load(meta, known, optional=self.parameters)
+        lost = [text for text in wrong if text.partition(": ")[0] in self.parameters]
+        if lost:
+            warnings.warn(
+                "geometry: a parameter joined a layer that has one block, so what was learned "
+                f"there is dropped and starts anew at the identity ({lost[0]})",
+                stacklevel=5,
+            )
+
+    def _move_to_device_of(self, tensor: Tensor) -> None:
+        """Take U where the parameters were moved since: to another device or to double."""
+        if self.layout.dtypes != {name: p.dtype for name, p in self.parameters.items()}:
+            self.bind(self.model, self.parameters)
+        device = tensor.device
+        if any(v.device != device for s in self.states for v in s.values()):
+            self.states = [{k: v.to(device) for k, v in s.items()} for s in self.states]
+
+    # -- applying U ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply(self, gradients: Tensors) -> dict[str, Tensor]:
+        """Return U g as {name: tensor}, each in its gradient's dtype.
+
+        Raises:
+            KeyError: a name that is no parameter's.
+            ValueError: another shape than the parameter's, or no floating-point dtype.
+        """
+        self._check_gradients(gradients)
+        if gradients:
+            self._move_to_device_of(next(iter(gradients.values())))
+        if self.sharded:
+            moved = self.blocks.apply(self._applied_states(), self.layout.pack(gradients))
+            result = self.layout.unpack_like(moved, gradients)
+        else:
+            result = self.blocks.apply_to_tensors(self._applied_states(), gradients)
+        dtypes = {n: g.dtype for n, g in gradients.items()}
+        return {n: x if x.dtype == dtypes[n] else x.to(dtypes[n]) for n, x in result.items()}
+
+    def _applied_states(self) -> States:
+        """Return the states that a step applies: U, or what stands for it in low precision."""
+        if self.settings.application == "full":
+            return self.states
+        of, lowered = self._lowered
+        if of is not self.states:  # new ones come in a new list
+            lowered = self.blocks.lower_precision(self.states)
+            self._lowered = self.states, lowered
+        return lowered
+
+    # -- refreshing ----------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        """Tell whether ``every`` steps have passed since the last refresh (first at start)."""
+        if step < self.settings.start:
+            return False
+        last = self.history.last
+        return last < 0 or step - last >= EVERY.value_at(self.settings.every, step)
+
+    def refresh(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        *,
+        step: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> RefreshReport:
+        """Learn U anew on the forwards' minibatch; keep the new U or refuse it.
+
+        Args:
+            forwards: functions that return (loss, outputs), or the loss alone if the geometry
+                needs no outputs.
+            step: the optimizer step, for schedules and the report.
+            weights: how much each forward counts; equal by default.
+
+        Returns:
+            The report; a refused refresh leaves U as it was and warns once.
+
+        Raises:
+            RefreshError: more than ``max_failures`` refreshes in a row were refused.
+        """
+        self._require_bound()
+        began = time.perf_counter()
+        self.ranks.check_replicas(self.parameters)
+        # Whole until the end: a product may run the forwards again.
+        with whole_parameters(self.model, self.parameters) as whole:
+            for parameter in whole.values():
+                self._move_to_device_of(parameter)
+                break
+            learned = self.learn(forwards, list(whole.values()), step=step, weights=weights)
+        with torch.no_grad():
+            if learned.states is not None:
+                self.states = learned.states
+            numbers = self._measure_action(learned.gradient)
+        seconds = time.perf_counter() - began
+        report = RefreshReport(
+            **{
+                "step": step,
+                "accepted": learned.reason is None,
+                "reason": learned.reason,
+                "seconds": seconds,
+                **numbers,
+                **learned.numbers,
+            }
+        )
+        self._record_outcome(report, learned.is_failure)
+        return report
+
+    def _measure_action(self, g: Tensor | None) -> dict[str, float]:
+        """Return what the report tells of U: its action on g, and its eigenvalues."""
+        spectrum = self.blocks.extreme_eigenvalues(self.states, exact=False).values()
+        numbers = {
+            "eigenvalue_min": min((low for low, _ in spectrum), default=1.0),
+            "eigenvalue_max": max((high for _, high in spectrum), default=1.0),
+        }
+        if g is None:
+            return numbers
+        dot = self.layout.space.dot
+        ug = self.blocks.apply(self.states, g)
+        norm, length, change = (float(dot(v, v).sqrt()) for v in (g, ug, ug - g))
+        return {
+            **numbers,
+            "gradient_norm": norm,
+            "ratio": _quotient(length, norm),
+            "change": _quotient(change, norm),
+            "cosine": _quotient(float(dot(g, ug)), norm * length),
+        }
+
+    def _record_outcome(self, report: RefreshReport, is_failure: bool) -> None:
+        """Count the refresh, and say what the user should know of it."""
+        self.history.record(report, is_failure=is_failure)
+        log.info("%s", report)
+        if report.accepted:
+            if report.eigenvalue_min is not None and report.eigenvalue_min < 0:
+                self._warn_once(
+                    "U has a negative eigenvalue: g'Ug can be negative, and then the probe is "
+                    "skipped; constraint='positive' keeps U positive definite"
+                )
+            return
+        failures = self.history.failures
+        if failures > self.settings.max_failures:
+            raise RefreshError(
+                f"{failures} refreshes in a row were refused, the last one because "
+                f"{report.reason} ({report}). U is unchanged. "
+                f"{self.advise_on_failures(report.step)}"
+            )
+        self._warn_once(
+            f"a refresh was refused because {report.reason}; U is kept as it was (see "
+            "optimizer.last_report; later refusals are only counted)"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        key = message[:32]
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=5)
+
+    # -- what U is -----------------------------------------------------------------------------
+
+    def spectrum(self) -> dict[str, tuple[float, float]]:
+        """Return the smallest and largest eigenvalue of U for each layer (decomposed)."""
+        self._require_bound()
+        return self.blocks.extreme_eigenvalues(self.states, exact=True)
+
+    def numel(self) -> int:
+        """Return the number of stored scalars of U (of all processes)."""
+        self._require_bound()
+        template = self._state_template()
+        return sum(v.numel() for entries in template.values() for v in entries.values())
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes in this process; "preconditioner" is what U takes."""
+        self._require_bound()
+        tensors = [v for s in self.states for v in s.values()]
+        return {"preconditioner": sum(v.numel() * v.element_size() for v in tensors)}
+
+    def summary(self) -> str:
+        """Return a table: which parameter has which structure, blocks and stored scalars."""
+        self._require_bound()
+        stored = self._state_template()
+        rows = [("parameter", "shape", "structure", "blocks", "stored")]
+        for name, parameter in self.parameters.items():
+            scalars = sum(v.numel() for v in stored[name].values())
+            blocks = len(self._whole_blocks.layout.slices_of(name))
+            structure = self.layout.block_kinds[name].name
+            rows.append((name, shape_text(parameter), structure, str(blocks), f"{scalars:,}"))
+        return format_table(rows, self._total_line())
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, int]:
+        """Return how many refreshes ran, were refused (in all, in a row), and when the last was."""
+        return self.history.counters()
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Take over what :meth:`counters` returned."""
+        self.history.load_counters(counters)
+
+    def _state_template(self) -> dict[str, dict[str, Tensor]]:
+        """Return what :meth:`state` returns, without memory."""
+        return self._whole_blocks.export(self._whole_blocks.identity(torch.device("meta")))
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return U per parameter: elementwise "U" in its shape, blocks as "A.0", "B.0", ...
+
+        It is whole in every process; if U is sharded, all must call this together.
+        """
+        self._require_bound()
+        if self.sharded:
+            return self.blocks.export_all_shards(self.states, self._state_template())
+        return self.blocks.export(self.states)
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what :meth:`state` returned; raise if anything is missing or does not fit.
+
+        torch.distributed.checkpoint drops the state of parameters that do not require a gradient;
+        their blocks may be missing and stay as they are.
+        """
+        self._require_bound()
+        states = [{k: v.clone() for k, v in s.items()} for s in self.states]
+        frozen = {n for n, p in self.parameters.items() if not p.requires_grad}
+        meta = self._whole_blocks.identity(torch.device("meta"))
+        wrong = self._whole_blocks.load(meta, state, optional=frozen)
+        if wrong:
+            raise ValueError(
+                f"state: does not fit this geometry ({self.structure!r}, block_size "
+                f"{self.settings.block_size}): {'; '.join(wrong[:3])}"
+            )
+        self.blocks.load(states, state)
+        self.states = states
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b > 0 else float("nan")

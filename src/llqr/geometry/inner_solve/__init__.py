@@ -1,0 +1,17 @@
+"""The inner solve of LLQR: a few steps on J(U), equation (9), in four ways that agree.
+
+The literal loop is the ground truth. The buffered loop makes the same steps faster, the reduced one
+runs on coefficients if U is linear in its state, and recycled products answer a product from
+earlier ones. Vectors here are flat; nothing knows a module, a parameter or a process.
+"""
+
+from ._flat_model import FlatModel as FlatModel
+from ._learner import Learner as Learner
+from ._learner import Outcome as Outcome
+from ._objective import Objective as Objective
+from ._solve import basis_capacity as basis_capacity
+from ._solvers import InnerSolver as InnerSolver
+from ._solvers import SolverFactory as SolverFactory
+from ._solvers import SolverName as SolverName
+from ._solvers import SolverOptions as SolverOptions
+from ._solvers import find_solver as find_solver

@@ -1,0 +1,45 @@
+"""The quadratic model of the loss on flat vectors, averaged over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...curvature import QuadraticModel
+from ...distributed import Ranks
+from ..layout import Layout
+
+__all__ = ["FlatModel"]
+
+
+class FlatModel:
+    """A quadratic model in the flat order of a layout: the mean of those of all processes.
+
+    Attributes:
+        gradient: g, flat.
+        model: the model of this process, on lists of tensors.
+    """
+
+    def __init__(
+        self,
+        model: QuadraticModel,
+        layout: Layout,
+        names: Sequence[str],
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.model, self._layout, self._names, self._ranks = model, layout, names, ranks
+        self.gradient = self._pack_mean(model.gradient)
+        model.gradient = []  # one copy is enough while directions fill the memory
+
+    def _pack_mean(self, values: Sequence[Tensor]) -> Tensor:
+        """Return this process's shard of the mean over all processes."""
+        joined = self._layout.pack_all_shards(dict(zip(self._names, values, strict=True)))
+        if self._ranks is not None:
+            joined = self._ranks.mean_(joined)
+        return self._layout.shard_of_this_rank(joined)
+
+    def product(self, d: Tensor) -> Tensor:
+        """Return C d."""
+        tensors = self._layout.unpack(d)
+        return self._pack_mean(self.model.product([tensors[n] for n in self._names]))

@@ -1,0 +1,62 @@
+"""What the inner solve minimises: J as a function of the state of U."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..._vectors import quadratic_value
+from ..structures import BlockDiagonal, States
+
+__all__ = ["Objective"]
+
+
+class Objective:
+    r"""J as a function of the state of U, for one gradient and one curvature.
+
+    .. math:: J(U) = g^\top u + \tfrac12 u^\top (C + \lambda I) u, \qquad u = -U g
+
+    Equation (9) of the paper with :math:`\delta x` eliminated; :math:`\lambda` is the damping.
+
+    Args:
+        blocks: U.
+        gradient: g, flat.
+        product: d -> C d.
+        damping: lambda.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockDiagonal,
+        gradient: Tensor,
+        product: Callable[[Tensor], Tensor],
+        damping: float,
+    ) -> None:
+        self.blocks, self.gradient, self.product, self.damping = blocks, gradient, product, damping
+
+    def value(self, states: States) -> Tensor:
+        """Return J(U), a device scalar."""
+        return self.value_and_rounding(states)[0]
+
+    def value_and_rounding(self, states: States) -> tuple[Tensor, Tensor]:
+        """Return J(U) and the rounding error to expect in it."""
+        u, image = self.control_and_image(states)
+        dot = self.blocks.space.dot
+        # The terms of J cancel near its minimum; what rounding leaves is of the size of the terms.
+        size = (dot(u, u) * (dot(self.gradient, self.gradient) + dot(image, image))).sqrt()
+        value = quadratic_value(u, self.gradient, image, dot)
+        return value, self.blocks.space.rounding * size
+
+    def value_and_gradient(self, states: States) -> tuple[Tensor, States]:
+        """Return J(U) and dJ/dstate, the pullback of u -> r = dJ/du = g + (C + damping) u."""
+        u, image = self.control_and_image(states)
+        value = quadratic_value(u, self.gradient, image, self.blocks.space.dot)
+        r = self.gradient + image
+        # u = -U g, so that dJ/dstate is the gradient of <-r, U g>.
+        return value, self.blocks.pullback(states, self.gradient, -r)
+
+    def control_and_image(self, states: States) -> tuple[Tensor, Tensor]:
+        """Return u = -U g and (C + damping) u."""
+        u = -self.blocks.apply(states, self.gradient)
+        return u, self.product(u) + self.damping * u

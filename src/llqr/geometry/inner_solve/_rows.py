@@ -1,0 +1,71 @@
+"""A growing stack of flat vectors, kept as a few matrices so that products with it are GEMVs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["Rows", "append_border"]
+
+#: Vectors that memory is allocated for at a time.
+CHUNK = 4
+
+
+class Rows:
+    """Up to ``capacity`` vectors of one length, in chunks of a few (nothing is ever copied)."""
+
+    def __init__(self, like: Tensor, capacity: int) -> None:
+        self._like, self._capacity = like, capacity
+        self._chunks: list[Tensor] = []
+        self._used = 0  # rows of the last chunk that are filled
+        self.count = 0
+
+    @property
+    def full(self) -> bool:
+        """True when no vector can be added."""
+        return self.count >= self._capacity
+
+    def append_row(self) -> Tensor:
+        """Add a vector and return it, uninitialised, to be written in place."""
+        if not self._chunks or self._used == len(self._chunks[-1]):
+            size = min(CHUNK, self._capacity - self.count)
+            self._chunks.append(self._like.new_empty(size, self._like.numel()))
+            self._used = 0
+        row = self._chunks[-1][self._used]
+        self._used += 1
+        self.count += 1
+        return row
+
+    def matrices(self, count: int | None = None) -> list[Tensor]:
+        """Return the first ``count`` vectors (all) as a list of matrices."""
+        left, found = self.count if count is None else count, []
+        for chunk in self._chunks:
+            if left > 0:
+                found.append(chunk[:left])
+                left -= len(found[-1])
+        return found
+
+    def map_matrices(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Join what a function of a (k, P) matrix gives for all vectors, along the last dimension.
+
+        There must be at least one vector.
+        """
+        parts = [function(matrix) for matrix in self.matrices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def subtract_combination(self, c: Tensor, target: Tensor) -> None:
+        """Subtract the combination with coefficients ``c`` (a prefix of the rows) from a vector."""
+        start, c = 0, c.to(target.dtype)
+        for matrix in self.matrices(len(c)):
+            target.addmv_(matrix.mT, c[start : start + len(matrix)], alpha=-1)
+            start += len(matrix)
+
+
+def append_border(matrix: Tensor, border: Tensor) -> Tensor:
+    """Append a row and column to symmetric matrices (the border has the corner last)."""
+    larger = pad(matrix, (0, 1, 0, 1))
+    larger[..., -1, :] = larger[..., :, -1] = border
+    return larger

@@ -1,0 +1,64 @@
+"""Which way the inner solve takes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..layout import Layout
+from ..structures import States
+from ._buffered import solve_in_buffers
+from ._literal import solve_literally
+from ._objective import Objective
+from ._recycled_product import RecycledProduct
+from ._reduced import solve_on_coefficients
+from ._solvers import InnerSolver, SolverOptions
+
+__all__ = ["basis_capacity", "solve_inner_problem"]
+
+#: Memory that directions and their products may take in a refresh.
+BASIS_BYTES = 2**31
+
+
+def solve_inner_problem(
+    objective: Objective,
+    old: States,
+    start: States,
+    solver: InnerSolver,
+    options: SolverOptions,
+    tolerance: float,
+) -> tuple[States, Tensor]:
+    """Run the inner solve, literally or with as few products as the tolerance allows.
+
+    Args:
+        objective: J.
+        old: the present states, at which J is returned.
+        start: where the solve starts: ``old``, or the same U in renewed bases.
+        solver: the method.
+        options: how to solve.
+        tolerance: relative error allowed in a residual; 0 computes every product.
+
+    Returns:
+        The states that ``start`` led to, and J at ``old``.
+    """
+    if tolerance == 0:
+        states, first = solve_literally(objective, start, solver, options)
+        return states, first if start is old else objective.value(old)
+    blocks, g = objective.blocks, objective.gradient
+    capacity = basis_capacity(blocks.layout, options.steps)
+    if blocks.linear and solver.heavy_ball:
+        known = None if start is old else objective.control_and_image(old)
+        return solve_on_coefficients(objective, start, solver, options, tolerance, capacity, known)
+    product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.space.dot)
+    recycled = Objective(blocks, g, product, objective.damping)
+    before = None if start is old else recycled.value(old)  # the first product is a real one
+    # Blocks that are cut over processes are clipped by their whole norm: the literal loop knows how.
+    buffered = solver.heavy_ball and not blocks.space.sharded
+    way = solve_in_buffers if buffered else solve_literally
+    states, first = way(recycled, start, solver, options)
+    return states, first if before is None else before
+
+
+def basis_capacity(layout: Layout, steps: int) -> int:
+    """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8."""
+    pair = 2 * layout.width * layout.dtype.itemsize
+    return min(steps, max(8, BASIS_BYTES // max(pair, 1)))

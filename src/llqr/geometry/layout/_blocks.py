@@ -1,0 +1,207 @@
+"""The parts that parameters are cut into: slices, blocks of slices, groups of equal blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Block",
+    "BlockKind",
+    "CutRule",
+    "Group",
+    "MatrixView",
+    "PlannedBlock",
+    "Slice",
+    "group_equal_blocks",
+]
+
+#: How a layer is cut into blocks of one kind: the whole layer is one block; its entries are one
+#: flat run, cut into runs of at most ``block_size``; or each parameter's matrix view is cut into
+#: rectangles with sides of at most ``block_size``.
+CutRule = Literal["layer", "runs", "rectangles"]
+
+
+class BlockKind(Protocol):
+    """What a layout asks of a structure of U (see :class:`llqr.geometry.structures.Structure`)."""
+
+    @property
+    def name(self) -> str:
+        """The name in messages and summaries."""
+        ...
+
+    @property
+    def cut(self) -> CutRule:
+        """How a layer is cut into blocks."""
+        ...
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a block acts entry by entry, so that several processes may hold parts of it."""
+        ...
+
+    @property
+    def vector_kind(self) -> Any:
+        """The kind of the blocks of parameters that are no matrix (cut "rectangles" only)."""
+        ...
+
+    def count_stored(self, block: Block, shape: tuple[int, ...] | None) -> int:
+        """Return how many scalars U stores for a block."""
+        ...
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How one parameter is read as a matrix, and a matrix written back as the parameter."""
+
+    shape: tuple[int, ...]
+    matrix: tuple[int, int] | None
+    transposed: bool = False
+
+    def read_matrix(self, tensor: Tensor) -> Tensor:
+        """Return the matrix view (a copy only if the strides force one)."""
+        assert self.matrix is not None
+        return (tensor.transpose(0, 1) if self.transposed else tensor).reshape(self.matrix)
+
+    def write_matrix(self, matrix: Tensor) -> Tensor:
+        """Return ``matrix`` shaped like the parameter, sharing its memory."""
+        if not self.transposed:
+            return matrix.reshape(self.shape)
+        swapped = (self.shape[1], self.shape[0], *self.shape[2:])
+        return matrix.reshape(swapped).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of one parameter: a rectangle of its matrix view, or a run of its flat entries."""
+
+    name: str
+    rows: tuple[int, int] | None
+    columns: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The extent of the slice: (m, n) for a rectangle, (n,) for a run."""
+        n = self.columns[1] - self.columns[0]
+        return (n,) if self.rows is None else (self.rows[1] - self.rows[0], n)
+
+    @cached_property
+    def numel(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    def cut_from(self, tensor: Tensor, view: MatrixView) -> Tensor:
+        """Return the slice of a tensor shaped like the parameter."""
+        a, b = self.columns
+        if self.rows is None:
+            return tensor.reshape(-1)[a:b]
+        return view.read_matrix(tensor)[self.rows[0] : self.rows[1], a:b]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One diagonal block of U: the slices that it acts on, in the order of its flat vector.
+
+    ``number`` counts the blocks that start in the same parameter. It names the block in exported
+    states, and so depends on nothing but the parameters of its layer. ``index`` counts all blocks;
+    the parts of a block that several processes hold keep its index.
+    """
+
+    layer: str
+    slices: tuple[Slice, ...]
+    number: int = 0
+    index: int = 0
+
+    @cached_property
+    def numel(self) -> int:
+        """The number of gradient entries that the block acts on."""
+        return sum(part.numel for part in self.slices)
+
+
+@dataclass
+class Group:
+    """Blocks of one kind, held together in one contiguous run of the flat vector.
+
+    Blocks cut as rectangles or runs have one ``shape`` in a group and are a (count, *shape) view;
+    all others are of any length and stay one flat run. What follows from the blocks is computed
+    once, when they are all there.
+    """
+
+    kind: BlockKind
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    blocks: list[Block] = field(default_factory=list)
+    start: int = 0
+
+    @cached_property
+    def numel(self) -> int:
+        """The number of gradient entries of the group."""
+        return sum(block.numel for block in self.blocks)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The number of gradient entries of each block."""
+        return [block.numel for block in self.blocks]
+
+    @cached_property
+    def equal_runs(self) -> list[tuple[int, int]]:
+        """The blocks as runs of equal length: (blocks, length) in order."""
+        return [(len(list(run)), length) for length, run in groupby(self.lengths)]
+
+    @cached_property
+    def slice_offsets(self) -> list[tuple[Slice, int]]:
+        """The slices of all blocks, each with where it starts in the group."""
+        slices = [part for block in self.blocks for part in block.slices]
+        starts = accumulate((part.numel for part in slices), initial=0)
+        return list(zip(slices, starts, strict=False))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The (rows, columns) of blocks that are cut as rectangles."""
+        assert self.shape is not None and len(self.shape) == 2
+        return self.shape[0], self.shape[1]
+
+    def split_equal_runs(self, part: Tensor) -> list[Tensor]:
+        """Return the group's part of a flat vector as (blocks, length) views, one per run."""
+        sizes = [count * length for count, length in self.equal_runs]
+        pieces = torch.split(part.reshape(-1), sizes)
+        return [p.view(run) for p, run in zip(pieces, self.equal_runs, strict=True)]
+
+    def view_of(self, flat: Tensor) -> Tensor:
+        """Return the group's part of a flat vector, without a copy."""
+        return self.shape_blocks(flat[self.start : self.start + self.numel])
+
+    def read_from(self, flat: Tensor) -> Tensor:
+        """Return the group's part of a flat vector in the group's dtype."""
+        return self.view_of(flat).to(self.dtype)
+
+    def shape_blocks(self, part: Tensor) -> Tensor:
+        """Return the group's part of a flat vector as a batch of blocks, (count, *shape)."""
+        return part if self.shape is None else part.view(len(self.blocks), *self.shape)
+
+
+class PlannedBlock(NamedTuple):
+    """A block, and what makes it equal to others: blocks of equal keys form a group."""
+
+    kind: BlockKind
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    block: Block
+
+
+def group_equal_blocks(plans: Sequence[PlannedBlock]) -> list[Group]:
+    """Gather blocks in groups, one behind the other in a flat vector, equal lengths together."""
+    groups: dict[tuple[BlockKind, tuple[int, ...] | None, torch.dtype], Group] = {}
+    for kind, shape, dtype, block in sorted(plans, key=lambda plan: plan.block.numel):
+        groups.setdefault((kind, shape, dtype), Group(kind, shape, dtype)).blocks.append(block)
+    start = 0
+    for group in groups.values():
+        group.start, start = start, start + group.numel
+    return list(groups.values())

@@ -1,0 +1,212 @@
+"""What a structure of U is: how a block acts, how a residual pulls back to it, how it is cut.
+
+A structure is a set of pure functions on a batch of equal blocks. With the control u = -U g, the
+gradient of <r, U x> with respect to the state is ``pullback(state, x, r)``. The state is a dict of
+tensors whose first dimension counts blocks (elementwise structures: one flat run).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import Block, Group
+from ..layout._blocks import CutRule
+from ._eigenvalues import extremes_of_operator
+from ._inner_step import InnerStep, State
+
+__all__ = ["Bounds", "State", "Structure"]
+
+#: (u_min, u_max), between which the eigenvalues of U are kept.
+Bounds = tuple[float, float]
+
+
+class Structure(ABC):
+    """The functions of one structure of U, on one group of equal blocks (base class).
+
+    A subclass names its traits and writes :meth:`identity`, :meth:`apply` and :meth:`project`;
+    everything else has a general default. Faster or exact forms override the defaults, and
+    :func:`verify_structure` checks all of them against explicit matrices and autograd.
+
+    Attributes:
+        name: in messages, summaries and the table.
+        trainable: the state entries that the inner solve changes.
+        linear: whether U is linear in the trainable entries. The solve then runs on coefficients,
+            in the coordinates of :meth:`rotate`.
+        cut: how a layer is cut into blocks: "layer": all its parameters are one block, of any
+            length; "runs": their entries, one behind the other, in runs of at most ``block_size``,
+            each a vector; "rectangles": each parameter's matrix view in rectangles with sides of at
+            most ``block_size``, each a matrix (the structure needs matrices).
+        elementwise: whether U acts entry by entry, by :meth:`scale_tensors`. Then several processes
+            each hold a run of every parameter; other blocks are whole in one process.
+        vector_kind: with cut "rectangles", the structure of parameters that are no matrix.
+        rotates: whether :meth:`rotate` does anything.
+        renews_bases: whether :meth:`renew_bases` does anything.
+
+    Args:
+        group: the blocks; their number is ``count``.
+
+    Example:
+        One number per row of a matrix, U X = diag(b) X:
+
+        >>> import torch, llqr
+        >>> from llqr.geometry.structures import Structure, verify_structure
+        >>> class Rows(Structure):
+        ...     name, trainable, cut = "rows", ("b",), "rectangles"
+        ...     def identity(self, device):
+        ...         return {"b": self.batch_of_ones(self.group.matrix_shape[0], device=device)}
+        ...     def apply(self, state, x):
+        ...         return state["b"][:, :, None] * x  # (count, m, 1) * (count, m, n)
+        ...     def project(self, state, bounds):
+        ...         return {"b": state["b"].clamp(*bounds)}
+        >>> verify_structure(Rows)
+        >>> geometry = llqr.LLQR(Rows)
+    """
+
+    name: ClassVar[str]
+    trainable: ClassVar[tuple[str, ...]]
+    linear: ClassVar[bool] = False
+    cut: ClassVar[CutRule]
+    elementwise: ClassVar[bool] = False
+    vector_kind: ClassVar[Any] = None
+    rotates: ClassVar[bool] = False
+    renews_bases: ClassVar[bool] = False
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.count = len(group.blocks)
+
+    # -- what a subclass writes ----------------------------------------------------------------
+
+    @abstractmethod
+    def identity(self, device: torch.device) -> State:
+        """Return the state at which U is the identity."""
+
+    @abstractmethod
+    def apply(self, state: State, x: Tensor) -> Tensor:
+        """Return U x for the group's view x of a flat vector: (count, *shape), or one flat run."""
+
+    @abstractmethod
+    def project(self, state: State, bounds: Bounds) -> State:
+        """Return a near state with bounds[0] I <= U <= bounds[1] I."""
+
+    # -- what has a general form ---------------------------------------------------------------
+
+    def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
+        """Return the gradient of <r, U x> in the trainable entries; by default from autograd."""
+        with torch.enable_grad():
+            free = {k: state[k].detach().requires_grad_() for k in self.trainable}
+            value = (r * self.apply({**state, **free}, x)).sum()
+            gradients = torch.autograd.grad(value, list(free.values()))
+        return dict(zip(free, gradients, strict=True))
+
+    def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
+        """Return the smallest and largest eigenvalue of each block, (count,) each.
+
+        By default from :meth:`apply`: as explicit matrices, or (not ``exact``, or large) by Lanczos.
+        """
+        like = next(iter(state.values())).new_empty(self.count, *(self.group.shape or ()))
+        return extremes_of_operator(lambda x: self.apply(state, x), like, exact)
+
+    def inner_step(self, state: State, x: Tensor) -> InnerStep:
+        """Return the steps of the inner solve from a state, for the gradient x."""
+        return InnerStep(self, state, x)
+
+    def renew_bases(self, state: State, x: Tensor, first: bool, rotate: bool) -> State:
+        """Return the state after a refresh saw the gradient x; bases may follow it.
+
+        Args:
+            state: the present state.
+            x: the gradient.
+            first: whether no gradient was seen before.
+            rotate: whether the bases are renewed now, not only their averages.
+        """
+        return state
+
+    def floor_entries(self, state: State) -> State:
+        """Return the state as the authors' code bounds it when U is otherwise unconstrained."""
+        return state
+
+    def lower_precision(self, state: State) -> State:
+        """Return what :meth:`apply` takes in place of the state in bfloat16, where it can."""
+        return state
+
+    # -- structures that are linear ------------------------------------------------------------
+
+    def rotate(self, state: State, x: Tensor) -> Tensor:
+        """Return x in fixed orthonormal coordinates in which a linear structure is simple."""
+        return x
+
+    def rotate_back(self, state: State, x: Tensor) -> Tensor:
+        """Undo :meth:`rotate`."""
+        return x
+
+    def act_rotated(self, state: State, x: Tensor) -> Tensor:
+        """Return U x, with x and U x in rotated coordinates."""
+        return self.apply(state, x)
+
+    def pull_rotated(self, x: Tensor, r: Tensor) -> State:
+        """Return the pullback of r at x, both rotated; it depends on no state if U is linear."""
+        blank = self.identity(x.device)
+        return self.pullback({k: blank[k].to(x.dtype) for k in self.trainable}, x, r)
+
+    def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write K r = U[pullback of r at x] x: what U x changes by along the pullback of r.
+
+        Args:
+            x: the gradient, rotated.
+            r: a residual, rotated.
+            out: where K r goes; may be r.
+        """
+        out.copy_(self.act_rotated(self.pull_rotated(x, r), x))
+
+    # -- elementwise structures ----------------------------------------------------------------
+
+    def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Return U x for tensors shaped like the parameters, one per slice of the group."""
+        raise NotImplementedError(f"{type(self).__name__} is elementwise without scale_tensors")
+
+    # -- how a state is laid out ---------------------------------------------------------------
+
+    @classmethod
+    def variant(cls, *, bases: str, constraint: str) -> type[Structure]:
+        """Return the class that stands for this structure under two settings of LLQR.
+
+        Raises:
+            ValueError: the structure has no form under them.
+        """
+        if constraint == "square":
+            raise ValueError(
+                "constraint: 'square' is the authors' psd-e-kfac and defined only for 'e-kfac', "
+                f"got structure {cls.name!r}"
+            )
+        return cls
+
+    @classmethod
+    def count_stored(cls, block: Block, shape: tuple[int, ...] | None) -> int:
+        """Return how many scalars U stores for a block."""
+        state = cls(Group(cls, shape, torch.float32, [block])).identity(torch.device("meta"))
+        return sum(v.numel() for v in state.values())
+
+    def split_by_block(self, entries: State) -> list[Tensor]:
+        """Return one view per entry and block, the unit of the inner gradient's clip."""
+        return [part for tensor in entries.values() for part in tensor.unbind(0)]
+
+    def rows_per_block(self, entry: Tensor) -> list[Tensor]:
+        """Return matrix views of a state entry, one row per block, equal blocks together."""
+        return [entry.view(len(entry), -1)]
+
+    def states_of_blocks(self, state: State) -> list[State]:
+        """Return views of the state, one dict per block."""
+        return [{k: v[i] for k, v in state.items()} for i in range(self.count)]
+
+    def batch_of_ones(self, *shape: int, device: torch.device) -> Tensor:
+        """Return ones of shape (count, *shape)."""
+        return torch.ones(self.count, *shape, dtype=self.group.dtype, device=device)
+
+    def batch_of_identities(self, n: int, device: torch.device) -> Tensor:
+        """Return identity matrices, (count, n, n)."""
+        return torch.eye(n, dtype=self.group.dtype, device=device).repeat(self.count, 1, 1)

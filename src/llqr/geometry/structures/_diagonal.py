@@ -1,0 +1,83 @@
+"""One number per entry, U x = s o x; also for the 1-D parameters of Kronecker layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout._blocks import CutRule
+from ._base import Bounds, State, Structure
+
+__all__ = ["Diagonal", "Vector"]
+
+
+class Diagonal(Structure):
+    """One number per entry: U x = s o x."""
+
+    name: ClassVar[str] = "diagonal"
+    trainable: ClassVar[tuple[str, ...]] = ("U",)
+    linear: ClassVar[bool] = True
+    cut: ClassVar[CutRule] = "layer"
+    elementwise: ClassVar[bool] = True
+
+    def identity(self, device: torch.device) -> State:
+        """Return all ones."""
+        return {"U": torch.ones(self.group.numel, dtype=self.group.dtype, device=device)}
+
+    def apply(self, state: State, x: Tensor) -> Tensor:
+        """Return s o x."""
+        return state["U"] * x
+
+    def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
+        """Return r o x."""
+        return {"U": r * x}
+
+    def pull_rotated(self, x: Tensor, r: Tensor) -> State:
+        """Return r o x."""
+        return {"U": r * x}
+
+    def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:
+        """Write x o x o r."""
+        torch.mul(x, r, out=out).mul_(x)
+
+    def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        """Multiply the tensors as they lie: nothing is gathered."""
+        factors = torch.split(state["U"], [s.numel for s, _ in self.group.slice_offsets])
+        pairs = [(u.view(x.shape), x) for u, x in zip(factors, tensors, strict=True) if x is not None]
+        products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else [])
+        return [None if x is None else next(products) for x in tensors]
+
+    def project(self, state: State, bounds: Bounds) -> State:
+        """Clamp every entry."""
+        return {"U": state["U"].clamp(*bounds)}
+
+    def floor_entries(self, state: State) -> State:
+        """Keep every entry above 1e-8."""
+        return {"U": state["U"].clamp(min=1e-8)}
+
+    def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
+        """Return the least and greatest entry of each block."""
+        pairs = [part.aminmax() for part in self.split_by_block(state)]
+        return torch.stack([p.min for p in pairs]), torch.stack([p.max for p in pairs])
+
+    def split_by_block(self, entries: State) -> list[Tensor]:
+        """Return the run of each block."""
+        return list(torch.split(entries["U"], self.group.lengths))
+
+    def rows_per_block(self, entry: Tensor) -> list[Tensor]:
+        """Return the runs of blocks of one length."""
+        return self.group.split_equal_runs(entry)
+
+    def states_of_blocks(self, state: State) -> list[State]:
+        """Return the run of each block."""
+        return [{"U": run} for run in self.split_by_block(state)]
+
+
+class Vector(Diagonal):
+    """The diagonal of a 1-D parameter in a Kronecker layer: a block of its own."""
+
+    def floor_entries(self, state: State) -> State:
+        """Return the state: the authors' code bounds no vector."""
+        return state

@@ -1,0 +1,14 @@
+"""Where the loss is probed: SAM and its relatives, one file each.
+
+A perturbation turns gradients into a displacement eps of the parameters. It knows the metric only
+as a function g -> U g, and no optimizer or module. To add one, subclass
+:class:`llqr.Perturbation` and say where it probes (``displacement``); a method that also changes
+the gradient of the step says how in ``combine``.
+"""
+
+from ._asam import ASAM as ASAM
+from ._base import Perturbation as Perturbation
+from ._base import Probe as Probe
+from ._fisher_sam import FisherSAM as FisherSAM
+from ._friendly_sam import FriendlySAM as FriendlySAM
+from ._sam import SAM as SAM

@@ -1,0 +1,55 @@
+"""ASAM: probe in units of the weights' own size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._checks import Schedule, check_number
+from .._vectors import inner_products, sum_as_double
+from ._base import EPS0, Perturbation, Probe
+
+__all__ = ["ASAM"]
+
+
+class ASAM(Perturbation):
+    r"""Probe in units of the weights' own size.
+
+    .. math:: \epsilon = \rho \frac{T^2 g}{|T g|}, \qquad T = |w| + \eta
+
+    T is 1 for biases: parameters whose last name starts with "bias" or ends with "_bias". The
+    probe ignores U; ``transport`` of the optimizer acts as given.
+
+    Args:
+        rho: radius (see :class:`Perturbation`).
+        eta: added to the size of the weights, so that zeros move too.
+        start: first optimizer step that is probed.
+
+    Source: J. Kwon et al., ASAM, ICML 2021.
+
+    Example:
+        >>> import llqr
+        >>> llqr.ASAM(rho=1.0)
+        ASAM(rho=1.0, start=0, eta=0.01)
+    """
+
+    def __init__(self, rho: Schedule = 0.5, *, eta: float = 0.01, start: int = 0) -> None:
+        super().__init__(rho, start=start)
+        check_number("eta", eta, low=0)
+        self.eta = eta
+
+    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+        """Return rho T^2 g / |T g|."""
+        t = {n: self._weight_size(n, probe.parameters[n], g) for n, g in probe.gradients.items()}
+        tg = {n: t[n] * g for n, g in probe.gradients.items()}
+        unit = 1 / math.sqrt(sum_as_double(inner_products(tg, tg)) + EPS0)
+        return {n: t[n] * x * (probe.radii[n] * unit) for n, x in tg.items()}
+
+    def _weight_size(self, name: str, w: Tensor, like: Tensor) -> Tensor:
+        """Return T of one parameter."""
+        last = name.rpartition(".")[2]
+        if last.startswith("bias") or last.endswith("_bias"):
+            return torch.ones_like(like)
+        return w.detach().to(like.dtype).abs() + self.eta

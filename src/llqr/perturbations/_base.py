@@ -1,0 +1,103 @@
+"""What a perturbation is: the public base class, and what it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .._checks import Schedule, check_integer, check_number
+from .._vectors import Tensors
+
+__all__ = ["EPS0", "Metric", "Perturbation", "Probe"]
+
+#: Inside every square root. It shortens a probe once |g| is below 1e-6.
+EPS0 = 1e-12
+Metric = Callable[[Tensors], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a perturbation decides by, at one step.
+
+    Attributes:
+        gradients: g of the perturbed parameters, unscaled, in float32 or float64.
+        parameters: all parameters that the optimizer trains.
+        radii: rho of each parameter.
+        metric: the function g -> U g; without a geometry the identity.
+        layers: the layer of each parameter.
+    """
+
+    gradients: Tensors
+    parameters: Tensors
+    radii: Mapping[str, float]
+    metric: Metric
+    layers: Mapping[str, str]
+
+
+class Perturbation:
+    """Say where the loss is probed (base class).
+
+    A subclass needs :meth:`displacement`. One with a memory updates it in :meth:`observe` and
+    :meth:`commit` and keeps it in :meth:`state`; one that steps along something other than the
+    gradient of the second pass overrides :meth:`combine`.
+
+    Args:
+        rho: radius; a number >= 0 or a function of the optimizer step. A parameter group's own
+            option ``rho`` (number or function) takes precedence; 0 leaves the group unperturbed.
+        start: first optimizer step that is probed.
+
+    Example:
+        Probe along the sign of the gradient:
+
+        >>> import torch, llqr
+        >>> class SignProbe(llqr.Perturbation):
+        ...     def displacement(self, probe):
+        ...         return {n: probe.radii[n] * g.sign() for n, g in probe.gradients.items()}
+        >>> model = torch.nn.Linear(2, 1)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = llqr.Optimizer(base, model, perturbation=SignProbe(0.01))
+        >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
+    """
+
+    def __init__(self, rho: Schedule, *, start: int = 0) -> None:
+        check_number("rho", rho, low=0, schedule=True)
+        check_integer("start", start, low=0)
+        self.rho, self.start = rho, start
+
+    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+        """Return eps as {name: tensor}, or None if the metric gives g no positive norm."""
+        raise NotImplementedError
+
+    def combine(self, clean: Tensors, perturbed: Tensors) -> Tensors:
+        """Return the gradient to step with, as {name: tensor}; by default the perturbed one.
+
+        Called after each second pass. A subclass that overrides it keeps the clean gradients in
+        memory during that pass.
+
+        Args:
+            clean: gradients of the first pass, unscaled, in float32 or float64.
+            perturbed: gradients of the second pass, likewise.
+        """
+        return perturbed
+
+    def observe(self, gradients: Tensors) -> None:
+        """See the clean gradients of a step, before it is known whether the step counts."""
+
+    def commit(self) -> None:
+        """Learn that the step counted."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Return tensors to checkpoint as {parameter name: {key: tensor}}."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over tensors that :meth:`state` returned."""
+
+    def bind(self, parameters: Tensors) -> None:
+        """Attach to the parameters, by name (called by the optimizer)."""
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({shown})"

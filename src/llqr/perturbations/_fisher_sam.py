@@ -1,0 +1,47 @@
+"""FisherSAM: probe in the metric of the squared gradient."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .._checks import Schedule, check_number
+from .._vectors import inner_products, scale_tensors, sum_as_double
+from ._base import EPS0, Perturbation, Probe
+
+__all__ = ["FisherSAM"]
+
+
+class FisherSAM(Perturbation):
+    r"""Probe in the metric of the squared gradient.
+
+    .. math:: d = \frac{g}{g^2 + \eta}, \qquad \epsilon = \rho \frac{d}{\sqrt{g^\top d}}
+
+    The probe ignores U; the paper's FisherSAM has no geometry at all. The direction depends on the
+    scale of g: pass the GradScaler to passes, perturbed or minimize.
+
+    Args:
+        rho: radius (see :class:`Perturbation`).
+        eta: damping of the squared gradient.
+        start: first optimizer step that is probed.
+
+    Source: M. Kim et al., Fisher SAM, ICML 2022, in the form of the authors' code of the paper.
+
+    Example:
+        >>> import llqr
+        >>> llqr.FisherSAM(rho=0.2)
+        FisherSAM(rho=0.2, start=0, eta=0.1)
+    """
+
+    def __init__(self, rho: Schedule = 0.1, *, eta: float = 0.1, start: int = 0) -> None:
+        super().__init__(rho, start=start)
+        check_number("eta", eta, low=0, open_low=True)
+        self.eta = eta
+
+    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+        """Return rho d / sqrt(g.d)."""
+        g = probe.gradients
+        d = {n: x / (x.square() + self.eta) for n, x in g.items()}
+        unit = 1 / math.sqrt(sum_as_double(inner_products(g, d)) + EPS0)
+        return scale_tensors(d, {n: probe.radii[n] * unit for n in d})
