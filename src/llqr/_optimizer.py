@@ -19,8 +19,7 @@ from ._parameters import NamedParameters, rescaled, widened
 from ._passes import Passes, check_scaler
 from ._perturbations import Perturbation
 from ._refreshing import Forward, RefreshHook, Refreshing, as_list
-from .curvature._quadratic_model import normalised
-from .curvature._term import check_forward
+from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .distributed._sharded import local
 from .geometry import Geometry, RefreshReport
@@ -349,7 +348,7 @@ class Optimizer(Refreshing):
             The clean loss (of the first pass), a detached scalar.
         """
         forwards = as_list(forward)
-        shares = normalised(weights, len(forwards))
+        shares = normalised_weights(weights, len(forwards))
         check_scaler(scaler)
         if self.refresh_due:
             own = refresh if refresh is not None else (self.refresh_forward or forwards)
@@ -360,7 +359,7 @@ class Optimizer(Refreshing):
                 losses = []
                 for i, (share, run) in enumerate(zip(shares, forwards, strict=True), 1):
                     with self.ranks.quiet(i < len(forwards)):  # the last backward sends the sum
-                        loss, _outputs = check_forward(run())
+                        loss, _outputs = split_loss_and_outputs(run())
                         joined = loss if len(forwards) == 1 else share * loss
                         (joined if scaler is None else scaler.scale(joined)).backward()
                     losses.append(joined.detach())

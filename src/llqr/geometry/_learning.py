@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature import Curvature, QuadraticModel, quadratic_model
-from ..curvature._term import LinearLoss
+from ..curvature import Curvature, LinearLoss, QuadraticModel, quadratic_model
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry
 from ._blocks import BlockDiagonal, States

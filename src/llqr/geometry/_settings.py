@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import Schedule, at, check_choice, check_flags, check_integer, check_number
-from ..curvature._quadratic_model import check_scale
+from ..curvature import check_scale
 from ._layers import STRUCTURES
 from ._solver import SOLVERS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..curvature._term import check_forward
+from ..curvature import split_loss_and_outputs
 from ._micro_batches import MicroBatches, unwrapped
 
 __all__ = ["TwoPasses"]
@@ -48,7 +48,7 @@ class TwoPasses:
         """
 
         def run() -> Tensor:
-            loss, _outputs = check_forward(forward())
+            loss, _outputs = split_loss_and_outputs(forward())
             self._accelerator.backward(loss)
             return loss.detach()
 
