@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import llqr
-from llqr.curvature._linearize import twice_differentiable
+from llqr.curvature import twice_differentiable
 
 
 def main() -> None:

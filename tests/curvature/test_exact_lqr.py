@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from llqr import exact_lqr_step
 from llqr.curvature import Divergence, Newton, quadratic_model
-from llqr.curvature._exact_lqr import exact_lqr_step
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 

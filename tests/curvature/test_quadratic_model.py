@@ -258,9 +258,9 @@ def test_outputs_are_asked_for():
     net = case("mlp")
     squared = llqr.Divergence(lambda z, z0: (z - z0).square().mean())
     for curvature in ("fisher", squared):
-        with says(ValueError, "loss alone", "outputs"):
+        with says(ValueError, "only a loss", "outputs"):
             llqr.quadratic_model(lambda: net()[0], net.parameters, curvature)
-    with says(ValueError, "loss alone", "outputs"):
+    with says(ValueError, "only a loss", "outputs"):
         llqr.quadratic_model(lambda: net()[0], net.parameters, "newton", scale="sum")
     model = llqr.quadratic_model(lambda: net()[0], net.parameters, "newton")
     agree(vector(model.gradient), net.matrices["g"])

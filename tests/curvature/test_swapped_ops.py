@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import llqr
 from explicit import F64, agree, gauss_newton, split, vector
-from llqr.curvature._linearize import twice_differentiable
-from llqr.curvature._swapped_ops import SwappedOps
+from llqr.curvature import twice_differentiable
+from llqr.curvature.linearised import ReplacedOperations
 
 
 def plain_product(
@@ -258,15 +258,15 @@ def test_the_graph_holds_no_cotangents():
         return F.cross_entropy(z, y), z
 
     model = llqr.quadratic_model(forward, net.parameters())
-    _, vjp = model._terms[0][1]._kept
-    pending, names = [g.grad_fn for _, g in vjp], set()
+    rows = model._terms[0][1]._expansion._jacobian._transposed
+    pending, names = [g.grad_fn for _, g in rows], set()
     while pending:
         node = pending.pop()
         if node is not None:
             names.add(node.name())
-            # Below the swapped backwards; what follows leads to the inputs' own graph.
+            # Below the replaced backwards; what follows leads to the inputs' own graph.
             pending += [parent for parent, _ in node.next_functions]
-    assert "_VjpBackward" in names
+    assert "_OperationVjpBackward" in names
     kept = {"MmBackward0", "BmmBackward0", "GeluBackwardBackward0", "SoftmaxBackwardDataBackward0"}
     assert not names & kept, names & kept
 
@@ -388,9 +388,9 @@ def test_an_operation_between_outputs_and_loss(top):
 def test_only_curvatures_that_may_use_them_do(monkeypatch):
     """A Hessian needs torch's own: no mode is entered for it."""
     entered = []
-    original = SwappedOps.__enter__
+    original = ReplacedOperations.__enter__
     monkeypatch.setattr(
-        SwappedOps, "__enter__", lambda self: (entered.append(1), original(self))[1]
+        ReplacedOperations, "__enter__", lambda self: (entered.append(1), original(self))[1]
     )
     net = ready(Net(nn.Conv1d(4, 6, 3), (3, 4, 6)))
     x, y = torch.randn(3, 4, 6, dtype=F64), torch.tensor([0, 1, 2])
@@ -423,7 +423,7 @@ def test_these_are_swapped_where_gradients_flow(op, arguments):
     x, *rest = arguments
     x = x.clone().requires_grad_()
     plain = op(x, *rest)
-    with SwappedOps():
+    with ReplacedOperations():
         swapped = op(x, *rest)
         constant = op(x.detach(), *rest)
         with torch.no_grad():

@@ -5,6 +5,11 @@ from ._curvatures import Divergence as Divergence
 from ._curvatures import Fisher as Fisher
 from ._curvatures import Newton as Newton
 from ._curvatures import as_curvature as as_curvature
-from ._exact_lqr import exact_lqr_step as exact_lqr_step
+from ._forwards import count_nonzero_rows as count_nonzero_rows
+from ._forwards import split_loss_and_outputs as split_loss_and_outputs
 from ._quadratic_model import QuadraticModel as QuadraticModel
+from ._quadratic_model import check_scale as check_scale
+from ._quadratic_model import normalised_weights as normalised_weights
 from ._quadratic_model import quadratic_model as quadratic_model
+from ._twice_differentiable import twice_differentiable as twice_differentiable
+from .expansions import LinearLoss as LinearLoss

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .._checks import check_integer
+from .._vectors import quadratic_value
 from ._curvatures import Curvature, as_curvature
-from ._term import Forward, Term
+from ._forwards import Forward
+from ._term import Term
 
-__all__ = ["QuadraticModel", "quadratic_model"]
+__all__ = ["QuadraticModel", "check_scale", "normalised_weights", "quadratic_model"]
 
-Scale = str | float
+Scale = Literal["mean", "sum"] | float
 
 
 def quadratic_model(
     forward: Forward | Sequence[Forward],
     parameters: Iterable[Tensor],
-    curvature: str | Curvature = "fisher",
+    curvature: Literal["fisher", "newton"] | Curvature = "fisher",
     *,
-    scale: Scale = "mean",
+    scale: Literal["mean", "sum"] | float = "mean",
     weights: Sequence[float] | None = None,
     micro_batch: int | None = None,
 ) -> QuadraticModel:
@@ -29,9 +32,10 @@ def quadratic_model(
 
     .. math:: m(u) = g^\top u + \tfrac12 u^\top C u
 
-    One eager forward is run and its graph kept; every product is then two (Newton: one)
-    backward passes through it. The model runs in the caller's mode: call ``model.eval()`` first
-    if batch statistics or dropout are not wanted. Nothing is written to ``p.grad``.
+    This is the local quadratic problem of the paper's equation (7), whose H is C here. One eager
+    forward is run and its graph kept; every product is then two (Newton: one) backward passes
+    through it. The model runs in the caller's mode: call ``model.eval()`` first if batch statistics
+    or dropout are not wanted. Nothing is written to ``p.grad``.
 
     Args:
         forward: a function without arguments that returns the scalar loss, or ``(loss, outputs)``
@@ -57,7 +61,7 @@ def quadratic_model(
 
     Warns:
         UserWarning: an operation has no double backward, and a slower way is taken: forward-mode
-            differentiation (the forward runs once more a product), or, where that is missing too,
+            differentiation (the forward runs once more per product), or, if that is missing too,
             central differences (twice more, and accurate to a few digits).
 
     Example:
@@ -74,7 +78,7 @@ def quadratic_model(
     forwards = list(forward) if isinstance(forward, Sequence) else [forward]
     if not forwards:
         raise ValueError("forward: got an empty list; pass at least one function")
-    shares = normalised(weights, len(forwards))
+    relative = normalised_weights(weights, len(forwards))
     parameters = list(parameters)
     curvature = as_curvature(curvature)
     check_scale(scale)
@@ -82,23 +86,23 @@ def quadratic_model(
         check_integer("micro_batch", micro_batch, low=1)
     keep = micro_batch is None or len(forwards) <= micro_batch
     terms = [Term(f, parameters, curvature, scale == "sum", keep) for f in forwards]
-    return QuadraticModel(terms, shares, scale)
+    return QuadraticModel(terms, relative, scale)
 
 
-def normalised(weights: Sequence[float] | None, count: int) -> list[float]:
+def normalised_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return the weights of ``count`` forwards, summing to one (equal when None)."""
     if weights is None:
         return [1.0 / count] * count
     values = [float(w) for w in weights]
     if len(values) != count:
-        raise ValueError(f"weights: expected {count} numbers, one a forward, got {len(values)}")
+        raise ValueError(f"weights: expected {count} numbers, one per forward, got {len(values)}")
     total = sum(values)
     if not (all(w >= 0 for w in values) and 0 < total < float("inf")):
         raise ValueError(f"weights: expected numbers >= 0 with a positive sum, got {values}")
     return [w / total for w in values]
 
 
-def check_scale(scale: Scale) -> None:
+def check_scale(scale: Any) -> None:
     """Refuse a scale that is neither ``"mean"``, ``"sum"`` nor a positive number."""
     if scale in ("mean", "sum"):
         return
@@ -112,7 +116,7 @@ class QuadraticModel:
 
     Attributes:
         loss: the (averaged) loss, a detached scalar.
-        gradient: g, a list of tensors shaped like the parameters; zeros where a parameter took
+        gradient: g, a list of tensors shaped like the parameters; zeros for a parameter that took
             no part.
         scale: the factor on C, as a number.
         products: how many curvature products were computed so far.
@@ -125,28 +129,37 @@ class QuadraticModel:
         else:
             self.scale = 1.0 if scale == "mean" else float(scale)
         self.products = 0
-        self.loss = _mean((w, [t.loss]) for w, t in self._terms)[0]
-        self.gradient = _mean((w, t.gradient) for w, t in self._terms)
+        self.loss = _weighted_sum((w, [t.loss]) for w, t in self._terms)[0]
+        self.gradient = _weighted_sum((w, t.gradient) for w, t in self._terms)
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor]:
         """Return C d.
 
         Args:
-            d: a direction, one tensor a parameter, shaped like it.
+            d: a direction, one tensor per parameter, shaped like it.
         """
         self.products += 1
-        result = _mean((w, t.product(d)) for w, t in self._terms)
+        # C is linear in the loss: the mean of the losses has the mean of the curvatures.
+        result = _weighted_sum((w, t.product(d)) for w, t in self._terms)
         return result if self.scale == 1.0 else [v * self.scale for v in result]
 
     def value(self, u: Sequence[Tensor]) -> Tensor:
-        """Return g'u + u'Cu / 2, a scalar tensor."""
-        cu = self.product(u)
-        terms = [(a * (g + 0.5 * c)).sum() for a, g, c in zip(u, self.gradient, cu, strict=True)]
-        return torch.stack(terms).sum()
+        """Return g'u + u'Cu / 2, a scalar tensor: equation (7) at delta-theta = u."""
+        image = self.product(u)
+        values = [
+            quadratic_value(v, g, c, _inner_product)
+            for v, g, c in zip(u, self.gradient, image, strict=True)
+        ]
+        return torch.stack(values).sum()
 
 
-def _mean(terms: Iterable[tuple[float, list[Tensor]]]) -> list[Tensor]:
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def _weighted_sum(terms: Iterable[tuple[float, list[Tensor]]]) -> list[Tensor]:
     """Return the weighted sum of lists of tensors, taken one by one (a single list: itself)."""
+    # A single list has weight one, and its tensors are not copied.
     total: list[Tensor] = []
     first: float | None = None
     for weight, values in terms:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .._checks import check_number
-from ._curvatures import Curvature, as_curvature
-from ._linearize import twice_differentiable
-from ._quadratic_model import check_scale
-from ._term import nonzero_rows
+from ._checks import check_number
+from .curvature import (
+    Curvature,
+    as_curvature,
+    check_scale,
+    count_nonzero_rows,
+    twice_differentiable,
+)
 
 __all__ = ["exact_lqr_step"]
 
@@ -23,10 +27,10 @@ def exact_lqr_step(
     layers: Iterable[nn.Module],
     x: Tensor,
     loss: Callable[[Tensor], Tensor],
-    curvature: str | Curvature = "fisher",
+    curvature: Literal["fisher", "newton"] | Curvature = "fisher",
     damping: float = 0.0,
     *,
-    scale: str | float = "mean",
+    scale: Literal["mean", "sum"] | float = "mean",
 ) -> list[dict[str, Tensor]]:
     r"""Solve for the exact second-order step of a chain of layers by a Riccati recursion.
 
@@ -86,10 +90,10 @@ def exact_lqr_step(
         >>> [sorted(controls) for controls in step]
         [['bias', 'weight'], [], ['bias', 'weight']]
     """
-    modules, curvature = _chain(layers, x), as_curvature(curvature)
+    modules, curvature = _check_chain(layers, x), as_curvature(curvature)
     check_scale(scale)
     check_number("damping", damping, low=0)
-    with _unobserved(x):
+    with _without_side_effects(x):
         stages, outputs = _roll_out(modules, x)
         q_N, Q_N, factor = _terminal_cost(loss, outputs, curvature, scale)
 
@@ -97,10 +101,10 @@ def exact_lqr_step(
         P, p, costate = factor * Q_N, q_N, factor * q_N
         policy = []
         for stage in reversed(stages):
-            A, B = stage.dynamics()
-            Q, M, R = stage.costs(None if curvature.gauss_newton else costate)
+            A, B = stage.linear_dynamics()
+            Q, M, R = stage.stage_costs(None if curvature.gauss_newton else costate)
             H = M + B.T @ P @ A
-            K, k = _feedback(R + B.T @ P @ B, H, B.T @ p, damping, stage.label)
+            K, k = _feedback_gains(R + B.T @ P @ B, H, B.T @ p, damping, stage.label)
             policy.append((A, B, K, k))
             P = Q + A.T @ P @ A - H.T @ K
             P = 0.5 * (P + P.T)  # symmetric but for rounding
@@ -112,7 +116,7 @@ def exact_lqr_step(
         for stage, (A, B, K, k) in zip(stages, reversed(policy), strict=True):
             u = -(K @ dx + k)
             dx = A @ dx + B @ u
-            controls.append(stage.named(u))
+            controls.append(stage.by_name(u))
         return controls
 
 
@@ -127,7 +131,7 @@ class _Stage:
         self.module, self.x, self.dtype = module, x, dtype
         self.parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
         self.sizes = [p.numel() for p in self.parameters.values()]
-        self.state = self.vector(x) if index else x.new_empty(0, dtype=dtype)
+        self.state = self.flat_state(x) if index else x.new_empty(0, dtype=dtype)
         self.point = torch.cat([self.state, *(p.flatten() for p in self.parameters.values())])
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -136,33 +140,33 @@ class _Stage:
         # Copies, because a layer may write into its input (inplace=True) and into its buffers.
         x = (s.view_as(self.x) if s.numel() else self.x).clone()
         buffers = {n: b.clone() for n, b in self.module.named_buffers()}
-        result = functional_call(self.module, {**self.named(theta), **buffers}, (x,))
+        result = functional_call(self.module, {**self.by_name(theta), **buffers}, (x,))
         if not isinstance(result, Tensor):
             got = type(result).__name__
             raise TypeError(f"{self.label}: expected one tensor as output, got {got}; wrap it")
         return result
 
-    def dynamics(self) -> tuple[Tensor, Tensor]:
+    def linear_dynamics(self) -> tuple[Tensor, Tensor]:
         """Return A = df/ds and B = df/dtheta."""
-        AB = _jacobian(lambda v: self.vector(self(v)), self.point)
+        AB = _jacobian_matrix(lambda v: self.flat_state(self(v)), self.point)
         A, B = torch.split(AB, [self.state.numel(), sum(self.sizes)], dim=1)
         return A, B
 
-    def costs(self, costate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def stage_costs(self, costate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return Q, M, R: the second derivatives of costate'f in (s, s), (theta, s), theta."""
         if costate is None:
             W = self.point.new_zeros(len(self.point), len(self.point))
         else:
-            W = _hessian(lambda v: costate @ self.vector(self(v)), self.point)
+            W = _hessian_matrix(lambda v: costate @ self.flat_state(self(v)), self.point)
         n = self.state.numel()
         return W[:n, :n], W[n:, :n], W[n:, n:]
 
-    def named(self, theta: Tensor) -> dict[str, Tensor]:
+    def by_name(self, theta: Tensor) -> dict[str, Tensor]:
         """Cut a vector into {name: tensor}, shaped like the parameters."""
         pieces = zip(self.parameters.items(), torch.split(theta, self.sizes), strict=True)
         return {name: piece.view(p.shape) for (name, p), piece in pieces}
 
-    def vector(self, x: Tensor) -> Tensor:
+    def flat_state(self, x: Tensor) -> Tensor:
         """Return the entries of an activation that can move."""
         return x.flatten() if x.is_floating_point() else x.new_empty(0, dtype=self.dtype)
 
@@ -187,7 +191,7 @@ def _roll_out(modules: list[nn.Module], x: Tensor) -> tuple[list[_Stage], Tensor
 
 
 def _terminal_cost(
-    loss: Callable[[Tensor], Tensor], outputs: Tensor, curvature: Curvature, scale: str | float
+    loss: Callable[[Tensor], Tensor], outputs: Tensor, curvature: Curvature, scale: float | str
 ) -> tuple[Tensor, Tensor, float]:
     """Return q_N, Q_N (not scaled) and the factor on C."""
     with torch.enable_grad():
@@ -200,14 +204,14 @@ def _terminal_cost(
             (q,) = torch.autograd.grad(value, z, retain_graph=True)
         except RuntimeError as error:
             raise ValueError("loss: no gradient in the outputs it is called with") from error
-        rows = nonzero_rows(value, [z])
+        rows = count_nonzero_rows(value, [z])
 
     def objective(v: Tensor) -> Tensor:
         z = v.view_as(outputs)
         result = curvature.objective(loss(z), z, outputs) if curvature.gauss_newton else None
         return (loss(z) if result is None else result).reshape(())
 
-    Q = _hessian(objective, outputs.flatten())
+    Q = _hessian_matrix(objective, outputs.flatten())
     if not (q.isfinite().all() and Q.isfinite().all()):
         raise ValueError(f"loss: its derivatives are not finite (the loss is {value.item()})")
     if curvature.gauss_newton:
@@ -226,7 +230,9 @@ def _terminal_cost(
     return q.flatten(), Q, factor
 
 
-def _feedback(G: Tensor, H: Tensor, h: Tensor, damping: float, label: str) -> tuple[Tensor, Tensor]:
+def _feedback_gains(
+    G: Tensor, H: Tensor, h: Tensor, damping: float, label: str
+) -> tuple[Tensor, Tensor]:
     """Return K = (G + damping I)^-1 H and k = (G + damping I)^-1 h."""
     G = G + damping * torch.eye(len(G), dtype=G.dtype, device=G.device)
     condition = float(torch.linalg.cond(G, 1))  # infinite where G is not finite
@@ -240,21 +246,21 @@ def _feedback(G: Tensor, H: Tensor, h: Tensor, damping: float, label: str) -> tu
     return Kk[:, :-1], Kk[:, -1]
 
 
-def _jacobian(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+def _jacobian_matrix(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """Return df/dv as a matrix."""
     with torch.enable_grad():
         v = v.detach().requires_grad_()
-        return _rows(f(v), v)
+        return _stacked_gradients(f(v), v)
 
 
-def _hessian(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+def _hessian_matrix(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     """Return the second derivative of a scalar function."""
     with torch.enable_grad():
         v = v.detach().requires_grad_()
-        return _rows(_rows(f(v)[None], v, create_graph=True)[0], v)
+        return _stacked_gradients(_stacked_gradients(f(v)[None], v, create_graph=True)[0], v)
 
 
-def _rows(y: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
+def _stacked_gradients(y: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     """Return dy/dv, one backward pass a row: slow, but right for every layer autograd knows."""
     rows = [
         torch.autograd.grad(
@@ -265,7 +271,7 @@ def _rows(y: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
     return torch.stack(rows) if rows else v.new_zeros(len(y), len(v))
 
 
-def _chain(layers: Iterable[nn.Module], x: Tensor) -> list[nn.Module]:
+def _check_chain(layers: Iterable[nn.Module], x: Tensor) -> list[nn.Module]:
     """Return the layers as a list, or say why they are no chain."""
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a sequence of modules, got {type(layers).__name__}")
@@ -290,7 +296,7 @@ def _random_state(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _unobserved(x: Tensor) -> Iterator[None]:
+def _without_side_effects(x: Tensor) -> Iterator[None]:
     """Leave the random state alone, record no graph, and compute in full precision."""
     generators = torch.random.fork_rng([x.device.index] if x.is_cuda else [])
     precision = torch.autocast(x.device.type, enabled=False)

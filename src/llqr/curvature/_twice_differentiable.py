@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+__all__ = ["ExactWeightNorm", "twice_differentiable"]
+
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
@@ -24,7 +26,7 @@ def twice_differentiable() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # set_stance imports the compiler (seconds); nothing is compiled where it never was loaded.
+        # set_stance imports the compiler (seconds); if it was never loaded, nothing is compiled.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)
@@ -38,7 +40,7 @@ class ExactWeightNorm(TorchFunctionMode):
     """Compute weight norm from elementary operations, for a Hessian.
 
     torch's fused kernel takes the norms for constants in its second backward, so that its Hessian
-    is wrong. A Gauss-Newton product has no need of that backward.
+    is wrong. A Gauss-Newton product does not need that backward.
     """
 
     def __torch_function__(

@@ -1,0 +1,70 @@
+"""Autograd's graphs: gradients whose graph is kept, and which Functions a graph contains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .linearised import is_replaced
+
+__all__ = ["custom_functions_in", "gradients_of", "release_failed_backward"]
+
+
+def gradients_of(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Return (d outputs / d inputs)' cotangents, None for an unused input; the graph stays."""
+    if not inputs:
+        return []
+    return list(
+        torch.autograd.grad(
+            outputs,
+            inputs,
+            cotangents,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def release_failed_backward() -> None:
+    """Let go of the graph of a backward pass that raised an error.
+
+    torch's engine leaves the nodes that were still to run in a queue of this thread, and empties it
+    at the thread's next backward pass: so make one.
+    """
+    with torch.enable_grad():
+        x = torch.zeros((), device="cpu", requires_grad=True)
+        torch.autograd.grad(x + 1, x)
+
+
+def custom_functions_in(tensors: Sequence[Tensor]) -> list[str]:
+    """Return the names of users' autograd Functions in the graph above the parameters.
+
+    Raises:
+        ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
+    """
+    names: dict[str, None] = {}
+    pending, seen = [t.grad_fn for t in tensors], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        if name == "CheckpointFunctionBackward":
+            raise ValueError(
+                "forward: reentrant activation checkpointing hides its parameters from the graph, "
+                "and their curvature would silently be zero; call "
+                "torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and not is_replaced(node):
+            names[name.removesuffix("Backward")] = None
+        pending.extend(parent for parent, _ in node.next_functions)
+    return list(names)

@@ -1,0 +1,122 @@
+"""What every way of expanding the loss of one forward offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .._curvatures import Curvature
+from .._forwards import (
+    RepeatableForward,
+    count_nonzero_rows,
+    differentiable_in,
+    split_loss_and_outputs,
+    tensors_in,
+)
+from .._graphs import custom_functions_in
+from .._twice_differentiable import ExactWeightNorm
+from ._differences import differ_too_much, random_direction
+from ._missing_derivative import MissingDerivative
+
+__all__ = ["Expansion"]
+
+
+class Expansion(ABC):
+    """The loss of one forward to second order, by one way of differentiating.
+
+    It holds what its products need, and nothing that holds it: when the last reference to it goes,
+    so do the graphs. A RuntimeError that ``missing_derivative_in`` recognises says that the
+    forward lacks a derivative this way needs.
+
+    Args:
+        forward: what to expand.
+        parameters: the tensors to differentiate by. Directions and results are lists over them.
+        curvature: which matrix C is.
+        count_rows: whether to count ``rows``.
+
+    Attributes:
+        loss: the loss, detached.
+        gradient: g, detached; None for a parameter that took no part.
+        rows: output rows whose loss gradient is not zero (1 if not counted).
+    """
+
+    #: What warnings call this way, and what they say of its cost.
+    way: ClassVar[str]
+    cost: ClassVar[str]
+    #: Whether the first map of a product is itself computed by differences.
+    by_differences: ClassVar[bool] = False
+
+    gradient: list[Tensor | None]
+
+    def __init__(
+        self,
+        forward: RepeatableForward,
+        parameters: list[Tensor],
+        curvature: Curvature,
+        count_rows: bool = False,
+    ) -> None:
+        self._parameters = parameters
+        loss, outputs = self._run_forward(forward)
+        # Double backward says if an operation lacks it, unless a user's own Function hides the
+        # dependence; such a graph is checked once against differences.
+        custom = custom_functions_in([loss, *tensors_in(outputs)])
+        self._unchecked = [] if self.by_differences else custom
+        self.loss = loss.detach()
+        self.rows = 1
+        if outputs is None and (curvature.gauss_newton or count_rows):
+            raise ValueError(
+                f"forward returned only a loss, but curvature={curvature!r} (scale "
+                "'mean' or 'sum') needs what the loss was computed from; return "
+                "(loss, outputs) with the logits as `outputs`"
+            )
+        self._differentiate(forward, loss, outputs, curvature)
+        if count_rows:
+            self.rows = count_nonzero_rows(loss, differentiable_in(outputs))
+
+    def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return C d, unscaled; None is zero."""
+        if self._unchecked:
+            self._check_dependences()
+        return self._curvature_product(d)
+
+    def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
+        """Return (loss, outputs) with the graphs that this way differentiates."""
+        with ExactWeightNorm():
+            return split_loss_and_outputs(forward())
+
+    @abstractmethod
+    def _differentiate(
+        self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
+    ) -> None:
+        """Take the gradient, and keep what a product needs."""
+
+    @abstractmethod
+    def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return C d, unscaled; None is zero."""
+
+    @abstractmethod
+    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return the first linear map of a product, which is what a hidden dependence spoils."""
+
+    @abstractmethod
+    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
+        """Return the same by central differences."""
+
+    def _keep_gradient(self, gradient: list[Tensor | None]) -> None:
+        if all(g is None for g in gradient):
+            raise ValueError(
+                "forward: the loss does not depend on any of the parameters; compute it with the "
+                "module whose parameters these are"
+            )
+        self.gradient = [None if g is None else g.detach() for g in gradient]
+
+    def _check_dependences(self) -> None:
+        """Compare with central differences: a graph with users' Functions may lack a dependence."""
+        d = random_direction(self._parameters)
+        # The adjoint test <v, J d> = <J'v, d> would not do: both sides miss what is hidden.
+        if differ_too_much(self._first_map(d), self._first_map_by_differences(d)):
+            raise MissingDerivative(", ".join(self._unchecked))
+        self._unchecked = []

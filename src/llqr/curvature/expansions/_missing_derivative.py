@@ -1,0 +1,30 @@
+"""Which derivative is missing: what decides that another way is tried."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["MissingDerivative", "missing_derivative_in"]
+
+
+class MissingDerivative(RuntimeError):
+    """A derivative that came out wrong, because something hides a dependence."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(f"{operation}: a dependence is missing")
+        self.operation = operation
+
+
+def missing_derivative_in(error: BaseException) -> str | None:
+    """Return the operation that an error says has no such derivative; None for other errors."""
+    if isinstance(error, MissingDerivative):
+        return error.operation
+    text = str(error)
+    known = isinstance(error, NotImplementedError)  # what torch raises
+    known = known or (isinstance(error, RuntimeError) and "once_differentiable" in text)
+    if not known:
+        return None
+    quoted = re.search(r"derivative for '?(?:aten::)?([\w.]+)'?|forward AD with (\w+)", text)
+    if quoted is None:
+        return "an operation"
+    return str(quoted.group(1) or quoted.group(2)).removeprefix("_").removesuffix("_backward")

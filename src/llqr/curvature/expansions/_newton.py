@@ -1,0 +1,88 @@
+"""C = the Hessian of the whole loss, Newton's choice in the paper's equation (7), in two ways."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._curvatures import Curvature
+from .._forwards import RepeatableForward, split_loss_and_outputs
+from .._graphs import gradients_of
+from ._base import Expansion
+from ._differences import central_difference
+
+__all__ = ["Newton", "NewtonByDifferences", "NewtonByDoubleBackward"]
+
+
+class _RepeatedGradient:
+    """The gradient of the loss, computed again at the parameters' present values."""
+
+    def __init__(self, forward: RepeatableForward, parameters: list[Tensor]) -> None:
+        self._forward, self._parameters = forward, parameters
+
+    def __call__(self) -> list[Tensor]:
+        with torch.enable_grad():
+            loss, _ = split_loss_and_outputs(self._forward())
+            return list(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
+
+
+class Newton(Expansion):
+    """C = the second derivative of the loss in the parameters (base class).
+
+    In equation (9) all of Q_i, R_i and M_i are there: the second derivatives of the layers.
+    """
+
+    def _differentiate(
+        self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
+    ) -> None:
+        self._repeat = _RepeatedGradient(forward, self._parameters)
+        self._keep_gradient(self._differentiate_loss(loss))
+
+    @abstractmethod
+    def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        """Return the gradient, and keep what a product needs of it."""
+
+    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        return self._curvature_product(d)
+
+    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
+        return central_difference(self._repeat, self._parameters, d)
+
+
+class NewtonByDoubleBackward(Newton):
+    """Differentiate the gradient, whose graph is kept."""
+
+    way = "double backward"
+    cost = "about as fast"
+
+    def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        gradient = gradients_of([loss], self._parameters, create_graph=True)
+        # A gradient without a graph is constant: its row of C is zero.
+        self._rows = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
+        return gradient
+
+    def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return C d as d/dp (d'g), C being symmetric."""
+        if not self._rows:
+            return [None] * len(self._parameters)
+        gradient = [g for _, g in self._rows]
+        return gradients_of(gradient, self._parameters, [d[i] for i, _ in self._rows])
+
+
+class NewtonByDifferences(Newton):
+    """Run forward and backward twice more for every product, to either side of the parameters."""
+
+    way = "central differences"
+    cost = "slower and accurate to a few digits only"
+    by_differences = True
+
+    def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        return gradients_of([loss], self._parameters)
+
+    def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return C d as (g(p + e d) - g(p - e d)) / 2e."""
+        return [*self._first_map_by_differences(d)]

@@ -1,0 +1,121 @@
+"""H, the second derivative of the curvature's objective in the outputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._curvatures import Curvature
+from .._graphs import gradients_of
+
+__all__ = ["LinearLoss", "OutputHessian"]
+
+
+class LinearLoss(ValueError):
+    """A loss that has no second derivative in its outputs."""
+
+
+class OutputHessian:
+    """Products with H, the Q_N of the paper's equation (9), from the graph of dD/dz.
+
+    Args:
+        curvature: says which scalar D of the outputs H is the second derivative of.
+        loss: the loss, computed from the outputs.
+        outputs: what the forward handed over.
+        zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
+
+    Raises:
+        ValueError: the loss was not computed from the outputs, or one output from another.
+        LinearLoss: H is zero.
+
+    Warns:
+        UserWarning: H is not positive semidefinite.
+    """
+
+    def __init__(self, curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
+        objective, self._points = _objective_and_points(curvature, loss, outputs, zs)
+        gradient = torch.autograd.grad(
+            objective, self._points, create_graph=True, allow_unused=True
+        )
+        self._gradient = [
+            (g, z) for g, z in zip(gradient, self._points, strict=True) if g is not None
+        ]
+        if not self._gradient:
+            raise ValueError(
+                "the loss was not computed from `outputs`: return the very tensor that the loss "
+                "function was given (not a detached or recomputed copy)"
+            )
+        self._check_curvature(may_be_stationary=objective is loss)
+
+    def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return H v as d/dz (v'dD/dz); None is zero."""
+        v_at = dict(zip(map(id, self._points), v, strict=True))
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for g, z in self._gradient:
+            x = v_at[id(z)]
+            # A gradient without a graph is constant: its row of H is zero.
+            if g.requires_grad and x is not None:
+                pairs.append((g, x))
+        if not pairs:
+            return [None] * len(self._points)
+        return gradients_of([g for g, _ in pairs], self._points, [x for _, x in pairs])
+
+    def _check_curvature(self, may_be_stationary: bool) -> None:
+        """Refuse H = 0, and warn of an indefinite H, from one random product."""
+        probes = [_random_like(z) for z in self._points]
+        images = self.product(probes)
+        pairs = [(v, h) for v, h in zip(probes, images, strict=True) if h is not None]
+        if not any(bool(h.any()) for _, h in pairs):
+            # A divergence is stationary at equality, with H or without; a loss whose gradient is
+            # exactly zero is minimal: nothing to learn, nothing wrong.
+            if may_be_stationary and all(not bool(g.any()) for g, _ in self._gradient):
+                return
+            raise LinearLoss(
+                "loss is linear in `outputs`, so its second derivative there is zero and U would "
+                "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
+                "they are, they lie so far apart that training has diverged"
+            )
+        # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
+        # at all, and what is left is rounding of either sign.
+        noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
+        if sum(float((v * h).sum()) for v, h in pairs) < -noise:
+            warnings.warn(
+                "the second derivative of the loss in the outputs is not positive semidefinite: "
+                "the curvature C is indefinite",
+                stacklevel=2,
+            )
+
+
+def _random_like(z: Tensor) -> Tensor:
+    # A generator of its own: a refresh must not advance the global random state.
+    noise = torch.Generator().manual_seed(0)
+    draw = torch.randn(z.shape, generator=noise, dtype=torch.float32)
+    return draw.to(device=z.device, dtype=z.dtype)
+
+
+def _objective_and_points(
+    curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return a scalar and the tensors in which its second derivative is H."""
+    constant = pytree.tree_map(lambda z: z.detach() if isinstance(z, Tensor) else z, outputs)
+    free_copy = {id(z): z.detach().requires_grad_() for z in zs}
+    free = pytree.tree_map(lambda z: free_copy.get(id(z), z), outputs)
+    objective = curvature.objective(loss, free, constant)
+    if objective is not None:
+        return objective, [free_copy[id(z)] for z in zs]
+    # The loss is known only as a node above the outputs, so its derivative in one output must not
+    # run through another.
+    for i, z in enumerate(zs if len(zs) > 1 else []):
+        others = zs[:i] + zs[i + 1 :]
+        below = torch.autograd.grad(z.sum(), others, retain_graph=True, allow_unused=True)
+        if any(b is not None for b in below):
+            raise ValueError(
+                "forward: one tensor of `outputs` is computed from another; hand over only what "
+                "the loss reads, or use llqr.Divergence for a metric on intermediate layers"
+            )
+    return loss, zs

@@ -1,0 +1,138 @@
+"""J, the Jacobian of the outputs in the parameters: one class per way of computing J d."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from .._graphs import gradients_of
+from ._differences import central_difference
+
+__all__ = [
+    "JacobianByDifferences",
+    "JacobianByDoubleBackward",
+    "JacobianByForwardMode",
+    "OutputJacobian",
+]
+
+
+class OutputJacobian(ABC):
+    """Products with J and J'; J is the chain of A_i and B_i in the paper's equation (8).
+
+    Args:
+        loss: the loss, computed from the outputs.
+        outputs: the tensors z(parameters), with their graph.
+        parameters: the tensors to differentiate by.
+        repeat: computes the outputs again at the parameters' present values.
+
+    Attributes:
+        loss_gradient: the gradient of the loss, which one backward pass gives along with J.
+    """
+
+    loss_gradient: list[Tensor | None]
+
+    def __init__(
+        self,
+        loss: Tensor,
+        outputs: list[Tensor],
+        parameters: list[Tensor],
+        repeat: Callable[[], list[Tensor]],
+    ) -> None:
+        self._outputs, self._parameters, self._repeat = outputs, parameters, repeat
+        self.loss_gradient = self._differentiate_loss(loss)
+
+    def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        return gradients_of([loss], self._parameters)
+
+    @abstractmethod
+    def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return J d for every output; None is zero."""
+
+    def transposed_product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return J'v for every parameter; None is zero."""
+        pairs = [(z, x) for z, x in zip(self._outputs, v, strict=True) if x is not None]
+        if not pairs:
+            return [None] * len(self._parameters)
+        return gradients_of([z for z, _ in pairs], self._parameters, [x for _, x in pairs])
+
+
+class JacobianByDoubleBackward(OutputJacobian):
+    """Differentiate u -> J'u, which is linear, by u: its transpose is J."""
+
+    def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        # One VJP gives the gradient and the map u -> J'u: backpropagate the loss with cotangent 1
+        # and the outputs with a cotangent u that is zero, and keep the graph in u.
+        self._us = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+        gradient = gradients_of(
+            [loss, *self._outputs],
+            self._parameters,
+            [torch.ones_like(loss), *self._us],
+            create_graph=True,
+        )
+        # If a parameter reaches no output, its row of J' is zero and has no graph.
+        self._transposed = [
+            (i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad
+        ]
+        return gradient
+
+    def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return J d as d/du (d'J'u)."""
+        if not self._transposed:
+            return [None] * len(self._us)
+        images = [g for _, g in self._transposed]
+        return gradients_of(images, self._us, [d[i] for i, _ in self._transposed])
+
+
+class JacobianByForwardMode(OutputJacobian):
+    """Run the forward once more for every product, with dual numbers as parameters."""
+
+    def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return J d as the tangent of z(p + d epsilon)."""
+        with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
+            # At its first use torch compiles decompositions through an interface it deprecates.
+            warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
+            make: Any = forward_ad.make_dual
+            unpack: Any = forward_ad.unpack_dual
+            duals = [make(p.detach(), v) for p, v in zip(self._parameters, d, strict=True)]
+            with _ParametersSubstituted(self._parameters, duals):
+                zs = [unpack(z) for z in self._repeat()]
+            return [
+                torch.zeros_like(z.primal) if z.tangent is None else z.tangent.clone() for z in zs
+            ]
+
+
+class JacobianByDifferences(OutputJacobian):
+    """Run the forward twice more for every product, to either side of the parameters."""
+
+    def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return J d as (z(p + e d) - z(p - e d)) / 2e."""
+        return [*central_difference(self._repeat, self._parameters, d)]
+
+
+class _ParametersSubstituted(TorchFunctionMode):
+    """Put other tensors in the places of parameters, in every torch function called."""
+
+    def __init__(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._values = {id(p): v for p, v in zip(parameters, values, strict=True)}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` with the other tensors."""
+        args, kwargs = torch.utils._pytree.tree_map(self._value_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _value_of(self, x: Any) -> Any:
+        return self._values.get(id(x), x) if isinstance(x, Tensor) else x
