@@ -42,9 +42,9 @@ def test_what_was_learned_of_one_model_is_not_taken_to_another():
 @pytest.mark.parametrize("curvature", ["newton", llqr.Newton()])
 def test_the_papers_settings_go_by_the_curvature_and_not_by_its_spelling(curvature):
     settings = llqr.LLQR.paper("diagonal", curvature).settings
-    assert (settings["scale"], settings["ema"]) == ("mean", 0.9)
+    assert (settings.scale, settings.ema) == ("mean", 0.9)
     settings = llqr.LLQR.paper("diagonal", llqr.Fisher()).settings
-    assert (settings["scale"], settings["ema"]) == ("sum", 0.95)
+    assert (settings.scale, settings.ema) == ("sum", 0.95)
 
 
 def test_an_option_that_is_refused_does_not_come_in_by_a_state_dict():

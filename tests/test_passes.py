@@ -272,7 +272,7 @@ def test_a_refresh_or_checkpoint_within_a_perturbed_pass_is_refused(way, what):
             same(weights(problem.model), away)
             same(buffers(problem.model), seen)
 
-    optimizer.geometry._last = twin.geometry._last = 0  # due again
+    optimizer.geometry.history.last = twin.geometry.history.last = 0  # due again
     if way == "passes":
         for i in optimizer.passes():
             body(i)
@@ -283,7 +283,7 @@ def test_a_refresh_or_checkpoint_within_a_perturbed_pass_is_refused(way, what):
             body(1)
     with pytest.warns(UserWarning, match="refresh of the geometry is due"):
         optimizer.step()
-    twin.geometry._last = 1
+    twin.geometry.history.last = 1
     train(twin, plain, 1, way)
     same(weights(problem.model), weights(plain.model))
     same(buffers(problem.model), buffers(plain.model))

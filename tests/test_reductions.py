@@ -160,7 +160,8 @@ def test_transport_false_keeps_the_geometry_in_the_probe():
     with torch.no_grad():
         for n, p in problem.model.named_parameters():
             p.copy_(start[n])
-    optimizer.geometry.settings["every"] = 1000
+    geometry = optimizer.geometry
+    geometry.settings = dataclasses.replace(geometry.settings, every=1000)
     train(optimizer, problem, 1)
     for n, p in problem.model.named_parameters():
         torch.testing.assert_close(p.detach(), start[n] - 0.1 * second[n], rtol=0, atol=1e-14)

@@ -10,14 +10,6 @@ from ._exact_lqr import exact_lqr_step as exact_lqr_step
 # The optimizer
 from ._optimizer import Optimizer as Optimizer
 
-# Where the loss is probed
-from .perturbations import ASAM as ASAM
-from .perturbations import SAM as SAM
-from .perturbations import FisherSAM as FisherSAM
-from .perturbations import FriendlySAM as FriendlySAM
-from .perturbations import Perturbation as Perturbation
-from .perturbations import Probe as Probe
-
 # What the curvature is
 from .curvature import Curvature as Curvature
 from .curvature import Divergence as Divergence
@@ -25,7 +17,6 @@ from .curvature import Fisher as Fisher
 from .curvature import Newton as Newton
 from .curvature import QuadraticModel as QuadraticModel
 from .curvature import quadratic_model as quadratic_model
-from ._exact_lqr import exact_lqr_step as exact_lqr_step
 
 # The metric U
 from .geometry import LLQR as LLQR
@@ -34,5 +25,13 @@ from .geometry import Geometry as Geometry
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport
 from .geometry import StructuredGeometry as StructuredGeometry
+
+# Where the loss is probed
+from .perturbations import ASAM as ASAM
+from .perturbations import SAM as SAM
+from .perturbations import FisherSAM as FisherSAM
+from .perturbations import FriendlySAM as FriendlySAM
+from .perturbations import Perturbation as Perturbation
+from .perturbations import Probe as Probe
 
 __version__ = "0.1.0"

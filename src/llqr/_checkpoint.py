@@ -224,7 +224,9 @@ def _report_entries(report: RefreshReport | None) -> dict[str, Any]:
 
 
 def _report_from(counters: Mapping[str, Any]) -> RefreshReport | None:
-    values = {f.name: counters.get(f"report.{f.name}") for f in fields(RefreshReport)}
+    values: dict[str, Any] = {
+        f.name: counters.get(f"report.{f.name}") for f in fields(RefreshReport)
+    }
     return None if values["step"] in ("", None) else RefreshReport(**values)
 
 

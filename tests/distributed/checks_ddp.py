@@ -405,7 +405,7 @@ def check_a_scaler():
         optimizer.minimize(share, scaler=scaler)
         replicas_equal(scaler.state_dict())
     assert scaler.get_scale() == 512.0
-    assert optimizer._step == 5
+    assert optimizer._progress.step == 5
     all_equal(optimizer)
 
 

@@ -294,7 +294,7 @@ def check_a_scaler():
         optimizer.minimize(half, scaler=scaler)
         joined.minimize(whole)
     replicas_equal(scaler.state_dict())
-    assert optimizer._step == 4
+    assert optimizer._progress.step == 4
     near(full(half.model), plain(whole.model), 1e-4)
 
 

@@ -168,13 +168,13 @@ def test_paper_settings():
         "solver": "momentum", "start": 0,
     }  # fmt: skip
     for geometry, ema, scale in ((fisher, 0.95, "sum"), (newton, 0.9, "mean")):
-        assert {k: geometry.settings[k] for k in common} == common
-        assert geometry.settings["ema"] == ema and geometry.settings["scale"] == scale
+        assert {k: getattr(geometry.settings, k) for k in common} == common
+        assert geometry.settings.ema == ema and geometry.settings.scale == scale
     assert isinstance(fisher.curvature, llqr.Fisher)
     assert isinstance(newton.curvature, llqr.Newton)
     changed = llqr.LLQR.paper("e-kfac", every=1000, ema=0.925)
-    assert changed.settings["every"] == 1000 and changed.settings["ema"] == 0.925
-    assert changed.settings["lr"] == 1e-3 and changed.structure == "e-kfac"
+    assert changed.settings.every == 1000 and changed.settings.ema == 0.925
+    assert changed.settings.lr == 1e-3 and changed.structure == "e-kfac"
 
 
 def test_repr_names_everything():
@@ -469,7 +469,7 @@ def test_U_stays_float32_for_half_precision(dtype):
     assert all(g.dtype == dtype for g in moved.values())
     same(optimizer.geometry.state(), U)
     fresh = mlp(dtype)
-    assert optimizer.geometry.layout.rounding == bound(fresh, "kfac").layout.rounding
+    assert optimizer.geometry.layout.space.rounding == bound(fresh, "kfac").layout.space.rounding
 
 
 def problem_gradient(problem, dtype):

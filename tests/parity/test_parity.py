@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import llqr
-from llqr.geometry._refresh import FlatModel
-from llqr.geometry._solver import Objective, SolverOptions, solve
+from llqr.geometry.inner_solve import FlatModel, Objective
+from llqr.geometry.inner_solve._literal import solve_literally
 from parity.reference import (
     ACTIVATIONS,
     CURVATURES,
@@ -26,6 +26,7 @@ from parity.reference import (
     ours,
     to_tree,
 )
+from solving import method
 
 F64 = torch.float64
 EXACT = 1e-9
@@ -43,10 +44,10 @@ def objective_of(geometry: llqr.LLQR, forward, damping: float) -> Objective:
         forward,
         list(geometry.parameters.values()),
         geometry.curvature,
-        scale=geometry.settings["scale"],
+        scale=geometry.settings.scale,
     )
     flat_model = FlatModel(model, geometry.layout, list(geometry.parameters))
-    return Objective(geometry._blocks, flat_model.gradient, flat_model.product, damping)
+    return Objective(geometry.blocks, flat_model.gradient, flat_model.product, damping)
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def raw_solve(geometry: llqr.LLQR, forward, damping: float, **options):
     """The inner solve alone: no EMA, no floor, no projection."""
     objective = objective_of(geometry, forward, damping)
     settings = {"solver": "momentum", "steps": 50, "lr": 1e-3, "momentum": 0.9, "clip": 5.0}
-    states, first = solve(objective, geometry._states, SolverOptions(**{**settings, **options}))
+    states, first = solve_literally(objective, geometry.states, *method(**{**settings, **options}))
     return objective, states, first
 
 
@@ -116,7 +117,7 @@ def test_inner_solves(name, compared):
         )
         ref.compare(f"{case}/J_init", first, tolerance)
         ref.compare(f"{case}/J_final", objective.value(states), tolerance)
-        geometry._states = states
+        geometry.states = states
         ref.compare(f"{case}/Ug_flat", flat(to_tree(geometry.apply(gradient))), tolerance)
         if f"{case}/U_flat" in ref:
             found = blocks(geometry.state(), model, ours_name)
@@ -139,7 +140,7 @@ def test_special_solves(name, compared):
             clipped = f"clipnorm0.01_steps20_damp0.1/{divergence}/{structure}/U_flat"
             if clipped in ref:
                 geometry, own = llqr_of(structure, divergence, model)
-                _, geometry._states, _ = raw_solve(geometry, forward, 0.1, steps=20, clip=0.01)
+                _, geometry.states, _ = raw_solve(geometry, forward, 0.1, steps=20, clip=0.01)
                 ref.compare(clipped, flat_blocks(geometry, own), EXACT)
             averaged = f"ema0.95_steps50_damp0/{divergence}/{structure}"
             if f"{averaged}/refresh0/U_flat" in ref:
@@ -151,21 +152,21 @@ def test_special_solves(name, compared):
         smooth = f"label_smoothing0.1_steps50_damp0.1/{divergence}/e-kfac/U"
         smooth_model, smooth_forward = problem("relu", smoothing=0.1)
         geometry, own = llqr_of("e-kfac", divergence, smooth_model)
-        _, geometry._states, _ = raw_solve(geometry, smooth_forward, 0.1)
+        _, geometry.states, _ = raw_solve(geometry, smooth_forward, 0.1)
         ref.compare_tree(smooth, blocks(geometry.state(), smooth_model, own), EXACT)
     for structure in ("diagonal", "scalar"):
         geometry, own = llqr_of(structure, "ngd", model, lr=0.02, clip=None)
-        start = geometry._states
-        _, geometry._states, _ = raw_solve(geometry, forward, 0.0, lr=0.02, clip=None)
+        start = geometry.states
+        _, geometry.states, _ = raw_solve(geometry, forward, 0.0, lr=0.02, clip=None)
         case = f"noclip_lr0.02_steps50_rawsolve/ngd/{structure}/U"
         ref.compare_tree(case, blocks(geometry.state(), model, own), EXACT)
-        geometry._states = start
+        geometry.states = start
         geometry.refresh([forward])
         case = f"noclip_lr0.02_steps50_after_update_preconditioner/ngd/{structure}/U"
         ref.compare_tree(case, blocks(geometry.state(), model, own), EXACT)
     for solver in ("adam", "sgd"):
         geometry, own = llqr_of("e-kfac", "ngd", model)
-        _, geometry._states, _ = raw_solve(geometry, forward, 0.1, solver=solver)
+        _, geometry.states, _ = raw_solve(geometry, forward, 0.1, solver=solver)
         case = f"solver_{solver}_lr1e-3_steps50_damp0.1/ngd/e-kfac/U"
         ref.compare_tree(case, blocks(geometry.state(), model, own), EXACT)
     ref.assert_complete(compared)
@@ -188,10 +189,10 @@ def test_objective(name, compared):
                     geometry.load_state(ours(ref, f"{structure}/U", model, own))
                     objective = objective_of(geometry, forward, float(damp[4:]))
                     with torch.no_grad():
-                        value, grad = objective.value_and_gradient(geometry._states)
+                        value, grad = objective.value_and_gradient(geometry.states)
                     ref.compare(f"{case}/J", value, EXACT)
                     if ref.tree(f"{case}/dJdU"):
-                        exported = geometry._blocks.export(grad)
+                        exported = geometry.blocks.export(grad)
                         found = blocks(exported, model, own)
                         ref.compare_tree(f"{case}/dJdU", found, EXACT)
                     gradient = geometry.layout.unpack(objective.gradient)
@@ -368,7 +369,7 @@ def test_conv_net(name, compared):
         divergence, structure, damp = case.split("/")
         geometry, own = llqr_of(structure, divergence, model)
         objective, states, _ = raw_solve(geometry, forward, float(damp.removeprefix("damp")))
-        geometry._states = states
+        geometry.states = states
         ref.compare(f"{case}/J_final", objective.value(states), EXACT)
         ref.compare_tree(f"{case}/Ug", conv_tree(geometry.apply(gradient)), EXACT)
         state = geometry.state()

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .._vectors import Tensors
 from ..distributed import Ranks
-from .layout import unwrap_model
 from ._report import RefreshReport
+from .layout import unwrap_model
 
 __all__ = ["Geometry"]
 

@@ -5,8 +5,9 @@ a combination of few vectors: with the directions d = -U g written in an orthono
 
     r = g + C d + damping d = sum_j a_j F_j,    F_0 = g,  F_i = (C + damping) q_i.
 
-So every iterate is s_0 + sum_j x[l, j] pullback(g, F_j)[l], one coefficient per block l and vector j
-(per block, because the gradient of each block is clipped by its own factor). With the symmetric map
+So every iterate is s_0 + sum_j x[l, j] pullback(g, F_j)[l], one coefficient per block l and vector
+j (per block, because the gradient of each block is clipped by its own factor). With the symmetric
+map
 
     K f = U[pullback(g, f)] g,    <pullback(g, f), pullback(g, h)> = <f, K h>    (block by block),
 
@@ -179,7 +180,9 @@ class _Stage:
         """Return how long the part of d outside the basis may be (all of d needs a product)."""
         if not self.Q.count:
             return -1.0
-        return longest_negligible(self.tolerance, self._residual_on_images(c), self.FF, self.largest)
+        return longest_negligible(
+            self.tolerance, self._residual_on_images(c), self.FF, self.largest
+        )
 
     def _bound_outside(self) -> float:
         """Return a bound, from the coefficients alone, on the part of d outside the basis."""
@@ -225,7 +228,11 @@ class _Stage:
     def _extend_matrices(self, q: Tensor | None = None) -> None:
         """Extend the host matrices by the newest F, and by q; one read from the device."""
         F, Q, y = self.F, self.Q, self.work
-        gram, dot, kernel_product = self.space.dots_per_block, self.space.dot, self.blocks.kernel_product
+        gram, dot, kernel_product = (
+            self.space.dots_per_block,
+            self.space.dot,
+            self.blocks.kernel_product,
+        )
         f = F.matrices()[-1][-1]
         new = {"FF": F.map_matrices(lambda rows: dot(rows, f))}
         kernel_product(self.g, f, y)

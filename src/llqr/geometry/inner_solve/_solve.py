@@ -51,7 +51,7 @@ def solve_inner_problem(
     product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.space.dot)
     recycled = Objective(blocks, g, product, objective.damping)
     before = None if start is old else recycled.value(old)  # the first product is a real one
-    # Blocks that are cut over processes are clipped by their whole norm: the literal loop knows how.
+    # A block that is cut over processes is clipped by its whole norm: the literal loop knows how.
     buffered = solver.heavy_ball and not blocks.space.sharded
     way = solve_in_buffers if buffered else solve_literally
     states, first = way(recycled, start, solver, options)

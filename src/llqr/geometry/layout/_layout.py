@@ -127,9 +127,7 @@ class Layout:
                     blocks.append((kind, rectangle.shape, Block(layer, (rectangle,))))
         return blocks
 
-    def _place_blocks(
-        self, plans: list[PlannedBlock], parameters: Mapping[str, Tensor]
-    ) -> None:
+    def _place_blocks(self, plans: list[PlannedBlock], parameters: Mapping[str, Tensor]) -> None:
         """Give every block its place: of this process in its flat vector, of all in the joined."""
         size, rank = (1, 0) if self.ranks is None else (self.ranks.size, self.ranks.rank)
         runs = {name: _runs_of_processes(p, size) for name, p in parameters.items()}

@@ -106,7 +106,7 @@ class Structure(ABC):
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the smallest and largest eigenvalue of each block, (count,) each.
 
-        By default from :meth:`apply`: as explicit matrices, or (not ``exact``, or large) by Lanczos.
+        By default from :meth:`apply`: as explicit matrices; if large, or not ``exact``, by Lanczos.
         """
         like = next(iter(state.values())).new_empty(self.count, *(self.group.shape or ()))
         return extremes_of_operator(lambda x: self.apply(state, x), like, exact)

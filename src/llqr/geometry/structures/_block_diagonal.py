@@ -208,7 +208,9 @@ class BlockDiagonal:
         parameter that the block touches, under "<entry>.<number of the block there>".
         """
         exported: Exported = {name: {} for name in self.layout.kinds}
-        self._visit_states(states, lambda names, key, view, _: exported[names[0]].update({key: view}))
+        self._visit_states(
+            states, lambda names, key, view, _: exported[names[0]].update({key: view})
+        )
         return exported
 
     def export_all_shards(self, states: States, template: Exported) -> Exported:

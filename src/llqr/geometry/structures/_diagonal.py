@@ -45,7 +45,9 @@ class Diagonal(Structure):
     def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Multiply the tensors as they lie: nothing is gathered."""
         factors = torch.split(state["U"], [s.numel for s, _ in self.group.slice_offsets])
-        pairs = [(u.view(x.shape), x) for u, x in zip(factors, tensors, strict=True) if x is not None]
+        pairs = [
+            (u.view(x.shape), x) for u, x in zip(factors, tensors, strict=True) if x is not None
+        ]
         products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else [])
         return [None if x is None else next(products) for x in tensors]
 

@@ -73,7 +73,9 @@ def extremes_of_matrices(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]
         values = torch.linalg.eigvalsh(matrices)
         return values[:, 0], values[:, -1]
     # Symmetric, so the vector may stand on the left: a batch of GEMVs takes five times as long.
-    return _estimate_by_lanczos(lambda v: torch.bmm(v[:, None, :], matrices)[:, 0], matrices[:, 0, :])
+    return _estimate_by_lanczos(
+        lambda v: torch.bmm(v[:, None, :], matrices)[:, 0], matrices[:, 0, :]
+    )
 
 
 def extremes_of_operator(

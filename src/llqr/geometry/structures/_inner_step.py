@@ -99,7 +99,7 @@ class InnerStep:
             self.entries[key].sub_(self.momenta[key], alpha=lr)
 
     def _clip_blocks(self, key: str, gradient: Tensor, clip: float) -> None:
-        """Scale the gradient of each block to norm at most ``clip``, in place: g c / max(c, |g|)."""
+        """Scale the gradient of each block to norm at most c, in place: g c / max(c, |g|)."""
         for rows in self.structure.rows_per_block(gradient):
             norms = self.gradient_norms(key, rows, clip)
             rows.mul_((clip / norms.clamp(min=clip))[:, None])

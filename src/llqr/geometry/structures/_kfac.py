@@ -27,7 +27,7 @@ class Kfac(MatrixStructure):
         return {"A": self.batch_of_identities(n, device), "B": self.batch_of_identities(m, device)}
 
     def apply(self, state: State, x: Tensor) -> Tensor:
-        """Return B X A', (m, m) @ (m, n) @ (n, n); see :meth:`lower_precision` for the other form."""
+        """Return B X A', (m, m) @ (m, n) @ (n, n); :meth:`lower_precision` has another form."""
         if "A - I" not in state:
             return state["B"] @ x @ state["A"].mT
         db, da = state["B - I"], state["A - I"]

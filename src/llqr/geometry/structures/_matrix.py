@@ -21,9 +21,7 @@ class MatrixStructure(Structure):
     vector_kind: ClassVar[Any] = Vector
 
 
-def extreme_products(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def extreme_products(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the extreme products of two intervals of eigenvalues: those of A (x) B."""
     products = torch.stack([x * y for x in a for y in b])
     return products.amin(0), products.amax(0)

@@ -167,5 +167,3 @@ class _Verification:
             torch.allclose(found[k], v, rtol=1e-8, atol=1e-9) for k, v in sure.items()
         )
         self.require(equal, what)
-
-

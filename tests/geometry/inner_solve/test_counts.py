@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llqr
-from llqr.geometry._inner import solve_buffered
-from llqr.geometry._reduced import solve_reduced
-from llqr.geometry._solver import Objective, SolverOptions
+from llqr.geometry.inner_solve import Objective
+from llqr.geometry.inner_solve._buffered import solve_in_buffers
+from llqr.geometry.inner_solve._reduced import solve_on_coefficients
+from solving import method
 from tiny import Problem
 
 
@@ -54,7 +55,7 @@ def objective_of(problem: Problem, structure: str, **settings: Any) -> tuple[Obj
     geometry.bind(problem.model)
     g = torch.randn(geometry.layout.numel) / 10
     scale = torch.linspace(0.1, 3, len(g))
-    return Objective(geometry._blocks, g, lambda d: scale * d, 0.0), geometry._states
+    return Objective(geometry.blocks, g, lambda d: scale * d, 0.0), geometry.states
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,9 @@ def test_a_step_on_coefficients_touches_no_vector(structure: str) -> None:
     counts = []
     for steps in (10, 50):
         objective, states = objective_of(tower(3), structure, bases="gradient")
-        options = SolverOptions("momentum", steps, 1e-3, 0.9, 5.0)
+        options = method("momentum", steps, 1e-3, 0.9, 5.0)
         with torch.no_grad(), Large(objective.blocks.layout.numel) as large:
-            solve_reduced(objective, states, options, 0.1, 50)
+            solve_on_coefficients(objective, states, *options, 0.1, 50)
         counts.append(large.count)
     assert 0 < counts[0] == counts[1] < 200
 
@@ -94,9 +95,9 @@ def test_equal_layers_are_one_batch(structure: str, products: int) -> None:
         objective, states = objective_of(tower(layers), structure)
         found = []
         for steps in (1, 3):
-            options = SolverOptions("momentum", steps, 1e-3, 0.9, None)
+            options = method("momentum", steps, 1e-3, 0.9, None)
             with torch.no_grad():
-                trace = kernels(lambda o=options, s=states, j=objective: solve_buffered(j, s, o))
+                trace = kernels(lambda o=options, s=states, j=objective: solve_in_buffers(j, s, *o))
             found.append(trace["aten::bmm"] + trace["aten::baddbmm"] + trace["aten::baddbmm_"])
         assert found[1] - found[0] == 2 * products
 

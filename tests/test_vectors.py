@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from explicit import F64
-from llqr.curvature._rows import PIECE, Rows, dots, dots_of_runs
+from llqr._vectors import PIECE, dots, dots_of_runs
+from llqr.geometry.inner_solve._rows import Rows
 
 
 @pytest.mark.parametrize("n", [0, 1, 5, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import llqr
-from llqr._perturbations import squares, total
+from llqr._vectors import inner_products, sum_as_double
 from tiny import (
     F64,
     close,
@@ -351,7 +351,7 @@ def test_inner_products_are_those_in_double(dtype):
     a["columns"] = torch.rand(300, 400).to(dtype).t()
     b = {n: torch.randn(x.shape).to(dtype) for n, x in a.items()}
     for x, y in ((a, b), (a, a)):
-        found = squares(x, y)
+        found = inner_products(x, y)
         assert list(found) == list(y)
         for n, value in found.items():
             terms = x[n].double() * y[n].double()
@@ -364,12 +364,12 @@ def test_inner_products_are_those_in_double(dtype):
 @pytest.mark.parametrize("factor", [1e-30, 1e-15, 1.0, 1e15, 1e30])
 def test_inner_products_beyond_the_range_of_float32(factor):
     x = {"a": torch.full((300_000,), factor), "b": torch.zeros(4), "c": torch.tensor([factor, 0.0])}
-    for value, wanted in zip(squares(x, x).values(), (300_000, 0, 1), strict=True):
+    for value, wanted in zip(inner_products(x, x).values(), (300_000, 0, 1), strict=True):
         assert value == pytest.approx(wanted * factor**2, rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_inner_products_that_are_not_finite(value):
     x = {"a": torch.tensor([1.0, value]), "b": torch.ones(2)}
-    assert not math.isfinite(squares(x, x)["a"]) and squares(x, x)["b"] == 2
-    assert squares({}, {}) == {} and total({}) == 0
+    assert not math.isfinite(inner_products(x, x)["a"]) and inner_products(x, x)["b"] == 2
+    assert inner_products({}, {}) == {} and sum_as_double({}) == 0

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 import llqr
-from llqr.geometry._blocks import BlockDiagonal, States
-from llqr.geometry._inner import InnerKfac, inner_of, solve_buffered
-from llqr.geometry._refresh import _solve
-from llqr.geometry._solver import Objective, SolverOptions, solve
+from llqr.geometry.inner_solve import Objective
+from llqr.geometry.inner_solve._buffered import solve_in_buffers
+from llqr.geometry.inner_solve._literal import solve_literally
+from llqr.geometry.inner_solve._solve import solve_inner_problem
+from llqr.geometry.structures import BlockDiagonal, States
+from llqr.geometry.structures._kfac import Kfac, KfacStep
 from nets import Zoo
+from solving import method
 from tiny import F64
 
 STRUCTURES = {
@@ -37,10 +40,10 @@ def inner_problem(name: str, dtype: torch.dtype = F64) -> tuple[Objective, State
     torch.manual_seed(0)
     geometry = llqr.LLQR(**STRUCTURES[name])
     geometry.bind(Zoo().to(dtype))
-    blocks: BlockDiagonal = geometry._blocks
+    blocks: BlockDiagonal = geometry.blocks
     n = blocks.layout.numel
     root = torch.randn(n, 30, dtype=dtype) / 5
-    states = copy.deepcopy(geometry._states)
+    states = copy.deepcopy(geometry.states)
     for part, state in zip(blocks.parts, states, strict=True):
         for key in part.trainable:
             state[key].add_(torch.randn_like(state[key]), alpha=0.1)
@@ -62,10 +65,10 @@ def difference(a: States, b: States, start: States) -> float:
 def test_equals_the_literal_loop(name, clip, solver, momentum):
     objective, states = inner_problem(name)
     before = copy.deepcopy(states)
-    options = SolverOptions(solver, 12, 0.1, momentum, clip)
+    options = method(solver, 12, 0.1, momentum, clip)
     with torch.no_grad():
-        plain, first = solve(objective, states, options)
-        found, start = solve_buffered(objective, states, options)
+        plain, first = solve_literally(objective, states, *options)
+        found, start = solve_in_buffers(objective, states, *options)
     assert difference(found, plain, states) < 1e-10
     assert float(start) == pytest.approx(float(first), rel=1e-12)
     for a, b in zip(states, before, strict=True):
@@ -77,8 +80,8 @@ def test_the_clip_was_active(name):
     """What the test above rests on."""
     objective, states = inner_problem(name)
     with torch.no_grad():
-        free, _ = solve(objective, states, SolverOptions("momentum", 12, 0.1, 0.9, None))
-        bound, _ = solve(objective, states, SolverOptions("momentum", 12, 0.1, 0.9, 0.05))
+        free, _ = solve_literally(objective, states, *method("momentum", 12, 0.1, 0.9, None))
+        bound, _ = solve_literally(objective, states, *method("momentum", 12, 0.1, 0.9, 0.05))
     assert difference(bound, free, states) > 0.05
 
 
@@ -89,12 +92,12 @@ def test_recycled_within_the_tolerance(name):
     product = objective.product
     objective.product = lambda d: calls.append(1) or product(d)
     for clip in (None, 0.05):
-        options = SolverOptions("momentum", 50, 0.01, 0.9, clip)
+        options = method("momentum", 50, 0.01, 0.9, clip)
         with torch.no_grad():
-            plain, _ = _solve(objective, states, states, options, 0)
+            plain, _ = solve_inner_problem(objective, states, states, *options, 0)
             for tolerance in (1e-2, 1e-5):
                 calls.clear()
-                found, _ = _solve(objective, states, states, options, tolerance)
+                found, _ = solve_inner_problem(objective, states, states, *options, tolerance)
                 assert difference(found, plain, states) < tolerance
                 assert len(calls) < 40
 
@@ -102,9 +105,9 @@ def test_recycled_within_the_tolerance(name):
 @pytest.mark.parametrize("solver", ["adam", "lbfgs"])
 def test_other_solvers_take_the_literal_loop(solver):
     objective, states = inner_problem("kfac")
-    options = SolverOptions(solver, 6, 0.01, 0.9, 5.0)
-    plain, _ = _solve(objective, states, states, options, 0)
-    found, _ = _solve(objective, states, states, options, 1e-8)
+    options = method(solver, 6, 0.01, 0.9, 5.0)
+    plain, _ = solve_inner_problem(objective, states, states, *options, 0)
+    found, _ = solve_inner_problem(objective, states, states, *options, 1e-8)
     assert difference(found, plain, states) < 1e-4
 
 
@@ -114,14 +117,14 @@ def test_mixed_precision():
     net.head.double()
     geometry = llqr.LLQR("kfac")
     geometry.bind(net)
-    blocks, states = geometry._blocks, geometry._states
+    blocks, states = geometry.blocks, geometry.states
     assert len({part.group.dtype for part in blocks.parts}) == 2
     g = torch.randn(blocks.layout.numel, dtype=F64)
     objective = Objective(blocks, g, lambda d: 0.5 * d, 0.0)
-    options = SolverOptions("momentum", 5, 1e-2, 0.9, 1.0)
+    options = method("momentum", 5, 1e-2, 0.9, 1.0)
     with torch.no_grad():
-        plain, _ = solve(objective, states, options)
-        found, _ = solve_buffered(objective, states, options)
+        plain, _ = solve_literally(objective, states, *options)
+        found, _ = solve_in_buffers(objective, states, *options)
     assert difference(found, plain, states) < 1e-5
 
 
@@ -131,12 +134,12 @@ def test_the_wide_factor_is_never_formed_in_a_step(shape):
     m, n = shape
     geometry = llqr.LLQR("kfac", block_size=None)
     geometry.bind(torch.nn.Linear(n, m, bias=False, dtype=F64))
-    (part,), (state,) = geometry._blocks.parts, geometry._states
-    inner = inner_of(part, state, torch.randn(1, m, n, dtype=F64))
-    assert isinstance(inner, InnerKfac)
+    (part,), (state,) = geometry.blocks.parts, geometry.states
+    inner = part.inner_step(state, torch.randn(1, m, n, dtype=F64))
+    assert isinstance(inner, KfacStep)
     out = torch.empty(1, m, n, dtype=F64)
-    inner.write(out)
-    inner.step(torch.randn(1, m, n, dtype=F64), SolverOptions("momentum", 1, 0.1, 0.9, 1e-3))
+    inner.write_control(out)
+    inner.take_step(torch.randn(1, m, n, dtype=F64), 0.1, 0.9, 1e-3)
     held = [*inner.entries.values(), *inner.momenta.values(), *inner.buffers.values()]
     assert max(v.numel() for v in held) <= m * n
 
@@ -144,15 +147,13 @@ def test_the_wide_factor_is_never_formed_in_a_step(shape):
 def test_no_memory_grows_from_step_to_step():
     objective, states = inner_problem("mixed")
     part, state = next(
-        (p, s)
-        for p, s in zip(objective.blocks.parts, states, strict=True)
-        if p.group.structure == "kfac"
+        (p, s) for p, s in zip(objective.blocks.parts, states, strict=True) if isinstance(p, Kfac)
     )
-    inner = inner_of(part, state, torch.randn_like(part.group.view(objective.gradient)))
+    inner = part.inner_step(state, torch.randn_like(part.group.view_of(objective.gradient)))
     pointers = []
     for _ in range(3):
         out = torch.empty_like(inner.x)
-        inner.write(out)
-        inner.step(torch.randn_like(out), SolverOptions("momentum", 1, 0.1, 0.9, 1e-3))
+        inner.write_control(out)
+        inner.take_step(torch.randn_like(out), 0.1, 0.9, 1e-3)
         pointers.append(sorted(v.data_ptr() for v in inner.buffers.values()))
     assert pointers[0] == pointers[1] == pointers[2]

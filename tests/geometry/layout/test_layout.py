@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import llqr
 from explicit import F64, as_matrix, block_indices
-from llqr.geometry._layers import Layout
-from llqr.geometry._modules import layers_of, matrix_shape, unwrap
+from llqr.geometry.layout import Layout, layers_of, matrix_shape, unwrap_model
+from llqr.geometry.structures import find_structure
 from nets import Tied, Zoo
 from tiny import STRUCTURES, says
 
 
 def layout_of(model: nn.Module, structure="kfac", block_size: int | None = 512) -> Layout:
     layers, transposed = layers_of(model)
-    of = structure if callable(structure) else (lambda name, parameter: structure)
+    of = partial(find_structure, structure)
     return Layout(dict(model.named_parameters()), layers, of, block_size, transposed)
 
 
@@ -72,11 +74,11 @@ def test_transposed_convolutions_of_all_kinds():
 
 def test_unwrap():
     model = nn.Linear(2, 2)
-    assert unwrap(model) is model
-    assert unwrap(nn.DataParallel(model)) is model
+    assert unwrap_model(model) is model
+    assert unwrap_model(nn.DataParallel(model)) is model
     holder = nn.Module()
     holder.module = model  # an ordinary model may have a part of that name
-    assert unwrap(holder) is holder
+    assert unwrap_model(holder) is holder
 
 
 # -- matrix views ----------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def test_views_read_and_write():
 def test_a_transposed_convolution_puts_out_first():
     layout = layout_of(nn.ConvTranspose1d(2, 3, 2))
     w = torch.arange(12.0).view(2, 3, 2)  # (in, out, kernel)
-    row = layout.views["weight"].read(w)[1]  # all that leads to output 1
+    row = layout.views["weight"].read_matrix(w)[1]  # all that leads to output 1
     assert row.tolist() == [2.0, 3.0, 8.0, 9.0]
 
 
@@ -236,15 +238,17 @@ def test_dot():
 def test_gram_and_combine_go_block_by_block(structure):
     layout = layout_of(Zoo(), structure, block_size=4)
     sizes = [block.numel for group in layout.groups for block in group.blocks]
-    assert layout.leaves == len(sizes) >= len(set(sizes)) > 1
+    assert layout.space.block_count == len(sizes) >= len(set(sizes)) > 1
     rows, b = torch.randn(3, layout.numel, dtype=F64), torch.randn(layout.numel, dtype=F64)
     parts = torch.split(rows * b, sizes, dim=1)
     explicit = torch.stack([part.sum(1) for part in parts])
-    torch.testing.assert_close(layout.gram(rows, b), explicit, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layout.space.dots_per_block(rows, b), explicit, rtol=1e-12, atol=1e-12
+    )
 
     c = torch.randn(len(sizes), 3, dtype=F64)
     out = b.clone()
-    layout.combine(c, rows, out)
+    layout.space.add_combination(c, rows, out)
     repeated = torch.repeat_interleave(c, torch.tensor(sizes), dim=0)
     torch.testing.assert_close(out, b + (repeated.mT * rows).sum(0), rtol=1e-12, atol=1e-12)
 
@@ -261,7 +265,7 @@ def bound(model: nn.Module, structure: str, block_size: int | None = 512) -> llq
 def test_an_embedding_of_30000_rows():
     model = nn.Embedding(30_000, 6)
     geometry = bound(model, "kfac")
-    assert len(geometry.layout.pieces("weight")) == 59
+    assert len(geometry.layout.slices_of("weight")) == 59
     assert geometry.numel() == 58 * 512**2 + 304**2 + 59 * 6**2
     g = {"weight": torch.randn(30_000, 6)}
     assert torch.equal(geometry.apply(g)["weight"], g["weight"])
@@ -276,7 +280,7 @@ def test_a_wide_convolution_and_a_head_of_30000_classes():
     with torch.device("meta"):
         conv, head = nn.Conv2d(512, 512, 3), nn.Linear(64, 30_000)
     geometry = bound(conv, "kfac")
-    assert len(geometry.layout.pieces("weight")) == 9  # nine independent 512 x 512 problems
+    assert len(geometry.layout.slices_of("weight")) == 9  # nine independent 512 x 512 problems
     assert geometry.numel() == 9 * 2 * 512**2 + 512
     geometry = bound(head, "dense", 100)
     assert geometry.numel() == (30_000 * 65 // 100) * 100**2
@@ -285,5 +289,5 @@ def test_a_wide_convolution_and_a_head_of_30000_classes():
 def test_splitting_keeps_corners():
     """A side that is no multiple of the block size ends in a smaller block."""
     geometry = bound(nn.Linear(7, 5, bias=False), "kfac", 3)
-    shapes = sorted(p.shape for p in geometry.layout.pieces("weight"))
+    shapes = sorted(p.shape for p in geometry.layout.slices_of("weight"))
     assert shapes == [(2, 1), (2, 3), (2, 3), (3, 1), (3, 3), (3, 3)]

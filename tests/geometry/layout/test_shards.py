@@ -1,12 +1,12 @@
-"""Blocks dealt out to processes: every entry once, loads even, leaves kept."""
+"""Blocks assigned to processes: every entry once, loads even, blocks kept."""
 
 import pytest
 import torch
 from torch import nn
 
-from llqr.geometry._layers import Layout
-from llqr.geometry._modules import layers_of
-from llqr.geometry._shares import share_out
+from llqr.geometry.layout import Layout, layers_of
+from llqr.geometry.layout._shards import assign_shards
+from llqr.geometry.structures import STRUCTURES
 
 
 class Several:
@@ -19,7 +19,7 @@ class Several:
 def layouts(model, structure, size, block_size=16):
     layers, transposed = layers_of(model)
     named = dict(model.named_parameters())
-    of = lambda name, p: structure  # noqa: E731
+    of = lambda name, p: STRUCTURES[structure]  # noqa: E731
     return [
         Layout(named, layers, of, block_size, transposed, ranks=Several(rank, size))
         for rank in range(size)
@@ -28,7 +28,7 @@ def layouts(model, structure, size, block_size=16):
 
 @pytest.mark.parametrize("structure", ["diagonal", "scalar", "kfac", "e-kfac", "dense"])
 @pytest.mark.parametrize("size", [2, 3, 8])
-def test_every_entry_is_in_one_share(structure, size):
+def test_every_entry_is_in_one_shard(structure, size):
     model = nn.Sequential(nn.Conv2d(3, 20, 3), nn.BatchNorm2d(20), nn.Linear(20, 33))
     numbers, start = {}, 1
     for name, p in model.named_parameters():
@@ -38,22 +38,22 @@ def test_every_entry_is_in_one_share(structure, size):
     for layout in layouts(model.double(), structure, size):
         flat = layout.pack(numbers)
         assert flat.numel() == layout.numel <= layout.width
-        whole = layout.pack_all(numbers)
-        assert torch.equal(layout.own(whole), flat)
+        whole = layout.pack_all_shards(numbers)
+        assert torch.equal(layout.shard_of_this_rank(whole), flat)
         found.append(flat)
     assert torch.equal(torch.cat(found).sort().values, torch.arange(1, start, dtype=torch.float64))
 
 
-def test_loads_are_even_and_leaves_kept():
+def test_loads_are_even_and_blocks_kept():
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(10)])
-    shares = layouts(model, "kfac", 4)
-    counts = [sum(len(g.blocks) for g in s.groups if g.structure == "kfac") for s in shares]
+    shards = layouts(model, "kfac", 4)
+    counts = [sum(len(g.blocks) for g in s.groups if g.kind.name == "kfac") for s in shards]
     assert sorted(counts) == [2, 2, 3, 3]
-    leaves = [leaf for share in shares for leaf in share._own_leaves]
-    assert set(leaves) == set(range(shares[0].leaves)) and shares[0].leaves == 20
-    # The matrices are in one share each, the biases in all.
-    assert sorted(leaves.count(leaf) for leaf in range(20)) == [1] * 10 + [4] * 10
+    held = [index for shard in shards for index in shard.space._held_blocks]
+    assert set(held) == set(range(20)) and shards[0].space.block_count == 20
+    # The matrices are in one shard each, the biases in all.
+    assert sorted(held.count(index) for index in range(20)) == [1] * 10 + [4] * 10
 
 
-def test_nothing_to_share():
-    assert share_out([], 3, lambda name, rank: (0, 0)) == [[], [], []]
+def test_nothing_to_assign():
+    assert assign_shards([], 3, lambda name, rank: (0, 0)) == [[], [], []]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import llqr
-from llqr.geometry._blocks import States
-from llqr.geometry._reduced import solve_reduced
-from llqr.geometry._refresh import FlatModel, _renew_bases, basis_capacity
-from llqr.geometry._solver import Objective, SolverOptions, solve
+from llqr.geometry.inner_solve import FlatModel, Objective, basis_capacity
+from llqr.geometry.inner_solve._literal import solve_literally
+from llqr.geometry.inner_solve._reduced import solve_on_coefficients
+from llqr.geometry.structures import States
+from solving import method
 from tiny import F64, Problem
 
 LINEAR = {
@@ -56,28 +57,32 @@ class Inner:
         self.model = llqr.quadratic_model(problem, parameters, curvature)
         with torch.no_grad():
             self.flat = FlatModel(self.model, geometry.layout, list(geometry.parameters))
-            self.states = _renew_bases(
-                geometry._blocks, geometry._states, self.flat.gradient, geometry.settings, 0
+            self.states = geometry.blocks.renew_bases(
+                geometry.states, self.flat.gradient, True, True
             )
-        self.objective = Objective(geometry._blocks, self.flat.gradient, self.flat.product, 0.1)
-        self.blocks = geometry._blocks
+        self.objective = Objective(geometry.blocks, self.flat.gradient, self.flat.product, 0.1)
+        self.blocks = geometry.blocks
 
     @torch.no_grad()
     def solve(self, tolerance: float, capacity: int = 50, **options) -> tuple[Tensor, float]:
         """How far the state moved, and J at the start; tolerance 0 is the literal loop."""
         settings = {"solver": "momentum", "steps": 50, "lr": 0.1, "momentum": 0.9, "clip": None}
-        chosen = SolverOptions(**{**settings, **options})
+        chosen = method(**{**settings, **options})
         before = self.model.products
         if tolerance == 0:
-            states, first = solve(self.objective, self.states, chosen)
+            states, first = solve_literally(self.objective, self.states, *chosen)
         else:
-            states, first = solve_reduced(self.objective, self.states, chosen, tolerance, capacity)
+            states, first = solve_on_coefficients(
+                self.objective, self.states, *chosen, tolerance, capacity
+            )
         self.products = self.model.products - before
         return self.moved(states), float(first)
 
     def moved(self, states: States) -> Tensor:
-        pairs = zip(self.blocks.trainable(states), self.states, strict=True)
-        return torch.cat([(v - s[k]).double().reshape(-1) for e, s in pairs for k, v in e.items()])
+        triples = zip(self.blocks.parts, states, self.states, strict=True)
+        return torch.cat([
+            (e[k] - s[k]).double().reshape(-1) for p, e, s in triples for k in p.trainable
+        ])  # fmt: skip
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -188,14 +193,13 @@ def test_directions_exhausted_in_single_precision() -> None:
     assert inner.products <= 10
 
 
-def test_a_krylov_solve_without_leaves_is_wrong_once_a_clip_is_active() -> None:
-    """One coefficient a vector, not a leaf and vector: what the leaves are for."""
+def test_a_krylov_solve_for_all_blocks_at_once_is_wrong_once_a_clip_is_active() -> None:
+    """One coefficient per vector, not per block and vector: why the blocks have their own."""
     inner = Inner(LINEAR["diagonal"])
     g, blocks, states = inner.flat.gradient, inner.blocks, inner.states
-    layout = blocks.layout
 
     def krylov(clip: float | None) -> Tensor:
-        """The literal loop with the leaves' gradients scaled by one common factor."""
+        """The literal loop with the blocks' gradients scaled by one common factor."""
         state = [{k: v.clone() for k, v in s.items()} for s in states]
         momentum = [{k: torch.zeros_like(v) for k, v in s.items()} for s in states]
         for _ in range(50):
@@ -208,7 +212,7 @@ def test_a_krylov_solve_without_leaves_is_wrong_once_a_clip_is_active() -> None:
                     s[k].sub_(m[k], alpha=0.5)
         return inner.moved(state)
 
-    assert layout.leaves == 5 and bool(g.any())
+    assert blocks.space.block_count == 5 and bool(g.any())
     with torch.no_grad():
         assert error(krylov(None), inner.solve(0, lr=0.5)[0]) < 1e-12
         assert error(krylov(0.02), inner.solve(0, lr=0.5, clip=0.02)[0]) > 0.1
@@ -299,12 +303,12 @@ def test_the_first_value_survives_cancellation() -> None:
     g = torch.randn(n) * 100
     curvature = 2 + torch.randn(n) * 1e-3  # J = -g'g + g'Cg / 2 is a thousandth of g'g
     objective = Objective(blocks, g, lambda d: curvature * d, 0.0)
-    options = SolverOptions("momentum", 1, 1e-6, 0.9, None)
+    options = method("momentum", 1, 1e-6, 0.9, None)
     d, exact = g.double(), curvature.double()
     expected = float(-(d @ d) + 0.5 * d @ (exact * d))
     with torch.no_grad():
-        _, literal = solve(objective, inner.states, options)
-        _, first = solve_reduced(objective, inner.states, options, 1e-2, 50)
+        _, literal = solve_literally(objective, inner.states, *options)
+        _, first = solve_on_coefficients(objective, inner.states, *options, 1e-2, 50)
     assert abs(expected) < 1e-3 * float(d @ d)
     size = abs(float(literal) - expected) + 1e-6 * abs(expected)
     assert float(first) == pytest.approx(expected, abs=20 * size)

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import llqr
 from explicit import F64, agree, vector
-from llqr.curvature._recycling import RecycledProduct
+from llqr.geometry.inner_solve._recycled_product import RecycledProduct
 from tiny import mlp, norm_net, says
 
 

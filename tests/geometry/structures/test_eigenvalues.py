@@ -8,12 +8,12 @@ from torch import Tensor
 
 import llqr
 from explicit import F64, agree
-from llqr.geometry._spectra import (
+from llqr.geometry.structures._eigenvalues import (
     clip_eigenvalues,
-    eigh,
-    extreme_eigenvalues,
-    operator_extremes,
-    polar,
+    decompose_symmetric,
+    extremes_of_matrices,
+    extremes_of_operator,
+    nearest_orthogonal,
 )
 
 
@@ -58,22 +58,22 @@ def test_narrow_bounds():
 def test_polar():
     """Orthogonal, and what is left is symmetric positive: M = Q P."""
     matrices = torch.randn(3, 5, 5, dtype=F64)
-    q = polar(matrices)
+    q = nearest_orthogonal(matrices)
     agree(q @ q.mT, torch.eye(5, dtype=F64).expand(3, 5, 5), 1e-13)
     p = q.mT @ matrices
     agree(p, p.mT.contiguous(), 1e-12)
     assert float(torch.linalg.eigvalsh(p).min()) > 0
-    agree(polar(q), q, 1e-13)
+    agree(nearest_orthogonal(q), q, 1e-13)
 
 
 @pytest.mark.parametrize("n", [1, 3, 64, 65, 90])
 def test_exact_extremes(n):
     matrices = torch.randn(3, n, n, dtype=F64)
-    low, high = extreme_eigenvalues(matrices, exact=True)
+    low, high = extremes_of_matrices(matrices, exact=True)
     values = torch.linalg.eigvalsh(0.5 * (matrices + matrices.mT))
     agree(low, values[:, 0], 1e-12)
     agree(high, values[:, -1], 1e-12)
-    estimated = extreme_eigenvalues(matrices, exact=False)
+    estimated = extremes_of_matrices(matrices, exact=False)
     if n <= 64:
         assert torch.equal(estimated[0], low) and torch.equal(estimated[1], high)
 
@@ -83,7 +83,7 @@ def test_exact_extremes(n):
 def test_estimates_lie_inside_and_near(n, dtype, slack):
     """Lanczos: within the true interval, and within 3 % of its length of the ends."""
     matrices = symmetric(n, dtype=dtype)
-    low, high = extreme_eigenvalues(matrices, exact=False)
+    low, high = extremes_of_matrices(matrices, exact=False)
     values = torch.linalg.eigvalsh(matrices)
     length = values[:, -1] - values[:, 0]
     assert bool((low >= values[:, 0] - slack * length).all())
@@ -98,7 +98,7 @@ def test_estimates_of_few_distinct_eigenvalues_are_exact():
     few = torch.ones(80, dtype=F64)
     few[0], few[1] = 0.25, 7.0
     batch = torch.stack([torch.eye(80, dtype=F64), (q * few) @ q.T, symmetric(80, 1)[0]])
-    low, high = extreme_eigenvalues(batch, exact=False)
+    low, high = extremes_of_matrices(batch, exact=False)
     assert low[:2].tolist() == pytest.approx([1.0, 0.25], rel=1e-10)
     assert high[:2].tolist() == pytest.approx([1.0, 7.0], rel=1e-10)
     values = torch.linalg.eigvalsh(batch[2])
@@ -112,10 +112,10 @@ def test_operators_on_matrices(m, n):
     like = torch.empty(2, m, n, dtype=F64)
     whole = torch.stack([torch.kron(y, x) for x, y in zip(a, b, strict=True)])
     values = torch.linalg.eigvalsh(whole)
-    low, high = operator_extremes(lambda x: b @ x @ a, like, exact=True)
+    low, high = extremes_of_operator(lambda x: b @ x @ a, like, exact=True)
     agree(low, values[:, 0], 1e-10)
     agree(high, values[:, -1], 1e-10)
-    low, high = operator_extremes(lambda x: b @ x @ a, like, exact=False)
+    low, high = extremes_of_operator(lambda x: b @ x @ a, like, exact=False)
     length = values[:, -1] - values[:, 0]
     assert bool((low >= values[:, 0] - 1e-12 * length).all())
     assert bool((high <= values[:, -1] + 1e-12 * length).all())
@@ -126,7 +126,7 @@ def test_operators_on_matrices(m, n):
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_global_random_state_is_left_alone(exact):
     before = torch.get_rng_state()
-    extreme_eigenvalues(torch.eye(70).expand(2, 70, 70), exact)
+    extremes_of_matrices(torch.eye(70).expand(2, 70, 70), exact)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -167,7 +167,7 @@ def test_many_zero_eigenvalues():
             torch.linalg.eigh(matrix)
         except torch.linalg.LinAlgError:
             few += 1
-        values, vectors = eigh(matrix)
+        values, vectors = decompose_symmetric(matrix)
         assert values.dtype == vectors.dtype == torch.float32
         again = (vectors * values[:, None, :]) @ vectors.mT
         assert (again - matrix).abs().max() <= 1e-6 * matrix.abs().max()

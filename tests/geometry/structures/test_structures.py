@@ -1,4 +1,4 @@
-"""apply, pullback, project and extremes of every structure against explicit matrices."""
+"""apply, pullback, project and extreme eigenvalues of every structure against explicit matrices."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from torch import Tensor, nn
 
 import llqr
 from explicit import F64, agree, block_indices, block_matrix, explicit_U, vector
-from llqr.geometry._blocks import BlockDiagonal
-from llqr.geometry._layers import Layout
-from llqr.geometry._modules import layers_of
+from llqr.geometry.layout import Layout, layers_of
+from llqr.geometry.structures import STRUCTURES as KINDS
+from llqr.geometry.structures import BlockDiagonal
 from nets import Zoo
 from tiny import STRUCTURES, layer_of
 
 LOW, HIGH = BOUNDS = (0.2, 4.0)
 CASES = {name: (name, {}) for name in STRUCTURES} | {
-    "e-kfac-gradient": ("e-kfac", {"learned": False}),
-    "psd-e-kfac": ("e-kfac", {"square": True}),
+    "e-kfac-gradient": ("e-kfac", {"bases": "gradient"}),
+    "psd-e-kfac": ("e-kfac", {"constraint": "square"}),
 }
 BLOCK_SIZES = (None, 3)
+
+
+def trainable_entries(blocks: BlockDiagonal, states):
+    """The entries that the inner solve changes."""
+    return [{k: s[k] for k in p.trainable} for p, s in zip(blocks.parts, states, strict=True)]
 
 
 class Bound:
@@ -33,14 +38,14 @@ class Bound:
         model: nn.Module | None = None,
     ) -> None:
         self.structure, options = CASES[case]
-        self.square = options.get("square", False)
+        self.square = options.get("constraint") == "square"
+        options = {"bases": "learned", "constraint": "positive", **options}
+        kind = KINDS[self.structure].variant(**options)
         self.model, self.block_size = (model or Zoo()).to(dtype), block_size
         layers, transposed = layers_of(self.model)
         self.named = dict(self.model.named_parameters())
-        self.layout = Layout(
-            self.named, layers, lambda name, p: self.structure, block_size, transposed
-        )
-        self.blocks = BlockDiagonal(self.layout, **options)
+        self.layout = Layout(self.named, layers, lambda name, p: kind, block_size, transposed)
+        self.blocks = BlockDiagonal(self.layout)
         self.states = self.blocks.identity(torch.device("cpu"))
 
     def random(self, spread: float = 1.0):
@@ -288,7 +293,7 @@ def test_extremes(case, block_size):
         symmetric = float((u.matrix(states) - u.matrix(states).T).abs().max()) < 1e-12
         if case == "kfac" and not symmetric:
             continue  # a factor's symmetric part says nothing of the product's
-        found = u.blocks.extremes(states, exact=True)
+        found = u.blocks.extreme_eigenvalues(states, exact=True)
         assert list(found) == sorted(expected, key=list(found).index)
         for layer, (low, high) in found.items():
             assert low == pytest.approx(float(expected[layer][0]), rel=1e-9, abs=1e-9)
@@ -348,18 +353,18 @@ def test_average_is_of_the_factors(case):
 
 
 @each
-def test_leaves_are_one_a_tensor_of_a_block(case):
-    """The unit of the gradient clip; views, so that a clip in place reaches the entries."""
+def test_the_unit_of_the_clip_is_an_entry_of_a_block(case):
+    """Views, so that a clip in place reaches the entries."""
     u = Bound(case, 3)
-    entries = u.blocks.trainable(u.random())
-    leaves = u.blocks.leaves(entries)
+    entries = trainable_entries(u.blocks, u.random())
+    views = u.blocks.split_by_block(entries)
     expected = 0
     for kind, *_ in block_indices(u.model, u.structure, 3):
         per = {"identity": 0, "kfac": 2, "diag-kfac": 2, "e-kfac": 3}.get(kind, 1)
         expected += 1 if (kind, case) == ("e-kfac", "e-kfac-gradient") else per
-    assert len(leaves) == expected
-    for leaf in leaves:
-        leaf.zero_()
+    assert len(views) == expected
+    for view in views:
+        view.zero_()
     assert not any(v.any() for e in entries for v in e.values())
 
 
@@ -484,13 +489,13 @@ def test_transform_is_apply_without_packing(structure, left_out):
     of = structure if structure != "mixed" else (lambda n, p: names.get(layer_of(n), "diagonal"))
     geometry = llqr.LLQR(of, block_size=5)
     geometry.bind(net)
-    for part, state in zip(geometry._blocks.parts, geometry._states, strict=True):
+    for part, state in zip(geometry.blocks.parts, geometry.states, strict=True):
         for key in part.trainable:
             state[key].add_(torch.randn_like(state[key]), alpha=0.3)
     given = {n: torch.randn_like(p) for n, p in net.named_parameters() if n not in left_out}
     kept = {n: g.clone() for n, g in given.items()}
     layout = geometry.layout
-    packed = layout.unpack(geometry._blocks.apply(geometry._states, layout.pack(given)))
+    packed = layout.unpack(geometry.blocks.apply(geometry.states, layout.pack(given)))
     found = geometry.apply(given)
     assert list(found) == list(given)
     for name, g in given.items():
