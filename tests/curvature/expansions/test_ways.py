@@ -22,7 +22,7 @@ from explicit import F64, agree, gauss_newton, split, vector
 from llqr.curvature import twice_differentiable
 from llqr.curvature._forwards import RepeatableForward
 from llqr.curvature.expansions import Expansion
-from llqr.curvature.expansions._newton import Newton
+from llqr.curvature.expansions._newton import NewtonExpansion
 from llqr.curvature.expansions._table import GAUSS_NEWTON_WAYS, NEWTON_WAYS
 from nets import NETS, case
 from tiny import says
@@ -284,8 +284,8 @@ def test_products_without_a_word(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_each_way_alone(name: str, way: type[Expansion]) -> None:
     net = case(name)
-    curvature = llqr.Newton() if issubclass(way, Newton) else llqr.Fisher()
-    C = net.matrices["newton" if issubclass(way, Newton) else "fisher"]
+    curvature = llqr.Newton() if issubclass(way, NewtonExpansion) else llqr.Fisher()
+    C = net.matrices["newton" if issubclass(way, NewtonExpansion) else "fisher"]
     with twice_differentiable():
         expansion = way(RepeatableForward(net, net.parameters), net.parameters, curvature, True)
         agree(vector(expansion.gradient), net.matrices["g"])
