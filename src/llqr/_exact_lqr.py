@@ -49,8 +49,9 @@ def exact_lqr_step(
     :math:`q_N = \partial L / \partial x_N`, because :math:`g^\top u = q_N^\top \delta x_N` along
     the linear dynamics. :math:`Q_N` is the second derivative of the loss (or divergence) in the
     outputs. With ``"newton"`` the stage costs are the second derivatives of
-    :math:`\lambda_{i+1}^\top f_i` in :math:`(x_i, \theta_i)`, with the costates :math:`\lambda_N = q_N`, :math:`\lambda_i = A_i^\top \lambda_{i+1}`; otherwise
-    (Gauss-Newton) they are zero. The recursion finds the stationary point
+    :math:`\lambda_{i+1}^\top f_i` in :math:`(x_i, \theta_i)`, with the costates
+    :math:`\lambda_N = q_N`, :math:`\lambda_i = A_i^\top \lambda_{i+1}`; otherwise (Gauss-Newton)
+    they are zero. The recursion finds the stationary point
 
     .. math:: u = -(C + \text{damping}\, I)^{-1} g
 
@@ -98,9 +99,9 @@ def exact_lqr_step(
         stages, outputs = _roll_out(modules, x)
         q_N, Q_N, factor = _terminal_cost(loss, outputs, curvature, scale)
 
-        # Backward from the terminal cost of equation (9). The least cost still to come at stage i is
+        # Backward from the terminal cost of equation (9). From stage i on the rest costs at least
         # dx'P dx / 2 + p'dx. Put dx_{i+1} = A dx + B u, equation (8), into that of stage i + 1, add
-        # the stage's own costs, and minimise over u: it is u = -(K dx + k).
+        # the costs of stage i, and minimise over u: it is u = -(K dx + k).
         P, p, costate = factor * Q_N, q_N, factor * q_N
         policy = []
         for stage in reversed(stages):

@@ -13,7 +13,8 @@ __all__ = ["Curvature", "Divergence", "Fisher", "Newton", "as_curvature"]
 class Curvature:
     r"""Name the curvature :math:`C` of the quadratic model (base class).
 
-    It is the matrix called :math:`H` in the paper's equation (7).
+    It is the matrix of the quadratic problem in the paper's equation (7) (there :math:`H`).
+
     A curvature of the Gauss-Newton form :math:`C = J^\top H J` (:math:`J` the Jacobian of the
     outputs in the parameters) says what scalar of the outputs has :math:`H` as its second
     derivative; :meth:`objective` returns it. :class:`Newton` is the one that is not of this form.
