@@ -99,10 +99,10 @@ def test_scale_is_checked(scale):
 
 @pytest.mark.parametrize("curvature", ["fisher", "newton"])
 @pytest.mark.parametrize(
-    "weights, shares",
+    "weights, relative",
     [(None, [1 / 3] * 3), ([1, 2, 5], [0.125, 0.25, 0.625]), ([0.0, 2.0, 2.0], [0, 0.5, 0.5])],
 )
-def test_several_forwards(weights, shares, curvature):
+def test_several_forwards(weights, relative, curvature):
     net = mlp()
     xs = [torch.randn(n, 4, dtype=F64) for n in (3, 6, 4)]
     ys = [torch.randint(3, (len(x),)) for x in xs]
@@ -114,18 +114,18 @@ def test_several_forwards(weights, shares, curvature):
         parts.append(part)
     model = llqr.quadratic_model(parts, net.parameters, curvature, weights=weights)
     g, C = (
-        sum(w * p.matrices[key] for w, p in zip(shares, parts, strict=True))
+        sum(w * p.matrices[key] for w, p in zip(relative, parts, strict=True))
         for key in ("g", curvature)
     )
     d = torch.randn_like(g)
     losses = [float(p()[0].detach()) for p in parts]
-    mean = sum(w * loss for w, loss in zip(shares, losses, strict=True))
+    mean = sum(w * loss for w, loss in zip(relative, losses, strict=True))
     assert float(model.loss) == pytest.approx(mean, rel=1e-13)
     agree(vector(model.gradient), g)
     agree(product(model, net.parameters, d), C @ d)
     assert model.products == 1
     by_rows = llqr.quadratic_model(parts, net.parameters, curvature, weights=weights, scale="sum")
-    rows = sum(len(x) for w, x in zip(shares, xs, strict=True) if w)
+    rows = sum(len(x) for w, x in zip(relative, xs, strict=True) if w)
     agree(product(by_rows, net.parameters, d), rows * (C @ d))
 
 
