@@ -86,7 +86,7 @@ def test_bad_weights(weights):
 def test_fisher_needs_outputs():
     problem = mlp()
     optimizer = optimizer_of(problem, geometry=llqr_of())
-    with refused(optimizer, ValueError, "loss alone", "Fisher", "logits"):
+    with refused(optimizer, ValueError, "only a loss", "Fisher", "logits"):
         optimizer.minimize(problem.loss)
     newton = optimizer_of(problem, geometry=llqr_of(curvature="newton"))
     newton.minimize(problem.loss)
@@ -96,7 +96,7 @@ def test_fisher_needs_outputs():
     "outputs, part",
     [
         (lambda p, z: z.detach(), "outputs"),
-        (lambda p, z: None, "loss alone"),
+        (lambda p, z: None, "only a loss"),
         (lambda p, z: z.clone(), "not computed from"),
         (lambda p, z: p.model(p.x), "not computed from"),
         (lambda p, z: "logits", "outputs"),

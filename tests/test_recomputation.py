@@ -60,7 +60,7 @@ def test_the_passes_are_those_of_the_plain_run(way):
 @pytest.mark.parametrize("curvature", ["fisher", "newton"])
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
 def test_a_refresh_is_that_of_the_plain_run(structure, curvature):
-    """Recomputed and swapped operations differ in the order of their sums alone."""
+    """Recomputed and replaced operations differ in the order of their sums alone."""
     runs = [
         trained(
             attentive(r),

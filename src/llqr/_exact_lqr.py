@@ -34,7 +34,7 @@ def exact_lqr_step(
 ) -> list[dict[str, Tensor]]:
     r"""Solve for the exact second-order step of a chain of layers by a Riccati recursion.
 
-    The chain :math:`x_{i+1} = f_i(x_i, \theta_i)` is linearised where it stands, with
+    The chain :math:`x_{i+1} = f_i(x_i, \theta_i)` is linearised at the present parameters, with
     :math:`A_i = \partial f_i / \partial x_i` and :math:`B_i = \partial f_i / \partial \theta_i`.
     The changes :math:`u_i` of the parameters control it:
 
@@ -44,12 +44,14 @@ def exact_lqr_step(
         + \tfrac12 u_i^\top (R_i + \text{damping}\, I) u_i
         \quad \text{s.t.} \quad \delta x_{i+1} = A_i \delta x_i + B_i u_i, \; \delta x_0 = 0
 
-    The gradient enters through :math:`q_N = \partial L / \partial x_N` alone, for
-    :math:`g^\top u = q_N^\top \delta x_N` along the linear dynamics. :math:`Q_N` is the second
-    derivative of the loss (or divergence) in the outputs. With ``"newton"`` the stage costs are
-    the second derivatives of :math:`\lambda_{i+1}^\top f_i` in :math:`(x_i, \theta_i)`, with the
-    costates :math:`\lambda_N = q_N`, :math:`\lambda_i = A_i^\top \lambda_{i+1}`; otherwise
-    (Gauss-Newton) they are zero. The recursion finds the stationary point
+    These are the paper's equations (8) and (9) without the structure of U: :math:`u_i` is free in
+    place of :math:`-U_i g_i`, and the minimum solves equation (7). The gradient enters only through
+    :math:`q_N = \partial L / \partial x_N`, because :math:`g^\top u = q_N^\top \delta x_N` along
+    the linear dynamics. :math:`Q_N` is the second derivative of the loss (or divergence) in the
+    outputs. With ``"newton"`` the stage costs are the second derivatives of
+    :math:`\lambda_{i+1}^\top f_i` in :math:`(x_i, \theta_i)`, with the costates
+    :math:`\lambda_N = q_N`, :math:`\lambda_i = A_i^\top \lambda_{i+1}`; otherwise (Gauss-Newton)
+    they are zero. The recursion finds the stationary point
 
     .. math:: u = -(C + \text{damping}\, I)^{-1} g
 
@@ -72,14 +74,14 @@ def exact_lqr_step(
             of the paper's code; a number is taken as it is.
 
     Returns:
-        One dictionary a layer, ``{parameter name in the layer: u}``, u shaped like the parameter.
+        One dictionary per layer, ``{parameter name in the layer: u}``, u shaped like the parameter.
 
     Raises:
         TypeError: a layer is no module, or its output is no tensor.
         ValueError: an argument is out of range; layers share a parameter; a layer draws random
             numbers; the loss is linear in the outputs; the system of a layer is singular.
 
-    Source: paper, appendix A.
+    Source: paper, appendix A, equations (7) to (9).
 
     Example:
         >>> import torch, llqr
@@ -97,13 +99,15 @@ def exact_lqr_step(
         stages, outputs = _roll_out(modules, x)
         q_N, Q_N, factor = _terminal_cost(loss, outputs, curvature, scale)
 
-        # Backward: the cost still to come is dx'P dx / 2 + p'dx, its control u = -(K dx + k).
+        # Backward from the terminal cost of equation (9). From stage i on the rest costs at least
+        # dx'P dx / 2 + p'dx. Put dx_{i+1} = A dx + B u, equation (8), into that of stage i + 1, add
+        # the costs of stage i, and minimise over u: it is u = -(K dx + k).
         P, p, costate = factor * Q_N, q_N, factor * q_N
         policy = []
         for stage in reversed(stages):
             A, B = stage.linear_dynamics()
             Q, M, R = stage.stage_costs(None if curvature.gauss_newton else costate)
-            H = M + B.T @ P @ A
+            H = M + B.T @ P @ A  # (parameters, state): what multiplies u' and dx
             K, k = _feedback_gains(R + B.T @ P @ B, H, B.T @ p, damping, stage.label)
             policy.append((A, B, K, k))
             P = Q + A.T @ P @ A - H.T @ K
@@ -111,7 +115,7 @@ def exact_lqr_step(
             p = A.T @ p - H.T @ k
             costate = A.T @ costate
 
-        # Forward: the input of the chain is fixed, dx_0 has no entries.
+        # Forward along equation (8). The input of the chain is fixed: dx_0 has no entries.
         dx, controls = torch.zeros_like(stages[0].state), []
         for stage, (A, B, K, k) in zip(stages, reversed(policy), strict=True):
             u = -(K @ dx + k)
@@ -147,13 +151,13 @@ class _Stage:
         return result
 
     def linear_dynamics(self) -> tuple[Tensor, Tensor]:
-        """Return A = df/ds and B = df/dtheta."""
+        """Return A = df/ds and B = df/dtheta of equation (8)."""
         AB = _jacobian_matrix(lambda v: self.flat_state(self(v)), self.point)
         A, B = torch.split(AB, [self.state.numel(), sum(self.sizes)], dim=1)
         return A, B
 
     def stage_costs(self, costate: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Q, M, R: the second derivatives of costate'f in (s, s), (theta, s), theta."""
+        """Return Q, M, R of equation (9): costate'f differentiated by ss, theta s, theta theta."""
         if costate is None:
             W = self.point.new_zeros(len(self.point), len(self.point))
         else:
@@ -163,8 +167,8 @@ class _Stage:
 
     def by_name(self, theta: Tensor) -> dict[str, Tensor]:
         """Cut a vector into {name: tensor}, shaped like the parameters."""
-        pieces = zip(self.parameters.items(), torch.split(theta, self.sizes), strict=True)
-        return {name: piece.view(p.shape) for (name, p), piece in pieces}
+        slices = zip(self.parameters.items(), torch.split(theta, self.sizes), strict=True)
+        return {name: entries.view(p.shape) for (name, p), entries in slices}
 
     def flat_state(self, x: Tensor) -> Tensor:
         """Return the entries of an activation that can move."""
@@ -193,7 +197,7 @@ def _roll_out(modules: list[nn.Module], x: Tensor) -> tuple[list[_Stage], Tensor
 def _terminal_cost(
     loss: Callable[[Tensor], Tensor], outputs: Tensor, curvature: Curvature, scale: float | str
 ) -> tuple[Tensor, Tensor, float]:
-    """Return q_N, Q_N (not scaled) and the factor on C."""
+    """Return q_N and Q_N (not scaled) of equation (9), and the factor on C."""
     with torch.enable_grad():
         z = outputs.clone().requires_grad_()
         value = loss(z)
@@ -235,7 +239,7 @@ def _feedback_gains(
 ) -> tuple[Tensor, Tensor]:
     """Return K = (G + damping I)^-1 H and k = (G + damping I)^-1 h."""
     G = G + damping * torch.eye(len(G), dtype=G.dtype, device=G.device)
-    condition = float(torch.linalg.cond(G, 1))  # infinite where G is not finite
+    condition = float(torch.linalg.cond(G, 1))  # infinite if G is not finite
     if condition * len(G) * torch.finfo(G.dtype).eps >= 1:
         raise ValueError(
             f"damping: at damping={damping!r} the system of {label} is singular (condition number "
@@ -261,7 +265,7 @@ def _hessian_matrix(f: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
 
 
 def _stacked_gradients(y: Tensor, v: Tensor, create_graph: bool = False) -> Tensor:
-    """Return dy/dv, one backward pass a row: slow, but right for every layer autograd knows."""
+    """Return dy/dv, one backward pass per row: slow, but right for every layer autograd knows."""
     rows = [
         torch.autograd.grad(
             y_j, v, retain_graph=True, create_graph=create_graph, materialize_grads=True
@@ -272,7 +276,7 @@ def _stacked_gradients(y: Tensor, v: Tensor, create_graph: bool = False) -> Tens
 
 
 def _check_chain(layers: Iterable[nn.Module], x: Tensor) -> list[nn.Module]:
-    """Return the layers as a list, or say why they are no chain."""
+    """Return the layers as a list, or say why they do not form a chain."""
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a sequence of modules, got {type(layers).__name__}")
     if not isinstance(x, Tensor):
@@ -297,7 +301,7 @@ def _random_state(x: Tensor) -> Tensor:
 
 @contextmanager
 def _without_side_effects(x: Tensor) -> Iterator[None]:
-    """Leave the random state alone, record no graph, and compute in full precision."""
+    """Keep the random state, record no graph, and compute in full precision."""
     generators = torch.random.fork_rng([x.device.index] if x.is_cuda else [])
     precision = torch.autocast(x.device.type, enabled=False)
     with generators, precision, twice_differentiable(), torch.no_grad():

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import llqr
 from explicit import F64
 from llqr.curvature.expansions import _table
+from replaced import Heads, Net, ready
 
 WAYS = [("fisher", w) for w in _table.GAUSS_NEWTON_WAYS] + [
     ("newton", w) for w in _table.NEWTON_WAYS
@@ -206,3 +207,37 @@ def test_after_a_way_that_lacked_a_derivative(curvature: str) -> None:
     assert [min(count, 1) for count in seen] == own
     del model
     assert net.count() == 0
+
+
+ONE_OPERATION: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), (2, 4, 6, 5)),
+    "batch_norm": (lambda: nn.BatchNorm2d(4), (3, 4, 3, 2)),
+    "layer_norm": (lambda: nn.LayerNorm(5), (3, 4, 5)),
+    "linear": (lambda: nn.Linear(6, 5), (3, 4, 6)),
+    "gelu": (nn.GELU, (3, 4, 6)),
+    "attention": (Heads, (3, 4, 6)),
+    "torch's attention": (
+        lambda: nn.TransformerEncoderLayer(
+            6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
+        ),
+        (3, 4, 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_OPERATION)
+def test_no_tensor_is_left_of_a_dropped_model(name: str) -> None:
+    make, shape = ONE_OPERATION[name]
+    net, x = ready(Net(make(), shape)), torch.randn(shape, dtype=F64)
+
+    def tensors() -> int:
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    def use() -> None:
+        model = llqr.quadratic_model(lambda: ((z := net(x)).square().sum(), z), net.parameters())
+        model.product(model.gradient)
+
+    use()  # what is cached once
+    before = tensors()
+    use()
+    assert tensors() == before

@@ -217,7 +217,7 @@ def test_newton_needs_the_loss_alone():
     alone.refresh([problem.loss])
     both.refresh([problem])
     same(alone.state(), both.state())
-    with says(ValueError, "loss alone"):
+    with says(ValueError, "only a loss"):
         bound(problem, "kfac").refresh([problem.loss])
 
 

@@ -13,6 +13,8 @@ __all__ = ["Curvature", "Divergence", "Fisher", "Newton", "as_curvature"]
 class Curvature:
     r"""Name the curvature :math:`C` of the quadratic model (base class).
 
+    It is the matrix of the quadratic problem in the paper's equation (7) (there :math:`H`).
+
     A curvature of the Gauss-Newton form :math:`C = J^\top H J` (:math:`J` the Jacobian of the
     outputs in the parameters) says what scalar of the outputs has :math:`H` as its second
     derivative; :meth:`objective` returns it. :class:`Newton` is the one that is not of this form.
@@ -49,6 +51,7 @@ class Fisher(Curvature):
 
     def objective(self, loss: Tensor, outputs: Any, outputs0: Any) -> Tensor | None:
         """Return None: H is the second derivative of the loss itself."""
+        # For a cross-entropy on logits l'' = diag(p) - p p' in every row: no label is in it.
         return None
 
 
@@ -59,7 +62,7 @@ class Newton(Curvature):
 
 
 class Divergence(Curvature):
-    r"""Use the second derivative of a divergence of the outputs from where they are.
+    r"""Use the second derivative of a divergence of the outputs from their present values.
 
     .. math:: C = J^\top H J, \qquad H = \partial_z^2 D(z, z_0) \big|_{z = z_0}
 
@@ -88,6 +91,8 @@ class Divergence(Curvature):
 
     def objective(self, loss: Tensor, outputs: Any, outputs0: Any) -> Tensor | None:
         """Return D(outputs, outputs0)."""
+        # Only H is taken of it, the Q_N of the paper's equation (9): at outputs0 its gradient is
+        # zero, and g is the loss's.
         value = self.divergence(outputs, outputs0)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(

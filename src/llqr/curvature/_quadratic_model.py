@@ -124,6 +124,7 @@ class QuadraticModel:
 
     def __init__(self, terms: list[Term], weights: list[float], scale: Scale) -> None:
         self._terms = list(zip(weights, terms, strict=True))
+        # C is a mean over the counted rows; times their number it is the authors' sum over rows.
         if scale == "sum":
             self.scale = float(sum(t.rows for w, t in self._terms if w > 0))
         else:

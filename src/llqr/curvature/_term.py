@@ -44,13 +44,13 @@ class Term:
         count_rows: bool,
         keep: bool = True,
     ) -> None:
-        self._all, self._curvature, self._keep = parameters, curvature, keep
-        self._active = [i for i, p in enumerate(parameters) if p.requires_grad]
+        self._parameters, self._curvature, self._keep = parameters, curvature, keep
+        self._active_indices = [i for i, p in enumerate(parameters) if p.requires_grad]
         self._forward = RepeatableForward(forward, parameters)
         self._count_rows = count_rows
         self._ways = ways_of_expanding(curvature)
         self._expansion: Expansion | None = None
-        self._lacking: str | None = None
+        self._operation_to_report: str | None = None
         self.loss, gradient, self.rows = self._use_expansion(
             lambda expansion: (expansion.loss, expansion.gradient, expansion.rows)
         )
@@ -61,14 +61,14 @@ class Term:
         """Return C d, unscaled."""
         active = self._active_part(d)
         result = self._use_expansion(lambda expansion: expansion.product(active))
-        if self._lacking:
-            way = self._ways[0]
+        if self._operation_to_report:
+            operation, way = self._operation_to_report, self._ways[0]
             warnings.warn(
-                f"the forward uses {self._lacking}, which has no double backward: curvature "
-                f"products use {way.way} instead, which is {way.cost}",
+                f"the forward uses {operation}, which has no double backward: curvature "
+                f"products use {way.name} instead, which is {way.cost}",
                 stacklevel=2,
             )
-            self._lacking = None
+            self._operation_to_report = None  # once is enough
         return self._spread_over_all(result)
 
     def _use_expansion(self, use: Callable[[Expansion], Result]) -> Result:
@@ -79,7 +79,8 @@ class Term:
             try:
                 while True:
                     try:
-                        return use(self._expand())
+                        return use(self._current_expansion())
+                    # Whatever it is, the engine's hold on the graph must go with the error.
                     except BaseException as error:
                         release_failed_backward()
                         operation = missing_derivative_in(error)
@@ -88,31 +89,32 @@ class Term:
                     # Outside of the except clause, whose error holds frames that hold the graph:
                     # there are never two graphs at a time.
                     self._expansion, self._ways = None, self._ways[1:]
-                    self._lacking = self._lacking or operation
+                    self._operation_to_report = self._operation_to_report or operation
             finally:
                 if not self._keep:
                     self._expansion = None
 
-    def _expand(self) -> Expansion:
+    def _current_expansion(self) -> Expansion:
         """Return the expansion by the present way; make it if there is none."""
         if self._expansion is None:
-            parameters = [self._all[i] for i in self._active]
+            parameters = [self._parameters[i] for i in self._active_indices]
             way = self._ways[0]
             self._expansion = way(self._forward, parameters, self._curvature, self._count_rows)
         return self._expansion
 
     def _active_part(self, d: Sequence[Tensor]) -> list[Tensor]:
-        if len(d) != len(self._all):
+        if len(d) != len(self._parameters):
             raise ValueError(
-                f"d: expected {len(self._all)} tensors, one per parameter, got {len(d)}"
+                f"d: expected {len(self._parameters)} tensors, one per parameter, got {len(d)}"
             )
-        return [d[i].to(self._all[i].dtype) for i in self._active]
+        # A solver may work in float64 for float32 parameters; autograd wants the parameter's dtype.
+        return [d[i].to(self._parameters[i].dtype) for i in self._active_indices]
 
     def _spread_over_all(self, values: Sequence[Tensor | None]) -> list[Tensor]:
         """Spread values of the active parameters over all, zeros elsewhere."""
-        known = dict(zip(self._active, values, strict=True))
+        known = dict(zip(self._active_indices, values, strict=True))
         spread = []
-        for i, parameter in enumerate(self._all):
+        for i, parameter in enumerate(self._parameters):
             value = known.get(i)
             spread.append(torch.zeros_like(parameter).detach() if value is None else value)
         return spread

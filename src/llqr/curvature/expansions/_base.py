@@ -44,7 +44,7 @@ class Expansion(ABC):
     """
 
     #: What warnings call this way, and what they say of its cost.
-    way: ClassVar[str]
+    name: ClassVar[str]
     cost: ClassVar[str]
     #: Whether the first map of a product is itself computed by differences.
     by_differences: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class Expansion(ABC):
                 "'mean' or 'sum') needs what the loss was computed from; return "
                 "(loss, outputs) with the logits as `outputs`"
             )
-        self._differentiate(forward, loss, outputs, curvature)
+        self._prepare_products(forward, loss, outputs, curvature)
         if count_rows:
             self.rows = count_nonzero_rows(loss, differentiable_in(outputs))
 
@@ -88,7 +88,7 @@ class Expansion(ABC):
             return split_loss_and_outputs(forward())
 
     @abstractmethod
-    def _differentiate(
+    def _prepare_products(
         self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
     ) -> None:
         """Take the gradient, and keep what a product needs."""

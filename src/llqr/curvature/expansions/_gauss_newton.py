@@ -27,7 +27,7 @@ from ._output_jacobian import (
 )
 
 __all__ = [
-    "GaussNewton",
+    "GaussNewtonExpansion",
     "GaussNewtonByDifferences",
     "GaussNewtonByDoubleBackward",
     "GaussNewtonByForwardMode",
@@ -35,17 +35,17 @@ __all__ = [
 ]
 
 
-class GaussNewton(Expansion):
+class GaussNewtonExpansion(Expansion):
     """C = J' H J: a Jacobian of the outputs around a second derivative in the outputs (base class).
 
-    It is equation (9) with the dynamics (8) put in: delta-x_N = J delta-theta, Q_N = H, and no
-    other cost.
+    This is the paper's equation (9) with Q_N = H and no other cost: along the dynamics (8)
+    delta-x_N = J delta-theta, so that the cost is delta-theta' J' H J delta-theta / 2.
     """
 
     #: The way that J d is computed.
     jacobian_class: ClassVar[type[OutputJacobian]]
 
-    def _differentiate(
+    def _prepare_products(
         self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
     ) -> None:
         zs = differentiable_in(outputs)
@@ -67,10 +67,10 @@ class GaussNewton(Expansion):
         return central_difference(self._repeat, self._parameters, d)
 
 
-class GaussNewtonByReplacedOperations(GaussNewton):
+class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
     """By double backward of a forward whose costly operations are replaced: about 1.3 steps."""
 
-    way = "replaced operations"
+    name = "replaced operations"
     cost = "fastest"
     jacobian_class = JacobianByDoubleBackward
 
@@ -78,31 +78,32 @@ class GaussNewtonByReplacedOperations(GaussNewton):
         with ReplacedOperations():
             loss, outputs = split_loss_and_outputs(forward())
         # H is taken between the outputs and the loss, where the operations' inputs do move.
-        if replaced_above(loss, tensors_in(outputs)):
-            return split_loss_and_outputs(forward())
-        return loss, outputs
+        if not replaced_above(loss, tensors_in(outputs)):
+            return loss, outputs
+        del loss, outputs  # not two graphs at a time
+        return split_loss_and_outputs(forward())
 
 
-class GaussNewtonByDoubleBackward(GaussNewton):
+class GaussNewtonByDoubleBackward(GaussNewtonExpansion):
     """By torch's own double backward."""
 
-    way = "double backward"
+    name = "double backward"
     cost = "about as fast"
     jacobian_class = JacobianByDoubleBackward
 
 
-class GaussNewtonByForwardMode(GaussNewton):
+class GaussNewtonByForwardMode(GaussNewtonExpansion):
     """J d by forward-mode differentiation, one more forward per product; J' by backward."""
 
-    way = "forward-mode differentiation"
+    name = "forward-mode differentiation"
     cost = "about half as fast again"
     jacobian_class = JacobianByForwardMode
 
 
-class GaussNewtonByDifferences(GaussNewton):
+class GaussNewtonByDifferences(GaussNewtonExpansion):
     """J d by central differences, two more forwards per product; J' exactly, by backward."""
 
-    way = "central differences"
+    name = "central differences"
     cost = "slower and accurate to a few digits only"
     by_differences = True
     jacobian_class = JacobianByDifferences

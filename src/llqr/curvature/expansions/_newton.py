@@ -15,7 +15,7 @@ from .._graphs import gradients_of
 from ._base import Expansion
 from ._differences import central_difference
 
-__all__ = ["Newton", "NewtonByDifferences", "NewtonByDoubleBackward"]
+__all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
 
 
 class _RepeatedGradient:
@@ -25,18 +25,20 @@ class _RepeatedGradient:
         self._forward, self._parameters = forward, parameters
 
     def __call__(self) -> list[Tensor]:
+        # Differences are taken without a graph; this one is local.
         with torch.enable_grad():
             loss, _ = split_loss_and_outputs(self._forward())
             return list(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
 
 
-class Newton(Expansion):
+class NewtonExpansion(Expansion):
     """C = the second derivative of the loss in the parameters (base class).
 
-    In equation (9) all of Q_i, R_i and M_i are there: the second derivatives of the layers.
+    Here the paper's equation (9) has all its stage costs: Q_i, R_i and M_i are the second
+    derivatives of the layers, weighted by the gradient in their outputs.
     """
 
-    def _differentiate(
+    def _prepare_products(
         self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
     ) -> None:
         self._repeat = _RepeatedGradient(forward, self._parameters)
@@ -53,10 +55,10 @@ class Newton(Expansion):
         return central_difference(self._repeat, self._parameters, d)
 
 
-class NewtonByDoubleBackward(Newton):
+class NewtonByDoubleBackward(NewtonExpansion):
     """Differentiate the gradient, whose graph is kept."""
 
-    way = "double backward"
+    name = "double backward"
     cost = "about as fast"
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
@@ -66,17 +68,18 @@ class NewtonByDoubleBackward(Newton):
         return gradient
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return C d as d/dp (d'g), C being symmetric."""
+        """Return C d as the gradient of d'g, C being symmetric."""
+        # d -> d'g -> its gradient in the parameters
         if not self._rows:
             return [None] * len(self._parameters)
         gradient = [g for _, g in self._rows]
         return gradients_of(gradient, self._parameters, [d[i] for i, _ in self._rows])
 
 
-class NewtonByDifferences(Newton):
+class NewtonByDifferences(NewtonExpansion):
     """Run forward and backward twice more for every product, to either side of the parameters."""
 
-    way = "central differences"
+    name = "central differences"
     cost = "slower and accurate to a few digits only"
     by_differences = True
 
@@ -85,4 +88,5 @@ class NewtonByDifferences(Newton):
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d as (g(p + e d) - g(p - e d)) / 2e."""
+        # The graph of each gradient goes as soon as it is taken: nothing is kept.
         return [*self._first_map_by_differences(d)]

@@ -60,6 +60,7 @@ class OutputJacobian(ABC):
         pairs = [(z, x) for z, x in zip(self._outputs, v, strict=True) if x is not None]
         if not pairs:
             return [None] * len(self._parameters)
+        # v -> J'v is a plain backward pass, whichever way J d was computed.
         return gradients_of([z for z, _ in pairs], self._parameters, [x for _, x in pairs])
 
 
@@ -87,6 +88,7 @@ class JacobianByDoubleBackward(OutputJacobian):
         if not self._transposed:
             return [None] * len(self._us)
         images = [g for _, g in self._transposed]
+        # The point u = 0 does not matter: J'u is linear in u.
         return gradients_of(images, self._us, [d[i] for i, _ in self._transposed])
 
 
@@ -103,6 +105,7 @@ class JacobianByForwardMode(OutputJacobian):
             duals = [make(p.detach(), v) for p, v in zip(self._parameters, d, strict=True)]
             with _ParametersSubstituted(self._parameters, duals):
                 zs = [unpack(z) for z in self._repeat()]
+            # An output that no parameter reaches has no tangent. Tangents end with their level.
             return [
                 torch.zeros_like(z.primal) if z.tangent is None else z.tangent.clone() for z in zs
             ]

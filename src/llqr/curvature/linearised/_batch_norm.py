@@ -54,6 +54,8 @@ class EvalBatchNorm(LinearisedOperation):
     def vjp(self, g: Tensor, needed: tuple[bool, ...]) -> Values:
         """Return g o gain, and the sums over all but the channels."""
         over = [i for i in range(g.dim()) if i != 1]
+        # With running statistics each channel is scaled and shifted: the mean and the variance do
+        # not move with x, as they would in training mode.
         dx = g * self.gain if needed[0] else None
         dw = None
         if needed[1]:

@@ -22,6 +22,7 @@ class LayerNorm(LinearisedOperation):
         self.x, self.shape = x.detach(), shape
         self.w = None if w is None else w.detach()
         self.b = None if b is None else b.detach()
+        # torch's own kernel: the value is the network's bit for bit, and the statistics come along.
         self.value, self.mean, self.rstd = torch.native_layer_norm(
             self.x, shape, self.w, self.b, eps
         )
@@ -53,6 +54,7 @@ class LayerNorm(LinearisedOperation):
         xhat = (self.x - self.mean) * self.rstd
         y: Tensor | None = None
         if dx is not None:
+            # xhat stays normalised whatever x is: the parts of dx along 1 and xhat are taken out.
             y = dx - dx.mean(over, keepdim=True) - xhat * (xhat * dx).mean(over, keepdim=True)
             y = y.mul_(self.rstd)
             y = y if self.w is None else y.mul_(self.w)

@@ -37,7 +37,7 @@ class Linear(LinearisedOperation):
     def jvp(self, d: Values) -> Tensor | None:
         """Return x dW' + dx W' + db."""
         dx, dw, db = d
-        if dw is None:
+        if dw is None:  # only the input or the bias moves
             if dx is not None:
                 return F.linear(dx, self.w, db)
             return None if db is None else db.expand_as(self.value)

@@ -74,7 +74,7 @@ class ReplacedOperations(TorchFunctionMode):
         if op is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if not any(t is not None and t.requires_grad for t in op.tensors):
-            return op.value
+            return op.value  # computed already, and constant
         return value_with_graph(op)
 
 

@@ -1,4 +1,4 @@
-"""Forwards that do not keep their graphs: the same numbers, less memory."""
+"""Forwards that do not keep their graphs, and parameters that take no part."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import llqr
 from explicit import agree, vector
+from nets import Case, product
+from nets import mlp as network
 from tiny import F64, Problem, mlp, says
 
 
@@ -62,11 +64,14 @@ def test_graphs_are_let_go(micro_batch: int | None, graphs: int, calls: int) -> 
 
     parameters = list(forwards[0].model.parameters())
     noting = [noted(f) for f in forwards]
-    model = llqr.quadratic_model(noting, parameters, micro_batch=micro_batch)
-    for _ in range(2):
-        model.product(model.gradient)
-    gc.collect()
-    assert sum(r() is not None for r in alive) == graphs
+    gc.disable()
+    try:
+        model = llqr.quadratic_model(noting, parameters, micro_batch=micro_batch)
+        for _ in range(2):
+            model.product(model.gradient)
+        assert sum(r() is not None for r in alive) == graphs
+    finally:
+        gc.enable()
     assert sum(f.calls for f in forwards) == calls
 
 
@@ -100,3 +105,44 @@ def test_checked(value: Any) -> None:
         llqr.LLQR("diagonal", micro_batch=value)
     with says(ValueError, "micro_batch"):
         llqr.quadratic_model(whole, whole.model.parameters(), micro_batch=value)
+
+
+# -- parameters that take no part ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
+def test_frozen_and_unused_parameters_are_zero(curvature):
+    net = network()
+    frozen = net.model[0].bias
+    frozen.requires_grad_(False)
+    unused = nn.Parameter(torch.randn(3, dtype=F64))
+    active = [p for p in net.model.parameters() if p.requires_grad]
+    everything = [*net.model.parameters(), unused]
+    model = llqr.quadratic_model(net, everything, curvature)
+    reduced = llqr.quadratic_model(net, active, curvature)
+    d = [torch.randn_like(p) for p in everything]
+    moved = [v for p, v in zip(everything, d, strict=True) if p is not frozen and p is not unused]
+    image = model.product(d)
+    for p, g, v in zip(everything, model.gradient, image, strict=True):
+        assert g.shape == v.shape == p.shape
+        if p is frozen or p is unused:
+            assert not g.any() and not v.any()
+    known = [v for p, v in zip(everything, image, strict=True) if any(p is q for q in active)]
+    agree(vector(known), vector(reduced.product(moved)), 1e-14)
+
+
+def test_a_penalty_on_the_weights_has_no_gauss_newton_curvature():
+    """It does not pass through the outputs; its gradient counts, and Newton sees all of it."""
+    net = network()
+    plain = Case.matrices.func(net)  # type: ignore[attr-defined]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        loss, z = net()
+        return loss + 0.05 * sum(p.square().sum() for p in net.parameters), z
+
+    d = torch.randn_like(plain["g"])
+    model = llqr.quadratic_model(forward, net.parameters)
+    agree(vector(model.gradient), plain["g"] + 0.1 * vector(net.parameters))
+    agree(product(model, net.parameters, d), plain["fisher"] @ d)
+    newton = llqr.quadratic_model(forward, net.parameters, "newton")
+    agree(product(newton, net.parameters, d), plain["newton"] @ d + 0.1 * d)

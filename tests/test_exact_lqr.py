@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llqr import exact_lqr_step
 from llqr.curvature import Divergence, Newton, quadratic_model
 
-REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
+REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
 # Chains ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What products work through: every kind of operation against C in full, or a clear word.
+"""Every way of differentiating, and what it works through: against C in full, or a clear word.
 
-The explicit C needs first derivatives alone (J row by row, H of a small function), so it also
+The explicit C needs only first derivatives (J row by row, H of a small function), so it also
 serves where an operation has no double backward.
 """
 
@@ -18,7 +18,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from explicit import F64, agree, gauss_newton, vector
+from explicit import F64, agree, gauss_newton, split, vector
+from llqr.curvature import twice_differentiable
+from llqr.curvature._forwards import RepeatableForward
+from llqr.curvature.expansions import Expansion
+from llqr.curvature.expansions._newton import NewtonExpansion
+from llqr.curvature.expansions._table import GAUSS_NEWTON_WAYS, NEWTON_WAYS
+from nets import NETS, case
 from tiny import says
 
 Y = torch.tensor([0, 2, 1, 1])
@@ -272,6 +278,23 @@ def test_products_without_a_word(name: str) -> None:
         agree(vector(model.product(d)), C @ vector(d), 1e-10)
     gradient = torch.autograd.grad(net()[0], parameters)
     agree(vector(model.gradient), vector(gradient), 1e-12)
+
+
+@pytest.mark.parametrize("way", [*GAUSS_NEWTON_WAYS, *NEWTON_WAYS], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("name", NETS)
+def test_each_way_alone(name: str, way: type[Expansion]) -> None:
+    net = case(name)
+    curvature = llqr.Newton() if issubclass(way, NewtonExpansion) else llqr.Fisher()
+    C = net.matrices["newton" if issubclass(way, NewtonExpansion) else "fisher"]
+    with twice_differentiable():
+        expansion = way(RepeatableForward(net, net.parameters), net.parameters, curvature, True)
+        agree(vector(expansion.gradient), net.matrices["g"])
+        for _ in range(2):
+            d = torch.randn_like(net.matrices["g"])
+            found = expansion.product(split(d, net.parameters))
+            agree(vector(found), C @ d, 1e-6 if way.by_differences else 1e-10)
+    assert float(expansion.loss) == pytest.approx(float(net()[0].detach()), rel=1e-14)
+    assert expansion.rows == len(net.outputs().flatten(0, -2))
 
 
 @pytest.mark.parametrize("name", list(SLOWER))
