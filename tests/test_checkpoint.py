@@ -112,7 +112,7 @@ def test_counters_and_report_are_saved():
     poisoned(problem, {0})
     with pytest.warns(UserWarning, match="not finite"):
         train(optimizer, problem, 1)
-    optimizer.skipped_probes = 7
+    optimizer._progress.skipped_probes = 7
     _, fresh = resumed(
         saved(problem, optimizer), geometry="diagonal", perturbation="none", make=mlp
     )

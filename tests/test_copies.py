@@ -63,7 +63,7 @@ def test_the_optimizer_alone_brings_its_model(how):
 @pytest.mark.parametrize("how", COPIES)
 def test_public_attributes_are_copied(how):
     problem, optimizer = start(transport=False, graft=True, buffers="perturbed", replay_rng=False)
-    optimizer.skipped_steps = 5
+    optimizer._progress.skipped_steps = 5
     fresh = COPIES[how](optimizer)
     assert fresh.transport is False and fresh.graft is True
     assert fresh.skipped_steps == 5 and fresh.last_report == optimizer.last_report

@@ -68,8 +68,9 @@ def test_U_that_leaves_the_range_of_float16_skips_the_step():
 
 def test_weights_come_back_when_the_move_itself_fails():
     class Wrong(llqr.SAM):
-        def displacement(self, gradients, *rest):
-            return {n: torch.ones(7) if n == "2.bias" else g for n, g in gradients.items()}
+        def displacement(self, probe):
+            moves = probe.gradients.items()
+            return {n: torch.ones(7) if n == "2.bias" else g for n, g in moves}
 
     problem = mlp()
     optimizer = optimizer_of(problem, perturbation=Wrong(0.1))

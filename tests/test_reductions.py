@@ -1,5 +1,7 @@
 """Where the method reduces to a simpler one, it does so bit for bit."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn

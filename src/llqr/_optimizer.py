@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from typing_extensions import TypeVar
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
@@ -29,8 +28,13 @@ from .perturbations import Perturbation
 __all__ = ["Optimizer"]
 
 BufferPolicy = Literal["clean", "perturbed"]
-#: The type of ``optimizer.geometry``: what it was given.
-G = TypeVar("G", bound=Geometry | None, default=Any)
+if TYPE_CHECKING:  # which knows defaults of type variables; Python does since 3.13
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    #: The type of ``optimizer.geometry``: what it was given.
+    G = TypeVarWithDefault("G", bound=Geometry | None, default=Any)
+else:
+    G = TypeVar("G")
 
 
 class Optimizer(OptimizerWrapper, Generic[G]):

@@ -233,8 +233,9 @@ def test_eps_has_norm_rho_in_its_metric(kind):
         off = data.draw(st.sets(st.sampled_from(sorted(named)), max_size=len(named) - 1))
         values = torch.autograd.grad(problem()[0], list(named.values()))
         gradients = {n: g for n, g in zip(named, values, strict=True) if n not in off}
+        radii = dict.fromkeys(named, rho)
         eps = llqr.SAM(rho).displacement(
-            gradients, named, dict.fromkeys(named, rho), geometry.apply, {}
+            llqr.Probe(gradients, named, radii, geometry.apply, layers={})
         )
         assert eps is not None and list(eps) == list(gradients)
         U = explicit_U(problem.model, geometry.structure, geometry.state(), 512)

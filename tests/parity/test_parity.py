@@ -220,8 +220,8 @@ def test_perturbations(name, compared):
     data = Reference("mlp_problem_f64")
 
     def displaced(perturbation, gradient, metric):
-        rho = dict.fromkeys(parameters, perturbation.rho)
-        eps = perturbation.displacement(gradient, parameters, rho, metric, layers)
+        radii = dict.fromkeys(parameters, perturbation.rho)
+        eps = perturbation.displacement(llqr.Probe(gradient, parameters, radii, metric, layers))
         return to_tree(eps)
 
     metrics = {"noprecond": dict}

@@ -337,6 +337,11 @@ class LLQR(StructuredGeometry):
             "max_failures sets how many are tolerated"
         )
 
+    def explain_indefinite_U(self) -> str:
+        """Return the setting that lets U become indefinite."""
+        constraint = self.settings.constraint
+        return f" (constraint={constraint!r}; 'positive' keeps U positive definite)"
+
     # -- memory --------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, int]:

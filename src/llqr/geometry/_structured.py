@@ -168,6 +168,10 @@ class StructuredGeometry(Geometry):
         """Return what a user can do when refreshes are refused again and again."""
         return "A larger refresh batch helps; max_failures sets how many are tolerated"
 
+    def explain_indefinite_U(self) -> str:
+        """Return, in brackets, why U could become indefinite, and what keeps it positive."""
+        return ""
+
     # -- binding -------------------------------------------------------------------------------
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
@@ -339,8 +343,8 @@ class StructuredGeometry(Geometry):
         if report.accepted:
             if report.eigenvalue_min is not None and report.eigenvalue_min < 0:
                 self._warn_once(
-                    "U has a negative eigenvalue: g'Ug can be negative, and then the probe is "
-                    "skipped; constraint='positive' keeps U positive definite"
+                    f"U has a negative eigenvalue{self.explain_indefinite_U()}: g'Ug can be "
+                    "negative, and then the probe is skipped"
                 )
             return
         failures = self.history.failures

@@ -120,8 +120,8 @@ def test_views_read_and_write():
         if expected is None:
             assert view.matrix is None
             continue
-        assert torch.equal(view.read(x), expected)
-        assert torch.equal(view.write(view.read(x)), x)
+        assert torch.equal(view.read_matrix(x), expected)
+        assert torch.equal(view.write_matrix(view.read_matrix(x)), x)
 
 
 def test_a_transposed_convolution_puts_out_first():
@@ -171,13 +171,13 @@ def test_blocks_are_the_explicit_ones(structure, block_size):
     found, start = [], 0
     for group in layout.groups:
         assert group.start == start
-        kind = "diagonal" if group.structure == "vector" else group.structure
+        kind = group.kind.name
         for block in group.blocks:
             run = flat[start : start + block.numel]
             found.append((kind, run.tolist(), group.shape or ()))
             start += block.numel
         if group.shape is not None:
-            assert group.view(flat).shape == (len(group.blocks), *group.shape)
+            assert group.view_of(flat).shape == (len(group.blocks), *group.shape)
     expected = []
     for kind, _, _, index in block_indices(model, structure, block_size):
         shape = tuple(index.shape) if kind.endswith("kfac") or kind == "dense" else ()
@@ -229,7 +229,7 @@ def test_unknown_structures_are_refused_by_name():
 
 def test_dot():
     a, b = torch.randn(3, 5, dtype=F64), torch.randn(5, dtype=F64)
-    dot = layout_of(Zoo()).dot
+    dot = layout_of(Zoo()).space.dot
     assert float(dot(a[0], b)) == pytest.approx(float((a[0] * b).sum()), rel=1e-14)
     torch.testing.assert_close(dot(a, b), (a * b).sum(1), rtol=1e-14, atol=0)
 
