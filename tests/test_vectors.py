@@ -39,10 +39,10 @@ def test_rows_join_their_chunks():
     vectors = torch.randn(7, 4, dtype=F64)
     for v in vectors:
         assert not stack.full
-        stack.append().copy_(v)
+        stack.append_row().copy_(v)
     assert stack.full and torch.equal(torch.cat(stack.matrices()), vectors)
     assert torch.equal(torch.cat(stack.matrices(3)), vectors[:3])
     c, target = torch.randn(7, dtype=F64), torch.zeros(4, dtype=F64)
-    stack.subtract(c, target)
+    stack.subtract_combination(c, target)
     torch.testing.assert_close(target, -(c @ vectors))
-    torch.testing.assert_close(stack.each(lambda q: q @ target), vectors @ target)
+    torch.testing.assert_close(stack.map_matrices(lambda q: q @ target), vectors @ target)

@@ -40,7 +40,11 @@ COPIED = 2**16
 
 
 def quadratic_value(
-    u: Tensor, g: Tensor, image: Tensor, dot: Callable[[Tensor, Tensor], Tensor]
+    u: Tensor,
+    g: Tensor,
+    image: Tensor,
+    dot: Callable[[Tensor, Tensor], Tensor],
+    length: float = 1.0,
 ) -> Tensor:
     r"""Return the quadratic model of the loss at a step, from the image of the step.
 
@@ -51,11 +55,12 @@ def quadratic_value(
     Args:
         u: the step.
         g: the gradient.
-        image: C u.
+        image: C u, or C u / length.
         dot: the inner product of two vectors.
+        length: factor on the image.
     """
     # The sum comes before the inner product: near the minimum the two terms of J cancel.
-    return dot(u, torch.add(g, image, alpha=0.5))
+    return dot(u, torch.add(g, image, alpha=0.5 * length))
 
 
 # -- lists of tensors ----------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_it_has_nothing_to_refresh_and_nothing_to_save():
     with says(RuntimeError, "FixedGeometry has nothing to refresh"):
         geometry.refresh([lambda: None])
     assert geometry.state() == {} and geometry.counters() == {}
-    with says(RuntimeError, "FixedGeometry knows no parameters yet"):
+    with says(RuntimeError, "FixedGeometry is not bound to a model"):
         llqr.FixedGeometry(spd(57)).apply({})
 
 

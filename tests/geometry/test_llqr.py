@@ -292,7 +292,7 @@ def test_unbound_geometries_say_what_to_do():
         lambda: geometry.load_state({}),
         lambda: geometry.refresh([lambda: None]),
     ):
-        with says(RuntimeError, "LLQR knows no parameters yet", "llqr.Optimizer"):
+        with says(RuntimeError, "LLQR is not bound to a model", "llqr.Optimizer"):
             use()
 
 

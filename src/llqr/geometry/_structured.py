@@ -20,7 +20,7 @@ from ._base import Geometry, format_table, shape_text
 from ._report import RefreshError, RefreshHistory, RefreshReport
 from ._schedules import EVERY
 from .layout import Layout, layers_of, unwrap_model
-from .structures import BlockDiagonal, States, Structure, StructureOf, find_structure
+from .structures import BlockDiagonal, States, Structure, StructureOf, Vector, find_structure
 from .structures._table import check_structure
 
 __all__ = ["Application", "Learned", "MetricSettings", "StructuredGeometry"]
@@ -196,6 +196,7 @@ class StructuredGeometry(Geometry):
             self.parameters,
             layers,
             self.find_kind,
+            Vector,
             self.settings.block_size,
             transposed,
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import llqr
 from explicit import F64, as_matrix, block_indices
 from llqr.geometry.layout import Layout, layers_of, matrix_shape, unwrap_model
-from llqr.geometry.structures import find_structure
+from llqr.geometry.structures import Vector, find_structure
 from nets import Tied, Zoo
 from tiny import STRUCTURES, says
 
@@ -19,7 +19,7 @@ from tiny import STRUCTURES, says
 def layout_of(model: nn.Module, structure="kfac", block_size: int | None = 512) -> Layout:
     layers, transposed = layers_of(model)
     of = partial(find_structure, structure)
-    return Layout(dict(model.named_parameters()), layers, of, block_size, transposed)
+    return Layout(dict(model.named_parameters()), layers, of, Vector, block_size, transposed)
 
 
 def indices(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from llqr.geometry.layout import Layout, layers_of
 from llqr.geometry.layout._shards import assign_shards
-from llqr.geometry.structures import STRUCTURES
+from llqr.geometry.structures import STRUCTURES, Vector
 
 
 class Several:
@@ -21,7 +21,7 @@ def layouts(model, structure, size, block_size=16):
     named = dict(model.named_parameters())
     of = lambda name, p: STRUCTURES[structure]  # noqa: E731
     return [
-        Layout(named, layers, of, block_size, transposed, ranks=Several(rank, size))
+        Layout(named, layers, of, Vector, block_size, transposed, ranks=Several(rank, size))
         for rank in range(size)
     ]
 

@@ -10,7 +10,7 @@ import llqr
 from explicit import F64, agree, block_indices, block_matrix, explicit_U, vector
 from llqr.geometry.layout import Layout, layers_of
 from llqr.geometry.structures import STRUCTURES as KINDS
-from llqr.geometry.structures import BlockDiagonal
+from llqr.geometry.structures import BlockDiagonal, Vector
 from nets import Zoo
 from tiny import STRUCTURES, layer_of
 
@@ -44,7 +44,9 @@ class Bound:
         self.model, self.block_size = (model or Zoo()).to(dtype), block_size
         layers, transposed = layers_of(self.model)
         self.named = dict(self.model.named_parameters())
-        self.layout = Layout(self.named, layers, lambda name, p: kind, block_size, transposed)
+        self.layout = Layout(
+            self.named, layers, lambda name, p: kind, Vector, block_size, transposed
+        )
         self.blocks = BlockDiagonal(self.layout)
         self.states = self.blocks.identity(torch.device("cpu"))
 

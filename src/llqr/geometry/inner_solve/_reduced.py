@@ -220,8 +220,7 @@ class _Stage:
         torch.add(self.blocks.rotate(self.start, image), q, alpha=self.objective.damping, out=f)
         if self.first is None:
             # d_0 = length q, so its image is length F.
-            image = torch.mul(f, length, out=self.work)
-            self.first = quadratic_value(self.d0, self.g, image, self.space.dot)
+            self.first = quadratic_value(self.d0, self.g, f, self.space.dot, length)
         self._extend_matrices(q)
         self.exact, self.rest = self.x, 0.0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,11 +45,6 @@ class BlockKind(Protocol):
     @property
     def elementwise(self) -> bool:
         """Whether a block acts entry by entry, so that several processes may hold parts of it."""
-        ...
-
-    @property
-    def vector_kind(self) -> Any:
-        """The kind of the blocks of parameters that are no matrix (cut "rectangles" only)."""
         ...
 
     def count_stored(self, block: Block, shape: tuple[int, ...] | None) -> int:

@@ -38,6 +38,7 @@ class Layout:
         parameters: names to tensors (also on the meta device), in model order.
         layers: parameter name to layer name.
         kind_of: (name, parameter) to a :class:`BlockKind`.
+        vector_kind: the kind of the blocks of 1-D parameters whose kind is cut in rectangles.
         block_size: longest side of a rectangle or run; wider ones are cut. None: whole.
         transposed: names whose matrix view puts the second dimension first.
         ranks: processes that hold a shard of the blocks each: the flat vectors of each hold its
@@ -49,6 +50,7 @@ class Layout:
         parameters: Mapping[str, Tensor],
         layers: Mapping[str, str],
         kind_of: KindOf,
+        vector_kind: Any,
         block_size: int | None,
         transposed: set[str] | frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
@@ -67,7 +69,7 @@ class Layout:
         self.kinds: dict[str, BlockKind] = {n: kind_of(n, p) for n, p in parameters.items()}
         #: The kind of its blocks: another one if the parameter is no matrix.
         self.block_kinds = {
-            name: kind.vector_kind
+            name: vector_kind
             if kind.cut == "rectangles" and self.views[name].matrix is None
             else kind
             for name, kind in self.kinds.items()
@@ -119,7 +121,7 @@ class Layout:
         for part in whole:
             matrix = self.views[part.name].matrix
             if matrix is None:  # each 1-D parameter is a block of its own
-                blocks.append((kind.vector_kind, None, Block(layer, (part,))))
+                blocks.append((self.block_kinds[part.name], None, Block(layer, (part,))))
                 continue
             for rows in _chunks(matrix[0], self.block_size):
                 for columns in _chunks(matrix[1], self.block_size):

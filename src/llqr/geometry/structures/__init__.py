@@ -10,6 +10,7 @@ from ._base import State as State
 from ._base import Structure as Structure
 from ._block_diagonal import BlockDiagonal as BlockDiagonal
 from ._block_diagonal import States as States
+from ._diagonal import Vector as Vector
 from ._inner_step import InnerStep as InnerStep
 from ._table import STRUCTURES as STRUCTURES
 from ._table import StructureName as StructureName

@@ -8,7 +8,7 @@ tensors whose first dimension counts blocks (elementwise structures: one flat ru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class Structure(ABC):
         cut: how a layer is cut into blocks: "layer": all its parameters are one block, of any
             length; "runs": their entries, one behind the other, in runs of at most ``block_size``,
             each a vector; "rectangles": each parameter's matrix view in rectangles with sides of at
-            most ``block_size``, each a matrix (the structure needs matrices).
+            most ``block_size``, each a matrix (the structure needs matrices; 1-D parameters are
+            elementwise, as in all structures of the paper).
         elementwise: whether U acts entry by entry, by :meth:`scale_tensors`. Then several processes
             each hold a run of every parameter; other blocks are whole in one process.
-        vector_kind: with cut "rectangles", the structure of parameters that are no matrix.
         rotates: whether :meth:`rotate` does anything.
         renews_bases: whether :meth:`renew_bases` does anything.
 
@@ -71,7 +71,6 @@ class Structure(ABC):
     linear: ClassVar[bool] = False
     cut: ClassVar[CutRule]
     elementwise: ClassVar[bool] = False
-    vector_kind: ClassVar[Any] = None
     rotates: ClassVar[bool] = False
     renews_bases: ClassVar[bool] = False
 
@@ -97,6 +96,8 @@ class Structure(ABC):
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return the gradient of <r, U x> in the trainable entries; by default from autograd."""
+        if not self.trainable:
+            return {}
         with torch.enable_grad():
             free = {k: state[k].detach().requires_grad_() for k in self.trainable}
             value = (r * self.apply({**state, **free}, x)).sum()

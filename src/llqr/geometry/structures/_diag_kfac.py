@@ -7,17 +7,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._base import Bounds, State
+from ..layout._blocks import CutRule
+from ._base import Bounds, State, Structure
+from ._eigenvalues import extremes_of_kronecker
 from ._inner_step import InnerStep
-from ._matrix import MatrixStructure, extreme_products
 
 __all__ = ["DiagKfac"]
 
 
-class DiagKfac(MatrixStructure):
+class DiagKfac(Structure):
     """Diagonal Kronecker factors: (U X)_ij = b_i X_ij a_j."""
 
     name: ClassVar[str] = "diag-kfac"
+    cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def identity(self, device: torch.device) -> State:
@@ -44,7 +46,7 @@ class DiagKfac(MatrixStructure):
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extreme products of the factors' entries."""
         a, b = state["A"].aminmax(dim=1), state["B"].aminmax(dim=1)
-        return extreme_products((a.min, a.max), (b.min, b.max))
+        return extremes_of_kronecker((a.min, a.max), (b.min, b.max))
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps with one buffer."""

@@ -11,18 +11,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layout._blocks import CutRule
 from ._base import Bounds, State, Structure
 from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
 from ._inner_step import InnerStep
-from ._matrix import MatrixStructure
 
 __all__ = ["EKfac", "EKfacGradientBases", "SquareEKfac", "SquareEKfacGradientBases"]
 
 
-class EKfac(MatrixStructure):
+class EKfac(Structure):
     """Eigenvalue-corrected Kronecker factors: U X = QB (S o (QB' X QA)) QA', bases learned."""
 
     name: ClassVar[str] = "e-kfac"
+    cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("QA", "QB", "S")
     rotates: ClassVar[bool] = True
 
@@ -46,6 +47,11 @@ class EKfac(MatrixStructure):
     def eigenvalues_from(s: Tensor) -> Tensor:
         """Return the eigenvalues of U: S itself."""
         return s
+
+    @staticmethod
+    def store_eigenvalues(values: Tensor) -> Tensor:
+        """Return the S whose eigenvalues these are."""
+        return values
 
     @staticmethod
     def chain_eigenvalues_(ds: Tensor, s: Tensor) -> Tensor:
@@ -89,7 +95,8 @@ class EKfac(MatrixStructure):
         new = {**state, "QB": nearest_orthogonal(state["QB"])}
         new["QA"] = nearest_orthogonal(state["QA"])
         turn_b, turn_a = _squared_overlaps(state, new)
-        new["S"] = (turn_b @ state["S"] @ turn_a.mT).clamp(*bounds)
+        values = turn_b @ self.eigenvalues_from(state["S"]) @ turn_a.mT
+        new["S"] = self.store_eigenvalues(values.clamp(*bounds))
         return new
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
@@ -139,7 +146,8 @@ class EKfacGradientBases(EKfac):
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp S; the bases are orthogonal."""
-        return {**state, "S": state["S"].clamp(*bounds)}
+        values = self.eigenvalues_from(state["S"])
+        return {**state, "S": self.store_eigenvalues(values.clamp(*bounds))}
 
     def renew_bases(self, state: State, x: Tensor, first: bool, rotate: bool) -> State:
         """Average X X' and X'X of a refresh gradient; rotate the bases to their eigenvectors.
@@ -174,6 +182,11 @@ class SquareEKfac(EKfac):
     def eigenvalues_from(s: Tensor) -> Tensor:
         """Return S^2 + 1e-12."""
         return s.square() + 1e-12
+
+    @staticmethod
+    def store_eigenvalues(values: Tensor) -> Tensor:
+        """Return the root."""
+        return values.sqrt()
 
     @staticmethod
     def chain_eigenvalues_(ds: Tensor, s: Tensor) -> Tensor:

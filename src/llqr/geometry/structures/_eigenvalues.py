@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "clip_eigenvalues",
     "decompose_symmetric",
+    "extremes_of_kronecker",
     "extremes_of_matrices",
     "extremes_of_operator",
     "nearest_orthogonal",
@@ -102,6 +103,14 @@ def extremes_of_operator(
             columns.append(apply_flat(unit))
         return extremes_of_matrices(torch.stack(columns, -1), exact=True)
     return _estimate_by_lanczos(apply_flat, flat)
+
+
+def extremes_of_kronecker(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the extreme eigenvalues of Kronecker products, from those of their factors."""
+    products = torch.stack([x * y for x in a for y in b])
+    return products.amin(0), products.amax(0)
 
 
 def _estimate_by_lanczos(

@@ -30,14 +30,6 @@ class Identity(Structure):
         """Return x."""
         return x
 
-    def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
-        """Return nothing, since nothing is trainable."""
-        return {}
-
-    def pull_rotated(self, x: Tensor, r: Tensor) -> State:
-        """Return nothing, since nothing is trainable."""
-        return {}
-
     def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:
         """Write zero: U x does not change."""
         out.zero_()

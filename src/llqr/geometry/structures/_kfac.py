@@ -7,18 +7,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._base import Bounds, State
-from ._eigenvalues import clip_eigenvalues, extremes_of_matrices
+from ..layout._blocks import CutRule
+from ._base import Bounds, State, Structure
+from ._eigenvalues import clip_eigenvalues, extremes_of_kronecker, extremes_of_matrices
 from ._inner_step import InnerStep
-from ._matrix import MatrixStructure, extreme_products
 
 __all__ = ["Kfac"]
 
 
-class Kfac(MatrixStructure):
+class Kfac(Structure):
     """Full Kronecker factors: U X = B X A'."""
 
     name: ClassVar[str] = "kfac"
+    cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("A", "B")
 
     def identity(self, device: torch.device) -> State:
@@ -51,7 +52,7 @@ class Kfac(MatrixStructure):
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extreme products of the (symmetrised) factors' eigenvalues."""
         a, b = (extremes_of_matrices(state[k], exact) for k in "AB")
-        return extreme_products(a, b)
+        return extremes_of_kronecker(a, b)
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps that never form the wide factor."""

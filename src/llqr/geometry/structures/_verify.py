@@ -10,7 +10,7 @@ from ._base import State, Structure
 
 __all__ = ["verify_structure"]
 
-BOUNDS = (0.1, 10.0)
+BOUNDS = (0.5, 2.0)
 
 
 def verify_structure(kind: type[Structure]) -> None:
@@ -58,7 +58,7 @@ class _Verification:
     def _random_state(self) -> State:
         """Return a positive definite state away from the identity."""
         begin = self.part.renew_bases(self.identity, self.x, True, True)
-        moved = {k: begin[k] + 0.3 * self._draw(*begin[k].shape) for k in self.kind.trainable}
+        moved = {k: begin[k] + 1.5 * self._draw(*begin[k].shape) for k in self.kind.trainable}
         return self.part.project({**begin, **moved}, BOUNDS)
 
     def require(self, holds: bool, what: str) -> None:
