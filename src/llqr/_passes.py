@@ -145,13 +145,14 @@ class Passes:
                     "call step() after the loop over passes()"
                 )
             return
-        clean = self._parameters.require_gradients("the first pass")
         if not self.needed:
+            clean = self._parameters.require_gradients("the first pass")
             self._observe_clean(clean, scaler)
             if scaler is not None and not ranks.finite(clean):
                 self.undo_step()  # the scaler will skip, and then step() never runs
             return
-        with self._displaced(clean, scaler, modules, start=self._start_buffers, random=random):
+        start = self._start_buffers
+        with self._displaced("the first pass", scaler, modules, start=start, random=random):
             yield 1
 
     @contextmanager
@@ -160,15 +161,14 @@ class Passes:
         check_scaler(scaler)
         self.close()
         self.forget_step()
-        clean = self._parameters.require_gradients("the clean backward")
         modules = list(self._parameters.model.modules())
-        with self._displaced(clean, scaler, modules, start=None, random=None):
+        with self._displaced("the clean backward", scaler, modules, start=None, random=None):
             yield
 
     @contextmanager
     def _displaced(
         self,
-        clean: dict[str, Tensor],
+        after: str,
         scaler: Any,
         modules: list[nn.Module],
         start: Buffers | None,
@@ -176,6 +176,7 @@ class Passes:
     ) -> Iterator[None]:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
         record, ranks = self._open, self._ranks
+        clean = self._parameters.require_gradients(after)
         healthy = ranks.finite(clean)
         eps = self._find_displacement(clean, scaler) if healthy else {}
         # The clean gradients are as large as the model: only who combines both keeps them.

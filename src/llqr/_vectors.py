@@ -24,6 +24,7 @@ __all__ = [
     "quadratic_value",
     "rescale_to_norm",
     "sum_as_double",
+    "total_inner_product",
     "widen_to_float32",
 ]
 
@@ -76,7 +77,7 @@ def scale_tensors(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, T
 
 def rescale_to_norm(moved: Tensors, like: Tensors) -> dict[str, Tensor]:
     """Return ``moved`` with the global norm of ``like``."""
-    old, new = (math.sqrt(sum_as_double(inner_products(gs, gs))) for gs in (like, moved))
+    old, new = (math.sqrt(total_inner_product(gs, gs)) for gs in (like, moved))
     factor = old / max(new, torch.finfo(torch.float64).tiny)
     return scale_tensors(moved, dict.fromkeys(moved, factor))
 
@@ -105,6 +106,11 @@ def inner_products(a: Tensors, b: Tensors) -> dict[str, float]:
         if n not in short and not TINY < abs(p) < math.inf:
             products[n] = float(_dots_in_double([pairs[n]])[0])
     return summed({n: products[n] for n in b}, like=b)
+
+
+def total_inner_product(a: Tensors, b: Tensors) -> float:
+    """Return the inner product over all tensors together, and over all shards of each."""
+    return sum_as_double(inner_products(a, b))
 
 
 def sum_as_double(numbers: Mapping[str, float]) -> float:

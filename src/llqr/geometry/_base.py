@@ -45,7 +45,8 @@ class Geometry:
         """Attach to a model and the parameters to precondition (called by the optimizer).
 
         Args:
-            model: the network; wrappers such as DistributedDataParallel are looked through.
+            model: the network; ``inner_model`` is what DistributedDataParallel or torch.compile
+                wrap, whose names are those of the parameters.
             parameters: names to tensors, in model order; default: all that require grad.
 
         Bound again with more parameters, a geometry keeps what it knows of the old ones.
@@ -53,7 +54,7 @@ class Geometry:
         if parameters is None:
             named = unwrap_model(model).named_parameters()
             parameters = {name: p for name, p in named if p.requires_grad}
-        self.model = model
+        self.model, self.inner_model = model, unwrap_model(model)
         self.ranks = getattr(self, "ranks", None) or Ranks(model)
         self.parameters = dict(parameters)
 

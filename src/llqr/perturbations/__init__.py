@@ -3,9 +3,11 @@
 A perturbation turns gradients into a displacement eps of the parameters. It knows the metric only
 as a function g -> U g, and no optimizer or module. To add one, subclass
 :class:`llqr.Perturbation` and say where it probes (``displacement``); a method that also changes
-the gradient of the step says how in ``combine``.
+the gradient of the step says how in ``combine``. :func:`total_inner_product` is right for sharded
+gradients too.
 """
 
+from .._vectors import total_inner_product as total_inner_product
 from ._asam import ASAM as ASAM
 from ._base import Perturbation as Perturbation
 from ._base import Probe as Probe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import inner_products, sum_as_double
+from .._vectors import total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["ASAM"]
@@ -44,7 +44,7 @@ class ASAM(Perturbation):
         """Return rho T^2 g / |T g|."""
         t = {n: self._weight_size(n, probe.parameters[n], g) for n, g in probe.gradients.items()}
         tg = {n: t[n] * g for n, g in probe.gradients.items()}
-        unit = 1 / math.sqrt(sum_as_double(inner_products(tg, tg)) + EPS0)
+        unit = 1 / math.sqrt(total_inner_product(tg, tg) + EPS0)
         return {n: t[n] * x * (probe.radii[n] * unit) for n, x in tg.items()}
 
     def _weight_size(self, name: str, w: Tensor, like: Tensor) -> Tensor:

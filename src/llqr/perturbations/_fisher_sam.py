@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import inner_products, scale_tensors, sum_as_double
+from .._vectors import scale_tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["FisherSAM"]
@@ -43,5 +43,5 @@ class FisherSAM(Perturbation):
         """Return rho d / sqrt(g.d)."""
         g = probe.gradients
         d = {n: x / (x.square() + self.eta) for n, x in g.items()}
-        unit = 1 / math.sqrt(sum_as_double(inner_products(g, d)) + EPS0)
+        unit = 1 / math.sqrt(total_inner_product(g, d) + EPS0)
         return scale_tensors(d, {n: probe.radii[n] * unit for n in d})

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from .._checks import Schedule, check_choice
-from .._vectors import Tensors, inner_products, scale_tensors, sum_as_double
+from .._vectors import Tensors, inner_products, scale_tensors, sum_as_double, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["Direction", "Norm", "SAM"]
@@ -63,7 +63,7 @@ class SAM(Perturbation):
         """Return rho d / norm with d = U v (algorithm 1, the line of the probe)."""
         d = probe.metric(v)
         if self.direction == "normalised":
-            length = math.sqrt(sum_as_double(inner_products(d, d)) + EPS0)
+            length = math.sqrt(total_inner_product(d, d) + EPS0)
             d = scale_tensors(d, dict.fromkeys(d, 1 / length))
         # v'Uv in the metric of U, |Uv|^2 in the Euclidean one.
         squares = inner_products(v if self.norm.endswith("metric") else d, d)
@@ -92,4 +92,4 @@ class SAM(Perturbation):
 
 def _fails_to_be_positive(square: float, v: Tensors) -> bool:
     """Tell whether the squared norm of v is not positive although v is not zero."""
-    return not square > 0 and sum_as_double(inner_products(v, v)) > 0
+    return not square > 0 and total_inner_product(v, v) > 0

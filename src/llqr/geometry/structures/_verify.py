@@ -79,7 +79,7 @@ class _Verification:
             self._check_matrices()
             self._check_pullback()
             self._check_inner_step()
-            if self.kind.linear:
+            if self.kind.linear and self.kind.trainable:
                 self._check_linear()
             if self.kind.elementwise:
                 self._check_scaling()
