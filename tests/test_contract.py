@@ -148,7 +148,9 @@ def is_type_checking(node):
     return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
 
 
-PARTS = [f"_{n}.py" for n in ("optimizer", "passes", "refresher", "checkpoint", "parameters")]
+PARTS = [
+    f"_{n}.py" for n in ("optimizer", "update", "passes", "refresher", "checkpoint", "parameters")
+]
 UPSTAIRS = [f"llqr.{name.removesuffix('.py')}" for name in PARTS]
 
 

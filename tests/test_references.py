@@ -37,6 +37,18 @@ def optimizer_on(problem, geometry, perturbation, base=None):
     return llqr.Optimizer(base, problem.model, geometry=geometry, perturbation=perturbation)
 
 
+def take_every_way(optimizer, problem):
+    """A closure, the passes."""
+    if optimizer.geometry is not None:
+        optimizer.refresh_if_due(problem)
+    optimizer.step(lambda: (optimizer.zero_grad(), problem.backward())[1])
+    if optimizer.geometry is not None:
+        optimizer.refresh_if_due(problem)
+    for _ in optimizer.passes():
+        problem.backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_a_dropped_optimizer_frees_the_weights(geometry, perturbation):
@@ -44,14 +56,7 @@ def test_a_dropped_optimizer_frees_the_weights(geometry, perturbation):
         problem = mlp()
         optimizer = optimizer_on(problem, GEOMETRIES[geometry](), PERTURBATIONS[perturbation]())
         train(optimizer, problem, 3)
-        refresh_if_due = optimizer.refresh_if_due
-        refresh_if_due(problem)
-        optimizer.step(lambda: (optimizer.zero_grad(), problem.backward())[1])
-        refresh_if_due(problem)
-        for _ in optimizer.passes():
-            problem.backward()
-        optimizer.step()
-        del refresh_if_due
+        take_every_way(optimizer, problem)
         state = optimizer.state_dict()
         optimizer.load_state_dict(state)
         del state

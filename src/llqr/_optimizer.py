@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
-from ._module_state import without_autocast
 from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
 from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
-from ._vectors import rescale_to_norm, widen_to_float32
+from ._update import Update
 from ._wrapper import OptimizerWrapper
 from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
-from .distributed._sharded import local
 from .geometry import Geometry, RefreshReport
 from .perturbations import Perturbation
 
@@ -153,6 +151,15 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             default_forward=refresh_forward,
             autocast=refresh_autocast,
         )
+        self._update = Update(
+            self._parameters,
+            geometry,
+            perturbation,
+            self.ranks,
+            self._progress,
+            self._passes,
+            self._refresher,
+        )
         self._bind_parts()
         if not sync:
             self._check_local_probes()
@@ -263,85 +270,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     def _update_parameters(self) -> None:
         """Update the parameters from the gradients that are there."""
         self._follow_groups()
-        self._passes.close()
-        gradients = self._parameters.gradients()
-        if not gradients or self._changes_nothing(gradients):
-            self.base.step()
-            return
-        if not self.ranks.finite(gradients, equal=True):
-            self._skip_step()
-            return
-        self._warn_of_omissions()
-        if not self._step_along(gradients):
-            self._skip_step()
-            return
-        self._count_step(gradients)
-
-    def _changes_nothing(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
-        if any(bool(group.get("lr", 1.0) != 0) for group in self.param_groups):
-            return False
-        return self.ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
-
-    def _step_along(self, gradients: dict[str, Tensor]) -> bool:
-        """Step the base along U g, unless that is not finite."""
-        if self._geometry is None or not self.transport:
-            self.base.step()
-            return True
-        with without_autocast(self._parameters.device):  # a step may be taken within the caller's
-            moved = self._geometry.apply(gradients)
-            if self.graft:
-                moved = rescale_to_norm(moved, gradients)
-        coarse = any(g.dtype.itemsize < 4 for g in moved.values())
-        if coarse and not self.ranks.finite(moved):  # U may take float16 out of its range
-            return False
-        named = self._parameters.named
-        try:
-            for name, value in moved.items():
-                named[name].grad = value
-            self.base.step()
-        finally:
-            for name, gradient in gradients.items():
-                named[name].grad = gradient
-        return True
-
-    def _count_step(self, gradients: dict[str, Tensor]) -> None:
-        """Let everything that learns from steps learn that this one counted."""
-        passes = self._passes
-        if self._perturbation is not None:
-            if not passes.observed:  # one pass of the user's own, without passes()
-                self._perturbation.observe(widen_to_float32(gradients))
-            self._perturbation.commit()
-        if self._geometry is not None and passes.geometry_observes:
-            clean = widen_to_float32(gradients) if passes.clean is None else passes.clean
-            self._geometry.observe(clean)
-        passes.forget_step()
-        self._progress.step += 1
-
-    def _skip_step(self) -> None:
-        self._progress.skipped_steps += 1
-        kept = (
-            "weights, buffers and counters are as before it"
-            if self._passes.undo_step()
-            else "weights and counters are as before it, buffers as the backward pass left them"
-        )
-        self._progress.warn_once(
-            f"a step was skipped because its gradients are not finite; {kept} "
-            "(optimizer.skipped_steps counts)"
-        )
-
-    def _warn_of_omissions(self) -> None:
-        if self._passes.needed and not self._passes.probed:
-            self._progress.warn_once(
-                "step() ran without a perturbed pass although a perturbation is set: use "
-                "minimize, step(closure), passes or perturbed"
-            )
-        if self.refresh_due:
-            self._progress.warn_once(
-                "step() ran although a refresh of the geometry is due, so U is not learned: call "
-                "optimizer.refresh_if_due(forward) before it, use minimize, or pass "
-                "refresh_forward to llqr.Optimizer"
-            )
+        self._update.make(transport=self.transport, graft=self.graft)
 
     def passes(self, scaler: Any = None) -> Iterator[int]:
         """Yield once, or twice when a perturbation is active; run forward and backward in the body.

@@ -4,8 +4,8 @@ from ._base import Geometry as Geometry
 from ._fixed import FixedGeometry as FixedGeometry
 from ._llqr import LLQR as LLQR
 from ._llqr import LLQRSettings as LLQRSettings
+from ._metric_settings import Learned as Learned
+from ._metric_settings import MetricSettings as MetricSettings
 from ._report import RefreshError as RefreshError
 from ._report import RefreshReport as RefreshReport
-from ._structured import Learned as Learned
-from ._structured import MetricSettings as MetricSettings
 from ._structured import StructuredGeometry as StructuredGeometry

@@ -19,8 +19,9 @@ from ..curvature import (
     check_scale,
     quadratic_model,
 )
+from ._metric_settings import Application, Learned, MetricSettings
 from ._schedules import EMA, INNER_LR
-from ._structured import Application, Learned, MetricSettings, StructuredGeometry
+from ._structured import StructuredGeometry
 from .inner_solve import (
     FlatModel,
     InnerSolver,

@@ -1,0 +1,137 @@
+"""The update of a step: p.grad -> U p.grad -> base.step(), or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ._module_state import without_autocast
+from ._parameters import NamedParameters
+from ._passes import Passes
+from ._progress import Progress
+from ._refresher import Refresher
+from ._vectors import rescale_to_norm, widen_to_float32
+from .distributed import Ranks
+from .distributed._sharded import local
+from .geometry import Geometry
+from .perturbations import Perturbation
+
+__all__ = ["Update"]
+
+
+class Update:
+    """Step the base along U g, and let everything that learns from steps know.
+
+    Args:
+        parameters: of the base optimizer.
+        geometry: U, or None for the identity.
+        perturbation: told of steps that count.
+        ranks: the processes that train together.
+        progress: the counters of the training.
+        passes: what was seen of the gradients, and what a skipped step restores.
+        refresher: whether a refresh was due.
+    """
+
+    def __init__(
+        self,
+        parameters: NamedParameters,
+        geometry: Geometry | None,
+        perturbation: Perturbation | None,
+        ranks: Ranks,
+        progress: Progress,
+        passes: Passes,
+        refresher: Refresher,
+    ) -> None:
+        self._parameters, self._base = parameters, parameters.base
+        self._geometry, self._perturbation = geometry, perturbation
+        self._ranks, self._progress = ranks, progress
+        self._passes, self._refresher = passes, refresher
+
+    def make(self, *, transport: bool, graft: bool) -> None:
+        """Update the parameters from the gradients that are there.
+
+        Args:
+            transport: whether the update goes through U.
+            graft: whether U g is rescaled to the length of g.
+        """
+        self._passes.close()
+        gradients = self._parameters.gradients()
+        if not gradients or self._changes_nothing(gradients):
+            self._base.step()
+            return
+        if not self._ranks.finite(gradients, equal=True):
+            self._skip_step()
+            return
+        self._warn_of_omissions()
+        if self._geometry is None or not transport:
+            self._base.step()
+        elif not self._step_along_metric(self._geometry, gradients, graft):
+            self._skip_step()
+            return
+        self._count_step(gradients)
+
+    def _changes_nothing(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
+        if any(bool(group.get("lr", 1.0) != 0) for group in self._base.param_groups):
+            return False
+        return self._ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
+
+    def _step_along_metric(
+        self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
+    ) -> bool:
+        """Step the base along U g, unless that is not finite: theta <- theta - eta U g(theta+)."""
+        with without_autocast(self._parameters.device):  # a step may be taken within the caller's
+            moved = geometry.apply(gradients)
+            if graft:
+                moved = rescale_to_norm(moved, gradients)
+        coarse = any(g.dtype.itemsize < 4 for g in moved.values())
+        if coarse and not self._ranks.finite(moved):  # U may take float16 out of its range
+            return False
+        named = self._parameters.named
+        try:
+            for name, value in moved.items():
+                named[name].grad = value
+            self._base.step()
+        finally:
+            for name, gradient in gradients.items():
+                named[name].grad = gradient
+        return True
+
+    def _count_step(self, gradients: dict[str, Tensor]) -> None:
+        """Let everything that learns from steps learn that this one counted."""
+        passes = self._passes
+        if self._perturbation is not None:
+            if not passes.observed:  # one pass of the user's own, without passes()
+                self._perturbation.observe(widen_to_float32(gradients))
+            self._perturbation.commit()
+        if self._geometry is not None and passes.geometry_observes:
+            clean = widen_to_float32(gradients) if passes.clean is None else passes.clean
+            self._geometry.observe(clean)
+        passes.forget_step()
+        self._progress.step += 1
+
+    def _skip_step(self) -> None:
+        self._progress.skipped_steps += 1
+        kept = (
+            "weights, buffers and counters are as before it"
+            if self._passes.undo_step()
+            else "weights and counters are as before it, buffers as the backward pass left them"
+        )
+        self._progress.warn_once(
+            f"a step was skipped because its gradients are not finite; {kept} "
+            "(optimizer.skipped_steps counts)"
+        )
+
+    def _warn_of_omissions(self) -> None:
+        if self._passes.needed and not self._passes.probed:
+            self._progress.warn_once(
+                "step() ran without a perturbed pass although a perturbation is set: use "
+                "minimize, step(closure), passes or perturbed"
+            )
+        if self._refresher.due:
+            self._progress.warn_once(
+                "step() ran although a refresh of the geometry is due, so U is not learned: call "
+                "optimizer.refresh_if_due(forward) before it, use minimize, or pass "
+                "refresh_forward to llqr.Optimizer"
+            )

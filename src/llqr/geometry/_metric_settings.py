@@ -1,0 +1,68 @@
+"""What a metric of structured blocks is told, and what its learning returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .._checks import Schedule, check_choice, check_flags, check_integer
+from ._schedules import EVERY
+from .structures import States
+
+__all__ = ["Application", "Learned", "MetricSettings"]
+
+Application = Literal["full", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSettings:
+    """What every metric of structured blocks is told: when to refresh, how to cut and apply U.
+
+    Attributes:
+        every: optimizer steps between refreshes; a number or a function of the step.
+        start: first optimizer step before which a refresh is due.
+        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        block_size: sides of matrices wider than this are cut into blocks; None: whole.
+        shard: with several processes, each keeps and applies its shard of U.
+        application: "full", or "bfloat16" for structures that apply faster in it.
+    """
+
+    every: Schedule = 500
+    start: int = 0
+    max_failures: int = 3
+    block_size: int | None = 512
+    shard: bool = False
+    application: Application = "full"
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the argument and the value."""
+        EVERY.check(self.every)
+        check_integer("start", self.start, low=0)
+        check_integer("max_failures", self.max_failures, low=0)
+        if self.block_size is not None:
+            check_integer("block_size", self.block_size, low=1)
+        check_flags(shard=self.shard)
+        check_choice("application", self.application, Application)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the learning of one refresh came to.
+
+    Attributes:
+        states: the new states, or None if the old ones stay.
+        reason: why the old ones stay.
+        gradient: the flat gradient g that the report tells of U by, if there is one.
+        numbers: further fields of :class:`llqr.RefreshReport`, such as ``products``.
+        is_failure: whether a refusal is one that a setting can help, and so counts towards
+            ``max_failures``.
+    """
+
+    states: States | None
+    reason: str | None = None
+    gradient: Tensor | None = None
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    is_failure: bool = True
