@@ -220,7 +220,7 @@ class Passes:
 
     @torch.no_grad()
     def _find_displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-        """Return eps = perturbation(g; U, rho), empty if there is none."""
+        """Return eps = perturbation(g; U, rho), empty if there is none (algorithm 1, line 5)."""
         perturbation = self._perturbation
         wide = self._observe_clean(clean, scaler)
         if perturbation is None:
@@ -287,7 +287,7 @@ class Passes:
 
     @torch.no_grad()
     def _move_weights(self, record: PassRecord, eps: dict[str, Tensor]) -> None:
-        """Add eps to the weights, keeping copies."""
+        """Form theta + eps, keeping copies of theta (algorithm 1, line 6)."""
         named = self._parameters.named
         if not eps:
             return

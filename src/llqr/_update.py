@@ -80,7 +80,7 @@ class Update:
     def _step_along_metric(
         self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
     ) -> bool:
-        """Step the base along U g, unless that is not finite: theta <- theta - eta U g(theta+)."""
+        """Step the base along U g~, unless that is not finite (algorithm 1, line 8)."""
         with without_autocast(self._parameters.device):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
             if graft:

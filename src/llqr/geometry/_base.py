@@ -51,7 +51,7 @@ class Geometry:
 
         Bound again with more parameters, a geometry keeps what it knows of the old ones.
         """
-        if parameters is None:
+        if parameters is None:  # bound by hand, without an optimizer
             named = unwrap_model(model).named_parameters()
             parameters = {name: p for name, p in named if p.requires_grad}
         self.model, self.inner_model = model, unwrap_model(model)
@@ -123,6 +123,7 @@ class Geometry:
     def _check_gradients(self, gradients: Tensors) -> None:
         """Refuse gradients that are not those of the parameters."""
         self._require_bound()
+        # Absent gradients count as zero; present ones must be those of the parameters.
         for name, g in gradients.items():
             parameter = self.parameters.get(name)
             if parameter is None:

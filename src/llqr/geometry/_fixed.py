@@ -87,6 +87,7 @@ class FixedGeometry(Geometry):
             like = next(iter(gradients.values()), None)
             if like is None:
                 return {}
+            # One flat vector in model order: a full matrix couples all parameters.
             flat = torch.cat(
                 [
                     gradients[n].reshape(-1) if n in gradients else like.new_zeros(p.numel())
@@ -94,6 +95,7 @@ class FixedGeometry(Geometry):
                 ]
             )
             sizes = [p.numel() for p in self.parameters.values()]
+            # (n, n) @ (n,), and back to the parameters.
             parts = torch.split(torch.mv(self.U.to(flat), flat), sizes)
             whole = dict(zip(self.parameters, parts, strict=True))
             return {n: whole[n].view_as(g) for n, g in gradients.items()}
@@ -126,5 +128,6 @@ class FixedGeometry(Geometry):
 def _check_positive(label: str, matrix: Tensor) -> None:
     if not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=1e-8):
         raise ValueError(f"{label}: expected a symmetric matrix")
+    # A Cholesky factor exists just if the matrix is positive definite.
     if int(torch.linalg.cholesky_ex(matrix).info) != 0:
         raise ValueError(f"{label}: expected a positive definite matrix")

@@ -239,6 +239,7 @@ class LLQR(StructuredGeometry):
         Fisher is summed over the batch with EMA 0.95; Newton is the Hessian of the mean loss with
         EMA 0.9 (paper, appendix C). ``changes`` replace single settings.
         """
+        # The authors' code sums the Fisher over the batch, and takes the mean loss for Newton.
         gauss_newton = as_curvature(curvature).gauss_newton
         settings: dict[str, Any] = {
             "lr": 1e-3,
@@ -280,12 +281,15 @@ class LLQR(StructuredGeometry):
     ) -> Learned:
         """Minimise J from the current U, average, and judge J at what would be stored."""
         settings, accepted = self.settings, self.history.accepted
+        # Algorithm 2, lines 5 and 6: g and C on one minibatch. If one process fails, all raise.
         with self.ranks.together("refresh"):
             model = self._expand_loss(forwards, parameters, weights)
         if not self.ranks.all(model is not None) or model is None:
+            # No setting helps there, so this is not counted towards max_failures.
             return Learned(None, SATURATED, numbers={"products": 0}, is_failure=False)
         if settings.scale == "sum":  # over the joined batch
             model.scale = self.ranks.sum(model.scale)
+        # Lines 7 to 11: T inner steps on J, then the average.
         with torch.no_grad():
             flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
             outcome = settings.learner_at(step).learn(

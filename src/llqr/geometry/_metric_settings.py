@@ -39,6 +39,7 @@ class MetricSettings:
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the argument and the value."""
+        # A function of the step passes here; its values are checked when it is called.
         EVERY.check(self.every)
         check_integer("start", self.start, low=0)
         check_integer("max_failures", self.max_failures, low=0)

@@ -57,6 +57,7 @@ class RefreshReport:
         return f"refresh at step {self.step} {verdict}" + (f": {numbers}" if numbers else "")
 
     def _list_numbers(self) -> list[str]:
+        # What decides whether a number is shown, and the text with it.
         shown = [
             (self.J_before, f"J {_short(self.J_before, 4)} -> {_short(self.J_after, 4)}"),
             (self.ratio, f"|Ug|/|g| {_short(self.ratio)}"),
@@ -110,6 +111,7 @@ class RefreshHistory:
             self.failures = 0
         else:
             self.refused += 1
+            # A saturated network is refused too, but is no failure of the settings.
             self.failures += is_failure
 
     def counters(self) -> dict[str, int]:

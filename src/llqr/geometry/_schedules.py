@@ -48,6 +48,7 @@ class ScheduledSetting:
         return number
 
 
+#: Optimizer steps between refreshes; the inner learning rate; the EMA's beta.
 EVERY = ScheduledSetting("every", low=1)
 INNER_LR = ScheduledSetting("lr", low=0, open_low=True)
 EMA = ScheduledSetting("ema", low=0, high=1)

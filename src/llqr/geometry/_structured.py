@@ -123,6 +123,7 @@ class StructuredGeometry(Geometry):
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Lay out the parameters in blocks; new ones start at the identity."""
+        # Bound again (a group was added, the dtype changed): what is known goes over.
         known = self.state() if hasattr(self, "states") else {}
         if known and unwrap_model(model) is not unwrap_model(self.model):
             raise ValueError(
@@ -136,6 +137,7 @@ class StructuredGeometry(Geometry):
                 f"model: {type(self).__name__} needs all parameters on one device, got "
                 f"{sorted(map(str, devices))}"
             )
+        # Parameters that fully_shard cut leave no process with a whole gradient to apply U to.
         self.sharded = self.ranks.sharded or (self.settings.shard and self.ranks.size > 1)
         layers, transposed = layers_of(unwrap_model(model))
         lay_out = partial(
@@ -158,6 +160,7 @@ class StructuredGeometry(Geometry):
     def _keep_known(self, known: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the blocks that are still there; say which are lost."""
         self.blocks.load(self.states, known, optional=self.parameters)
+        # On the meta device: what fits and what is missing, without memory.
         meta = self._whole_blocks.identity(torch.device("meta"))
         wrong = self._whole_blocks.load(meta, known, optional=self.parameters)
         lost = [text for text in wrong if text.partition(": ")[0] in self.parameters]
@@ -189,11 +192,12 @@ class StructuredGeometry(Geometry):
         self._check_gradients(gradients)
         if gradients:
             self._move_to_device_of(next(iter(gradients.values())))
-        if self.sharded:
+        if self.sharded:  # every process applies its shard, and all gather the result
             moved = self.blocks.apply(self._applied_states(), self.layout.pack(gradients))
             result = self.layout.unpack_like(moved, gradients)
         else:
             result = self.blocks.apply_to_tensors(self._applied_states(), gradients)
+        # U is float32 or float64; the caller gets the dtype of its gradients.
         dtypes = {n: g.dtype for n, g in gradients.items()}
         return {n: x if x.dtype == dtypes[n] else x.to(dtypes[n]) for n, x in result.items()}
 
@@ -239,6 +243,7 @@ class StructuredGeometry(Geometry):
         """
         self._require_bound()
         began = time.perf_counter()
+        # The mean of the processes' models has a meaning only at equal weights.
         self.ranks.check_replicas(self.parameters)
         # Whole until the end: a product may run the forwards again.
         with whole_parameters(self.model, self.parameters) as whole:
@@ -274,6 +279,7 @@ class StructuredGeometry(Geometry):
         if g is None:
             return numbers
         dot = self.layout.space.dot
+        # |Ug - g| / |g| tells a user whether U acts at all.
         ug = self.blocks.apply(self.states, g)
         norm, length, change = (float(dot(v, v).sqrt()) for v in (g, ug, ug - g))
         return {
@@ -375,6 +381,7 @@ class StructuredGeometry(Geometry):
         their blocks may be missing and stay as they are.
         """
         self._require_bound()
+        # Into copies: a state that does not fit changes nothing.
         states = [{k: v.clone() for k, v in s.items()} for s in self.states]
         frozen = {n for n, p in self.parameters.items() if not p.requires_grad}
         meta = self._whole_blocks.identity(torch.device("meta"))

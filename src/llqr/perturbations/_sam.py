@@ -60,7 +60,7 @@ class SAM(Perturbation):
         return self._ascend(probe.gradients, probe)
 
     def _ascend(self, v: Tensors, probe: Probe) -> dict[str, Tensor] | None:
-        """Return rho d / norm with d = U v (algorithm 1, the line of the probe)."""
+        """Return rho d / norm with d = U v (algorithm 1, line 5)."""
         d = probe.metric(v)
         if self.direction == "normalised":
             length = math.sqrt(total_inner_product(d, d) + EPS0)

@@ -34,6 +34,7 @@ class FlatModel:
 
     def _pack_mean(self, values: Sequence[Tensor]) -> Tensor:
         """Return this process's shard of the mean over all processes."""
+        # The vectors of all shards, one behind the other, so that one all-reduce averages them.
         joined = self._layout.pack_all_shards(dict(zip(self._names, values, strict=True)))
         if self._ranks is not None:
             joined = self._ranks.mean_(joined)
@@ -41,5 +42,6 @@ class FlatModel:
 
     def product(self, d: Tensor) -> Tensor:
         """Return C d."""
+        # flat d -> tensors -> C d of this process -> mean over processes -> flat, our shard
         tensors = self._layout.unpack(d)
         return self._pack_mean(self.model.product([tensors[n] for n in self._names]))

@@ -75,16 +75,18 @@ class Learner:
         if not agree_on(bool(torch.isfinite(g).all())):
             return Outcome(old, NAN, NAN, "the gradient is not finite")
         objective = Objective(blocks, g, flat.product, self.damping)
+        # Bases that follow the gradient rotate first; U itself stays as near as they allow.
         start = old
         if blocks.renews_bases:
             start = blocks.renew_bases(old, g, first, renew)
         solved, value = solve_inner_problem(
             objective, old, start, self.solver, self.options, self.tolerance
         )
-        before = float(value)
+        before = float(value)  # J at the old U, from the first product of the solve
         finite = all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values())
         if not agree_on(finite):
             return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
+        # J is judged on what would be stored: after the average and the projection.
         new = self._constrain_and_average(blocks, start, solved)
         after, rounding = (float(v) for v in objective.value_and_rounding(new))
         if not (math.isfinite(before) and math.isfinite(after)):
@@ -98,7 +100,9 @@ class Learner:
         self, blocks: BlockDiagonal, start: States, solved: States
     ) -> States:
         """Return beta U + (1 - beta) U_T, projected before and after (equation 9's U > 0)."""
+        # The T inner steps are unconstrained; U leaves the bounds there and comes back here.
         if self.constraint != "positive":
             return blocks.floor_entries(blocks.average(start, solved, self.ema))
         solved = blocks.project(solved, self.bounds)
+        # An average of factors may leave the bounds of the operator: project again.
         return blocks.project(blocks.average(start, solved, self.ema), self.bounds)

@@ -23,11 +23,13 @@ def solve_literally(
     blocks = objective.blocks
     if not blocks.learns:
         return states, objective.value(states)
+    # torch's optimizers change tensors in place; the caller's states stay.
     states = [{k: v.clone() for k, v in s.items()} for s in states]
     names = [(s, k) for s, part in zip(states, blocks.parts, strict=True) for k in part.trainable]
     values: list[Tensor] = []
 
     def closure() -> Tensor:
+        # Algorithm 2, line 9: dJ/dstate at the present state.
         value, gradient = objective.value_and_gradient(states)
         _clip_blocks_(blocks, gradient, options.clip)
         entries = [

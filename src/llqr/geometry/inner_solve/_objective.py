@@ -51,6 +51,7 @@ class Objective:
     def value_and_gradient(self, states: States) -> tuple[Tensor, States]:
         """Return J(U) and dJ/dstate, the pullback of u -> r = dJ/du = g + (C + damping) u."""
         u, image = self.control_and_image(states)
+        # J = g'u + u'(C + damping)u / 2, equation (9) with delta-x eliminated.
         value = quadratic_value(u, self.gradient, image, self.blocks.space.dot)
         r = self.gradient + image
         # u = -U g, so that dJ/dstate is the gradient of <-r, U g>.

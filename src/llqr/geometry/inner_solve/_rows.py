@@ -34,6 +34,7 @@ class Rows:
             size = min(CHUNK, self._capacity - self.count)
             self._chunks.append(self._like.new_empty(size, self._like.numel()))
             self._used = 0
+        # Views of the chunk: the vectors stay where they were written.
         row = self._chunks[-1][self._used]
         self._used += 1
         self.count += 1
@@ -59,7 +60,7 @@ class Rows:
     def subtract_combination(self, c: Tensor, target: Tensor) -> None:
         """Subtract the combination with coefficients ``c`` (a prefix of the rows) from a vector."""
         start, c = 0, c.to(target.dtype)
-        for matrix in self.matrices(len(c)):
+        for matrix in self.matrices(len(c)):  # (k, P)' @ (k,), one GEMV per chunk
             target.addmv_(matrix.mT, c[start : start + len(matrix)], alpha=-1)
             start += len(matrix)
 

@@ -45,6 +45,8 @@ def solve_inner_problem(
         return states, first if start is old else objective.value(old)
     blocks, g = objective.blocks, objective.gradient
     capacity = basis_capacity(blocks.layout, options.steps)
+    # U linear in its state and steps linear in the gradients: every iterate is a combination of
+    # few known vectors, and the loop needs only their coefficients.
     if blocks.linear and solver.heavy_ball:
         known = None if start is old else objective.control_and_image(old)
         return solve_on_coefficients(objective, start, solver, options, tolerance, capacity, known)

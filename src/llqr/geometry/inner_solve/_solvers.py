@@ -65,6 +65,7 @@ class InnerSolver:
 
 
 SOLVERS: dict[str, InnerSolver] = {
+    # The paper's: SGD with momentum .9, which starts at zero at every refresh.
     "momentum": InnerSolver(
         lambda s, o: torch.optim.SGD(s, lr=o.lr, momentum=o.momentum),
         keeps_momentum=True,
@@ -89,7 +90,7 @@ def find_solver(solver: Any) -> InnerSolver:
     Raises:
         ValueError: the name is not known.
     """
-    if callable(solver):
+    if callable(solver):  # nothing is assumed of it: the literal loop runs it
         return InnerSolver(solver)
     if solver not in SOLVERS:
         raise ValueError(

@@ -69,6 +69,7 @@ class MatrixView:
         """Return ``matrix`` shaped like the parameter, sharing its memory."""
         if not self.transposed:
             return matrix.reshape(self.shape)
+        # A transposed convolution is stored (in, out, kernel), its matrix is (out, in * kernel).
         swapped = (self.shape[1], self.shape[0], *self.shape[2:])
         return matrix.reshape(swapped).transpose(0, 1)
 
@@ -95,7 +96,7 @@ class Slice:
     def cut_from(self, tensor: Tensor, view: MatrixView) -> Tensor:
         """Return the slice of a tensor shaped like the parameter."""
         a, b = self.columns
-        if self.rows is None:
+        if self.rows is None:  # a run of the flat entries
             return tensor.reshape(-1)[a:b]
         return view.read_matrix(tensor)[self.rows[0] : self.rows[1], a:b]
 
@@ -194,6 +195,7 @@ class PlannedBlock(NamedTuple):
 def group_equal_blocks(plans: Sequence[PlannedBlock]) -> list[Group]:
     """Gather blocks in groups, one behind the other in a flat vector, equal lengths together."""
     groups: dict[tuple[BlockKind, tuple[int, ...] | None, torch.dtype], Group] = {}
+    # By length, so that equal blocks lie together and are one batch (the sort is stable).
     for kind, shape, dtype, block in sorted(plans, key=lambda plan: plan.block.numel):
         groups.setdefault((kind, shape, dtype), Group(kind, shape, dtype)).blocks.append(block)
     start = 0

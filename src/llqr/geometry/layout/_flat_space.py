@@ -61,7 +61,7 @@ class FlatSpace:
         """Return the least and greatest values per name in any process, in the order of names."""
         if self._ranks is None:
             return {name: ranges[name] for name in names if name in ranges}
-        nothing = (math.inf, -math.inf)
+        nothing = (math.inf, -math.inf)  # of a layer that this process has no block of
         ends = [ranges.get(name, nothing) for name in names]
         return dict(zip(names, self._ranks.ranges(ends), strict=True))
 
@@ -82,6 +82,7 @@ class FlatSpace:
         """Add up the values of this process's blocks over all that hold a part of a block."""
         if self._ranks is None:
             return values
+        # A block may lie in several processes (elementwise) or in one: add up by its index.
         whole = values.new_zeros(self.block_count, *values.shape[1:])
         whole[self._held_blocks] = values
         return self._ranks.sum_(whole)
@@ -94,9 +95,10 @@ class FlatSpace:
         for many, length in self._equal_runs:
             stop, last = start + many * length, first + many
             a, c, v = rows[:, start:stop], coefficients[first:last], out[start:stop]
-            if many == 1:
+            if many == 1:  # (k, length)' @ (k,)
                 v.addmv_(a.mT, c[0])
             else:
-                a = a.view(len(rows), many, length).transpose(0, 1)  # (many, k, length)
+                # (many, 1, k) @ (many, k, length): equal blocks in one batch
+                a = a.view(len(rows), many, length).transpose(0, 1)
                 v.view(many, 1, length).baddbmm_(c[:, None, :], a)
             start, first = stop, last

@@ -91,6 +91,7 @@ class Layout:
         self, layers: Mapping[str, str], dtypes: Mapping[str, torch.dtype]
     ) -> list[PlannedBlock]:
         """Cut all layers into blocks, numbered."""
+        # One layer may mix kinds; a layer and a kind together are what is cut.
         members: dict[tuple[str, BlockKind], list[str]] = {}
         for name, kind in self.kinds.items():
             members.setdefault((layers[name], kind), []).append(name)
@@ -233,6 +234,7 @@ class Layout:
 
     def unpack_like(self, flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors shaped like the parameters, sharded as those of ``like`` are."""
+        # Without fully_shard every process needs the whole result.
         if not any(is_sharded(t) for t in like.values()):
             return self.unpack(flat, list(like))
         return {name: self._unpack_rows(name, flat, tensor) for name, tensor in like.items()}
@@ -250,6 +252,7 @@ class Layout:
         for part, values in parts:
             columns = slice(*part.columns)
             whole[columns if part.rows is None else (slice(*part.rows), columns)] = values
+        # Each process wrote its blocks into zeros: the sum puts the parameter together.
         self.ranks.sum_(whole)
         full = view.write_matrix(whole) if as_matrix else whole.view(view.shape)
         first, last = rows_of(view.shape, self.ranks.rank, self.ranks.size)
@@ -267,6 +270,7 @@ class Layout:
         assert view.matrix is not None
         if len(slices) == 1:
             return view.write_matrix(parts[0].view(view.matrix))
+        # Rectangles of one matrix view, each written to its place.
         matrix = parts[0].new_empty(view.matrix)
         for part, values in zip(slices, parts, strict=True):
             assert part.rows is not None

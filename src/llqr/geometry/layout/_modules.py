@@ -36,7 +36,7 @@ def layers_of(model: nn.Module) -> tuple[dict[str, str], set[str]]:
     seen: set[int] = set()
     for layer, module in model.named_modules():
         for last, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in seen:  # tied: it belongs to its first module
                 continue
             seen.add(id(parameter))
             name = f"{layer}.{last}" if layer else last
@@ -56,6 +56,7 @@ def matrix_shape(shape: Sequence[int], transposed: bool = False) -> tuple[int, i
     shape = list(shape)
     if transposed:
         shape[:2] = shape[1::-1]
+    # A position table (1, T, d) is (T, d), a class token (1, 1, d) is (1, d).
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) < 2:

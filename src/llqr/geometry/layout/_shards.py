@@ -33,6 +33,7 @@ def assign_shards(
         if not plan.kind.elementwise:
             whole.append((plan.kind.count_stored(plan.block, plan.shape), plan))
             continue
+        # Entry by entry: each process takes its run of every parameter, and stores only that of U.
         for rank, shard in enumerate(shards):
             cut = [Slice(s.name, None, run_of(s.name, rank)) for s in plan.block.slices]
             slices = tuple(part for part in cut if part.numel)

@@ -75,6 +75,7 @@ class BlockDiagonal:
                 scaled = zip(slices, part.scale_tensors(state, given), strict=True)
                 done.update({s.name: x for (s, _), x in scaled if x is not None})
                 continue
+            # The others need the blocks side by side: gather, multiply, cut apart again.
             flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=first.device)
             self.layout.pack_group(part.group, tensors, flat)
             whole = part.apply(state, part.group.shape_blocks(flat)).reshape(-1)
@@ -175,6 +176,7 @@ class BlockDiagonal:
         norms = list(torch._foreach_norm(views)) if views else []
         if not self.space.sharded:
             return norms
+        # Only elementwise blocks lie in several processes; their norms add up over them.
         cut, start = [], 0
         for part, e in zip(self.parts, entries, strict=True):
             if part.elementwise and e:
@@ -249,6 +251,7 @@ class BlockDiagonal:
             optional: parameters whose blocks may be missing; those stay as they are.
         """
         wrong: list[str] = []
+        # What is still left at the end has no place here.
         left = {(name, key) for name, entries in exported.items() for key in entries}
 
         def copy(names: list[str], key: str, view: Tensor, span: Span) -> None:

@@ -37,6 +37,7 @@ class Dense(Structure):
 
     def pull_rotated(self, x: Tensor, r: Tensor) -> State:
         """Return r x'."""
+        # (n, 1) * (1, n) per block
         return {"U": r[:, :, None] * x[:, None, :]}
 
     def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:

@@ -32,6 +32,7 @@ class DiagKfac(Structure):
 
     def apply(self, state: State, x: Tensor) -> Tensor:
         """Return b_i X_ij a_j."""
+        # (count, m, 1) * (count, m, n) * (count, 1, n)
         return state["B"][:, :, None] * x * state["A"][:, None, :]
 
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
@@ -40,6 +41,7 @@ class DiagKfac(Structure):
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp both factors to the square roots of the bounds."""
+        # u_ij = b_i a_j: factors within the roots keep the products within the bounds.
         low, high = bounds[0] ** 0.5, bounds[1] ** 0.5
         return {k: v.clamp(low, high) for k, v in state.items()}
 

@@ -44,6 +44,7 @@ class Diagonal(Structure):
 
     def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Multiply the tensors as they lie: nothing is gathered."""
+        # The slices of an elementwise block are whole parameters, in the order of the group.
         factors = torch.split(state["U"], [s.numel for s, _ in self.group.slice_offsets])
         pairs = [
             (u.view(x.shape), x) for u, x in zip(factors, tensors, strict=True) if x is not None
@@ -61,6 +62,7 @@ class Diagonal(Structure):
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the least and greatest entry of each block."""
+        # The eigenvalues of a diagonal matrix are its entries.
         pairs = [part.aminmax() for part in self.split_by_block(state)]
         return torch.stack([p.min for p in pairs]), torch.stack([p.max for p in pairs])
 

@@ -65,6 +65,7 @@ class EKfac(Structure):
     def pullback(self, state: State, x: Tensor, r: Tensor) -> State:
         """Return the gradients in S and the bases; each basis acts twice."""
         qa, qb, s = state["QA"], state["QB"], self.eigenvalues_from(state["S"])
+        # u' = QB (S o (QB' X QA)) QA': the intermediate results that both terms need.
         x_qa, r_qa = x @ qa, r @ qa
         xh, rh = qb.mT @ x_qa, qb.mT @ r_qa  # x and r in the bases
         sx, sr = s * xh, s * rh
@@ -102,6 +103,7 @@ class EKfac(Structure):
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S, or of the whole operator if the bases are skewed."""
         s = self.eigenvalues_from(state["S"])
+        # The solve does not keep the bases orthogonal; only then S is not the spectrum.
         skew = max(
             float((q.mT @ q - torch.eye(q.shape[-1]).to(q)).abs().max())
             for q in (state["QA"], state["QB"])
@@ -155,7 +157,7 @@ class EKfacGradientBases(EKfac):
         S is carried over as the diagonal of the old operator in the new bases, so it stays within
         the same bounds.
         """
-        keep = 0.0 if first else self.decay
+        keep = 0.0 if first else self.decay  # the first gradient starts the averages
         new = {
             **state,
             "L": keep * state["L"] + (1 - keep) * (x @ x.mT),
@@ -230,11 +232,12 @@ class EKfacStep(InnerStep):
         """Return the gradients in S and the bases; each basis acts twice."""
         qa, qb, s = self.entries["QA"], self.entries["QB"], self._eigenvalues()
         shape, buffer, held = self.x.shape, self.reuse_buffer, self.buffers
+        # Each basis acts twice, so its gradient has two terms (see EKfac.pullback).
         rq = torch.bmm(r, qa, out=buffer("rq", *shape))
         rh = torch.bmm(qb.mT, rq, out=buffer("rh", *shape))
         ds = torch.mul(held["xh"], rh, out=buffer("ds", *shape))
         ds = self.e_kfac.chain_eigenvalues_(ds, self.entries["S"])
-        sr = rh.mul_(s)
+        sr = rh.mul_(s)  # in the memory of rh, which is not needed any more
         dqb = torch.bmm(rq, held["sx"].mT, out=buffer("dqb", *qb.shape))
         dqb.baddbmm_(held["xq"], sr.mT)
         dqa = torch.bmm(r.mT, held["left"], out=buffer("dqa", *qa.shape))

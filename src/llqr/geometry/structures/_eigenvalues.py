@@ -25,6 +25,7 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
     Two Cholesky factorisations tell which matrices already comply; only the others are
     decomposed. Those are moved a rounding error inside, so that the result complies too.
     """
+    # u'Uu sees only the symmetric part of U.
     matrices = 0.5 * (matrices + matrices.mT)
     n = matrices.shape[-1]
     eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
@@ -57,7 +58,7 @@ def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest_orthogonal(matrices: Tensor) -> Tensor:
     """Return the nearest orthogonal matrix to each of (b, n, n) matrices."""
-    u, _, vh = torch.linalg.svd(matrices)
+    u, _, vh = torch.linalg.svd(matrices)  # the polar factor: U V' of the decomposition
     return torch.matmul(u, vh)
 
 

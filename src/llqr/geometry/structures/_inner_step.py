@@ -92,6 +92,7 @@ class InnerStep:
 
     def take_step(self, r: Tensor, lr: float, momentum: float, clip: float | None) -> None:
         """Move the entries along the momentum of the clipped gradients."""
+        # v <- momentum v + clip(g), s <- s - lr v
         for key, gradient in self.compute_gradient(r).items():
             if clip is not None:
                 self._clip_blocks(key, gradient, clip)

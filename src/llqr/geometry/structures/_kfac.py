@@ -32,6 +32,7 @@ class Kfac(Structure):
         if "A - I" not in state:
             return state["B"] @ x @ state["A"].mT
         db, da = state["B - I"], state["A - I"]
+        # B X A' = (I + dB) X (I + dA)': what is rounded is small beside X.
         bx = x + (db @ x.to(db.dtype)).to(x.dtype)
         return bx + (bx.to(da.dtype) @ da.mT).to(x.dtype)
 
@@ -46,6 +47,7 @@ class Kfac(Structure):
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Symmetrise both factors and clip their eigenvalues to the roots of the bounds."""
+        # The eigenvalues of A (x) B are products of those of A and B.
         low, high = bounds[0] ** 0.5, bounds[1] ** 0.5
         return {k: clip_eigenvalues(v, low, high) for k, v in state.items()}
 
@@ -111,6 +113,7 @@ class KfacStep(InnerStep):
         plain = super().gradient_norms(key, rows, clip)
         if key != "Z":
             return plain
+        # |dZ X| <= |dZ| |X|: mostly nothing is clipped, and no product is needed to know it.
         if not bool((plain * self.length > clip).any()):
             return torch.zeros_like(plain)
         z = rows.view_as(self.entries["Z"])

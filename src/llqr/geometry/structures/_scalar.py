@@ -29,6 +29,7 @@ class Scalar(Structure):
         """Return s x, block by block."""
         counts = [count for count, _ in self.group.equal_runs]
         factors = torch.split(state["U"], counts)
+        # (blocks, 1) * (blocks, length), blocks of one length together
         parts = zip(self.group.split_equal_runs(x), factors, strict=True)
         return torch.cat([(f[:, None] * part).view(-1) for part, f in parts])
 

@@ -58,6 +58,7 @@ class _Verification:
     def _random_state(self) -> State:
         """Return a positive definite state away from the identity."""
         begin = self.part.renew_bases(self.identity, self.x, True, True)
+        # Far enough that the bounds are met on both sides.
         moved = {k: begin[k] + 1.5 * self._draw(*begin[k].shape) for k in self.kind.trainable}
         return self.part.project({**begin, **moved}, BOUNDS)
 
@@ -87,6 +88,7 @@ class _Verification:
     def _check_matrices(self) -> None:
         """Compare with explicit matrices."""
         matrices = []
+        # Column i of block b is U applied to the i-th unit vector of that block only.
         for b in range(2):
             columns = []
             for i in range(self.size):
@@ -108,6 +110,7 @@ class _Verification:
 
     def _check_pullback(self) -> None:
         found = self.part.pullback(self.state, self.x, self.r)
+        # The base class differentiates apply() by autograd.
         sure = Structure.pullback(self.part, self.state, self.x, self.r)
         self._require_equal(found, sure, "has a pullback() that is not the gradient of <r, U x>")
 
@@ -134,6 +137,7 @@ class _Verification:
         """U must be linear in the trainable entries, in rotated coordinates."""
         part, state = self.part, self.state
         x, r = part.rotate(state, self.x), part.rotate(state, self.r)
+        # U[s + 2 t] x = U[s] x + 2 U[t] x
         other = {k: self._draw(*state[k].shape) for k in self.kind.trainable}
         both = {k: state[k] + 2 * v for k, v in other.items()}
         apart = part.act_rotated(state, x) + 2 * part.act_rotated({**state, **other}, x)
