@@ -10,9 +10,9 @@ import statistics
 
 from common import arguments, show
 
-from llqr_lab.runs import Run, available_workers, run, run_all
-from llqr_lab.search_demo import SETTINGS_FILE
-from llqr_lab.summary import paired
+from llqr_lab.common.processes import available_workers, run_all
+from llqr_lab.common.statistics import paired_difference
+from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, run_demo
 
 
 def main(options: argparse.Namespace) -> None:
@@ -23,12 +23,12 @@ def main(options: argparse.Namespace) -> None:
     rows = []
     for probe in ("SAM", "FriendlySAM"):
         pair = ((probe, settings[probe]), (f"LLQR+{probe}", settings[probe] | geometry))
-        tasks = [Run(name, s, seed) for name, s in pair for seed in range(options.seeds)]
-        histories = run_all(run, tasks, available_workers(), probe)
+        tasks = [DemoRun(name, s, seed) for name, s in pair for seed in range(options.seeds)]
+        histories = run_all(run_demo, tasks, available_workers(), probe)
         final = [h.test_accuracy[-1] for h in histories]
         alone, both = final[: options.seeds], final[options.seeds :]
         changes = [r.change for h in histories for r in h.reports]
-        difference = paired(both, alone)
+        difference = paired_difference(both, alone)
         rows.append(
             {
                 "method": f"LLQR+{probe}",

@@ -11,8 +11,8 @@ from typing import Any
 
 import llqr
 
+from ..common.refreshes import INACTIVE, summarise_refreshes
 from ..protocols import EXPERIMENTS, Source, resolve
-from ..summary import INACTIVE, refreshes
 from .others import PAPER
 from .runs import Run
 
@@ -24,7 +24,7 @@ def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = []
     for cell in sorted({run.cell for run in runs}):
         mine = [run for run in runs if run.cell == cell]
-        found = refreshes(reports_of(mine))
+        found = summarise_refreshes(reports_of(mine))
         if found is None:
             continue
         rows.append(

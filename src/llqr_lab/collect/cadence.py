@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.output import plus_minus
+from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose, choose_scale, command, mean_std
+from .cells import Chosen, choose, choose_scale, command
 from .runs import Cell, Found, Run
-from .tables import Table, notes_of, plus_minus
+from .tables import Table, notes_of
 
 __all__ = ["EPOCH", "fill_cadence", "machines", "timed_cells"]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.statistics import paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS, SCALES, slug
-from ..summary import paired
 from .runs import Cell, Found, Run, RunError, numbers
 
 __all__ = [
@@ -19,8 +18,6 @@ __all__ = [
     "choose_scale",
     "command",
     "difference",
-    "mean_std",
-    "paired_by_seed",
 ]
 
 
@@ -145,15 +142,6 @@ def describe(cell: Cell) -> str:
     return ", ".join(parts)
 
 
-def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation (n - 1); None where there are too few values."""
-    known = list(values)
-    return (
-        statistics.fmean(known) if known else None,
-        statistics.stdev(known) if len(known) > 1 else None,
-    )
-
-
 def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | None:
     """Return mean and standard error of the differences of a number over shared seeds.
 
@@ -161,17 +149,6 @@ def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | Non
     """
     same = mine.source == baseline.source
     return paired_by_seed(mine.values(key), baseline.values(key)) if same else None
-
-
-def paired_by_seed(
-    values: Mapping[int, float], others: Mapping[int, float]
-) -> dict[str, Any] | None:
-    """Return mean and standard error of the differences over shared seeds; None without any."""
-    shared = [seed for seed in values if seed in others]
-    if not shared:
-        return None
-    found = paired([values[s] for s in shared], [others[s] for s in shared])
-    return {**found, "seeds": shared}
 
 
 def command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure
+from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS
 from .cadence import machines
-from .cells import Chosen, choose, choose_scale, mean_std
-from .drawing import Line, draw, label_lines, line_of
+from .cells import Chosen, choose, choose_scale
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
@@ -128,8 +129,6 @@ UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
     """Draw two panels of curves, each labelled at its end."""
-    from ..theory.pictures import new_figure
-
     figure, both = new_figure((1, 2), (13.5, 5.6))
     longest = max(row["seconds"] for row in rows)
     unit, seconds = next((u, s) for u, s in UNITS if longest > 2 * s or s == 1)
@@ -148,7 +147,7 @@ def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
                 f"{method}  {y[-1]:.3g}" if panel.y.endswith("loss") else f"{method}  {y[-1]:.1f}"
             )
             lines.append(line_of(method, x, y, label, std if several else None))
-        draw(axes, lines)
+        draw_lines(axes, lines)
         _zoom(axes, lines)
         axes.set_title(panel.title, fontsize=12)
         axes.set_xlabel(f"training time ({unit})" if panel.x == "seconds" else "epoch", fontsize=11)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.output import plus_minus
+from ..common.statistics import mean_std
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose, difference, mean_std
+from .cells import Chosen, choose, difference
 from .runs import Cell, Run
-from .tables import plus_minus
 
 __all__ = ["PAPER", "other_rows", "others"]
 

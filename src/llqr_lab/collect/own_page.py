@@ -13,15 +13,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..common.output import plus_minus
+from ..common.refreshes import summarise_refreshes
+from ..common.statistics import mean_std, paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS
-from ..summary import refreshes
 from .about import reports_of
-from .cells import Chosen, choose, mean_std, paired_by_seed
+from .cells import Chosen, choose
 from .make import table_of
 from .others import others
 from .render import markdown
 from .runs import Cell, Found, find
-from .tables import plus_minus
 
 __all__ = ["filled", "main", "own_table"]
 
@@ -71,7 +72,7 @@ def _minus(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
 
 def _change(mine: Chosen) -> str:
     """Return the median of |Ug - g| / |g| over all refreshes, and how many were refused."""
-    found = refreshes(reports_of(mine.runs.values()))
+    found = summarise_refreshes(reports_of(mine.runs.values()))
     if found is None:
         return ""
     refused = found["count"] - found["accepted"]

@@ -1,56 +1,27 @@
-"""``llqr report``: every table and figure that has runs, in one HTML file."""
+"""The report: every table and figure that has runs, in one HTML file."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..common.refreshes import INACTIVE
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, SCALES
-from ..summary import INACTIVE
 from . import about, html
 from .figures import Figure
 from .html import escape
-from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
+from .make import COLLECTED_FIGURES, table_of, write_figure
 from .others import PAPER, other_rows, others
 from .render import head, minus, missing_commands, ours
-from .runs import Found, Run, add_options
+from .runs import Found, Run
 from .tables import Table, data_of
 
-__all__ = ["add_arguments", "main", "report"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --out, --runs, --scale and --where."""
-    add_options(parser)
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """Write report.html; 1 if there is no run, 2 on bad runs."""
-    try:
-        found = look(arguments)
-        text = report(found, arguments.scale)
-    except ValueError as error:
-        print(f"llqr: {error}", file=sys.stderr)
-        return 2
-    if text is None:
-        print(
-            f"llqr: no finished run below {found.root}; make one:\n"
-            f"    {first_command('table1', found.root, arguments.scale)}",
-            file=sys.stderr,
-        )
-        return 1
-    path = arguments.out / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
-    return 0
+__all__ = ["report"]
 
 
 def report(found: Found, asked: str | None = None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..output import add_out
 from ..protocols import METHODS, SCALES
 
-__all__ = ["FORMAT", "Cell", "Found", "Run", "RunError", "add_options", "find", "numbers", "read"]
+__all__ = ["FORMAT", "Cell", "Found", "Run", "RunError", "find", "numbers", "read"]
 
 FORMAT = 1
 NUMBER = (int, float)
@@ -111,24 +109,6 @@ class Found:
     runs: Sequence[Run]
     unfinished: Sequence[Path]
     notes: Sequence[str] = ()
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --out, --runs, --scale and --where."""
-    add_out(parser)
-    parser.add_argument(
-        "--runs", type=Path, metavar="DIR", help="folder with the runs (default: that of --out)"
-    )
-    parser.add_argument(
-        "--scale", choices=SCALES, help="of the runs that are used (default: the largest found)"
-    )
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="leave out runs whose setting has another value (base.weight_decay=0.001); repeatable",
-    )
 
 
 def read(path: Path) -> Run:

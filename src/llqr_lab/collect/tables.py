@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.output import plus_minus
+from ..common.statistics import mean_std
 from ..paper import TABLES, printed
 from ..protocols import slug
-from .cells import Chosen, choose, choose_scale, command, difference, mean_std
+from .cells import Chosen, choose, choose_scale, command, difference
 from .runs import Cell, Found, Run, RunError
 
-__all__ = ["Table", "data_of", "fill", "notes_of", "plus_minus"]
+__all__ = ["Table", "data_of", "fill", "notes_of"]
 
 READING = (
     "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
@@ -184,11 +186,6 @@ def _minus(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
         "standard_error": found["standard_error"],
         "pairs": len(found["seeds"]),
     }
-
-
-def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
-    """Say a number and its spread with two decimals."""
-    return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
 def data_of(runs: Sequence[Run]) -> str:

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.drawing import COLOURS, Line, draw_lines, label_lines, line_of, new_figure
+from ..common.statistics import mean_std
 from ..paper import FIGURES, TABLES
 from ..protocols import EXPERIMENTS, METHODS
 from .cadence import EPOCH, machines, timed_cells
-from .cells import Chosen, choose, choose_scale, describe, mean_std
-from .drawing import COLOURS, Line, draw, label_lines, line_of
+from .cells import Chosen, choose, choose_scale, describe
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
@@ -92,8 +93,6 @@ def figure5(found: Found, asked: str | None = None) -> Figure:
 
 def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
     """Draw a panel a network, both axes logarithmic."""
-    from ..theory.pictures import new_figure
-
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = new_figure((1, len(models)), (6.75 * len(models), 5.6), squeeze=False)
     intervals = sorted({row["every"] for row in rows if row["every"]}) or [1, 2]
@@ -113,7 +112,7 @@ def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
                 label = method
                 axes.plot(x, y, "o", color=COLOURS[method], ms=5)
             lines.append(line_of(method, x, y, label))
-        draw(axes, lines)
+        draw_lines(axes, lines)
         axes.set(xscale="log", yscale="log")
         axes.set_title(NAMES[model], fontsize=12)
         axes.set_xlabel("optimizer steps between refreshes", fontsize=11)
@@ -190,8 +189,6 @@ def common_interval(chosen: dict[Cell, Chosen]) -> int | None:
 
 def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]]) -> Any:
     """Draw measured times as marks and the fits as lines, both axes logarithmic."""
-    from ..theory.pictures import new_figure
-
     figure, axes = new_figure((1, 1), (11, 5.8))
     marks = dict(zip(EXPERIMENTS["figure6"].methods, "os", strict=True))
     lines = []
@@ -214,7 +211,7 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
         for power, said in slopes.items():
             y = [first["update_seconds"] * (p / reach[0]) ** power for p in reach]
             lines.append(Line(reach, y, None, f"slope: {said}", "#777777", ":"))
-    draw(axes, lines)
+    draw_lines(axes, lines)
     axes.set(xscale="log", yscale="log")
     plain_ticks(axes.yaxis)
     axes.set_xticks(list(sizes), [f"{_millions(p)}\n{m}" for p, m in sizes.items()], fontsize=9)

@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..tokens import EOS, PAD
 from .pairs import Pair
+from .tokens import EOS, PAD
 from .vocabulary import Vocabulary
 
 __all__ = ["Sentences", "TokenBatch", "token_batches"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from .pyramidnet import pyramidnet
 from .resnet import resnet18, resnet50
+from .small_cnn import small_cnn
 from .translation import translator
 from .vgg import vgg16_bn
 from .vit import vit
@@ -29,6 +30,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit-b16": partial(vit, size="B"),
     "vit-l16": partial(vit, size="L"),
     "transformer-iwslt": translator,
+    "small-cnn": small_cnn,  # the demo's
 }
 
 # the settings of a network of the same kind that a CPU trains in minutes
@@ -44,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "vit-b16": _SMALL_VIT,
     "vit-l16": {**_SMALL_VIT, "depth": 4},
     "transformer-iwslt": dict(width=64, hidden=128, heads=2, layers=2, dropout=0.1),
+    "small-cnn": {},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..tokens import PAD
+from ..data.tokens import PAD
 from .attention import Attention, KeysValues
 
 __all__ = ["Cache", "Translator", "translator"]

@@ -1,5 +1,7 @@
 """Every hyperparameter of the paper's tables and figures, with where each value comes from."""
 
+from .demo import DEMO_KEYS as DEMO_KEYS
+from .demo import DEMO_METHODS as DEMO_METHODS
 from .experiments import EXPERIMENTS as EXPERIMENTS
 from .experiments import Experiment as Experiment
 from .experiments import resolve as resolve
@@ -11,6 +13,8 @@ from .settings import Source as Source
 from .settings import slug as slug
 
 __all__ = [
+    "DEMO_KEYS",
+    "DEMO_METHODS",
     "EXPERIMENTS",
     "METHODS",
     "SCALES",

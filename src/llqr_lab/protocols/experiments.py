@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .demo import DEMO, DEMO_KEYS, DEMO_METHODS
 from .own import FASHION, HELP_TEXTS, tuned
 from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .scaling import ADAMW, CADENCE
@@ -201,7 +202,19 @@ EXPERIMENTS["help-texts"] = Experiment(
     list(tuned("help-texts")),
     small=NOTHING,
 )
-OWN = ("fashion", "fashion-noise", "help-texts")
+OWN = ("fashion", "fashion-noise", "help-texts")  # of docs/results.md
+EXPERIMENTS["demo"] = Experiment(
+    "The demo, 40 % of the training labels wrong",
+    ["digits"],
+    ["small-cnn"],
+    list(DEMO_METHODS.values()),
+    (SUPERVISED, LLQR, PROBES, DEMO),
+    [
+        Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
+        *tuned("demo", DEMO_METHODS, DEMO_KEYS),
+    ],
+    small=NOTHING,
+)
 
 
 def resolve(

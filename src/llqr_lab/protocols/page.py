@@ -65,7 +65,7 @@ def page() -> str:
 
 def _name(key: str) -> str:
     word = key.rstrip("0123456789")
-    return "" if key in OWN else f"{word.capitalize()} {key.removeprefix(word)}: "
+    return "" if key in (*OWN, "demo") else f"{word.capitalize()} {key.removeprefix(word)}: "
 
 
 def _methods() -> str:

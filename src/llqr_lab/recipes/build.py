@@ -19,7 +19,12 @@ __all__ = ["network_of", "optimizer_of", "schedule_of"]
 
 
 def network_of(
-    config: DictConfig, device: torch.device, classes: int, **settings: Any
+    config: DictConfig,
+    device: torch.device,
+    classes: int,
+    *,
+    weights_seed: int | None = None,
+    **settings: Any,
 ) -> nn.Module:
     """Return the run's network; its weights depend on the seed alone.
 
@@ -27,9 +32,12 @@ def network_of(
         config: of the run.
         device: where it is.
         classes: number of classes, or size of the target vocabulary.
+        weights_seed: of the initial weights; None: drawn from the seed of the run.
         **settings: what the data say of it, beside the group ``network``.
     """
-    torch.manual_seed(seed_of(config.seed, "initialisation"))
+    if weights_seed is None:
+        weights_seed = seed_of(config.seed, "initialisation")
+    torch.manual_seed(weights_seed)
     own = given(config.network, "small", "classes")
     small = bool(config.network.small)
     return build(config.model.lower(), classes, small=small, **settings, **own).to(device)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import llqr
 
-from ..output import plain
+from ..common.output import plain
 from .build import optimizer_of, schedule_of
 from .config import flat
 from .draws import seed_of
@@ -101,8 +101,9 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to the end and return what was measured."""
         shown = {"desc": self.config.method, "unit": "step", "leave": False}
-        # disable=None: no bar where nobody watches, such as in a log file.
-        silent = None if self.workers.first else True
+        # disable=None: no bar where nobody watches, such as in a log file. A run without a folder
+        # is one of many, whose bar stands for all of them.
+        silent = None if self.workers.first and self.records.folder else True
         with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
             while self.epoch < self.config.train.epochs:
                 self._epoch(bar)

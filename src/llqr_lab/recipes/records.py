@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..collect.runs import FORMAT
-from ..output import plain, write_json, write_whole
+from ..common.output import plain, write_json, write_whole
 
 __all__ = ["Records"]
 

@@ -18,13 +18,13 @@ from ..data.libreoffice import libreoffice_help
 from ..data.number_words import number_words
 from ..data.pairs import Pairs
 from ..data.token_batches import Sentences, TokenBatch, token_batches
+from ..data.tokens import PAD
 from ..data.vocabulary import Bpe, Vocabulary, Words
-from ..tokens import PAD
-from ..translate import bleu, token_error, translate
 from .build import network_of
 from .config import source_of
 from .draws import generator
 from .task import Forward
+from .translate import bleu, token_error, translate
 from .workers import Workers
 
 __all__ = ["Translation", "read"]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "leave_together"]
 
 T = TypeVar("T")
 
@@ -83,3 +83,14 @@ class Workers:
         """Wait until the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def leave_together() -> None:
+    """Let the processes part: nobody leaves while another still sends.
+
+    Not after an error: the others may wait for what this one will never send, and torchrun ends
+    them when it leaves.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llqr_lab.output import progress
+from llqr_lab.common.output import progress
 
 from .sharp_well import SharpWell
 from .swarm import METHODS, arrivals, trajectories

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
-from llqr_lab.output import progress
+from llqr_lab.common.output import progress
 
 from .findings import HOLDS, LIMITS, Finding
 

@@ -10,9 +10,9 @@ import pytest
 from lab.collect.made_up import run, timing
 from llqr_lab.cli import main
 from llqr_lab.collect.curves import figure1, figure4
-from llqr_lab.collect.drawing import COLOURS, spread
 from llqr_lab.collect.runs import find
 from llqr_lab.collect.timing import figure5, figure6, power_law
+from llqr_lab.common.drawing import COLOURS, spread
 from llqr_lab.protocols import METHODS
 
 matplotlib.use("Agg")

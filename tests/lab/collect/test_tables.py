@@ -10,9 +10,9 @@ import pytest
 from lab.collect.made_up import run, timing
 from llqr_lab.cli import main
 from llqr_lab.collect.cadence import fill_cadence
-from llqr_lab.collect.cells import mean_std
 from llqr_lab.collect.runs import RunError, find
 from llqr_lab.collect.tables import fill
+from llqr_lab.common.statistics import mean_std
 from llqr_lab.paper import TABLES
 
 ROW = ("table1", "CIFAR-10", "resnet18")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import llqr
+from llqr_lab.data.tokens import EOS
 from llqr_lab.models.registry import MODELS, SMALL, build
-from llqr_lab.tokens import EOS
 
 # name, classes, parameters
 COUNTS = [
@@ -27,7 +27,7 @@ COUNTS = [
     ("vit-l16", 1000, 304_326_632),
 ]
 SIDES = {"resnet50": 224, "vit-ti16": 224, "vit-s16": 224, "vit-b16": 224, "vit-l16": 224}
-SETTINGS = {"transformer-iwslt": dict(source=11)}
+SETTINGS = {"transformer-iwslt": dict(source=11), "small-cnn": dict(channels=3, image=32)}
 
 
 @pytest.mark.parametrize(("name", "classes", "count"), COUNTS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.models.attention import Attention
 from llqr_lab.models.registry import build
 from llqr_lab.models.translation import DecoderLayer, EncoderLayer, Translator, positions
-from llqr_lab.tokens import EOS, PAD
 
 F64 = torch.float64
 

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from llqr_lab import figures
 from llqr_lab.cli import main
-from llqr_lab.theory import toy_limits, toys
+from llqr_lab.theory import figures, toy_limits, toys
 from llqr_lab.theory.toys import VERDICTS, escape_window, verdict
 
 

@@ -9,14 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .environment import environment
-from .halving import FIRST_SEED
-from .methods import METHODS
-from .output import add_out, table_lines, write_json
-from .pictures import draw_accuracy, draw_spectrum
-from .runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH, Run, available_workers, run, run_all
-from .search_demo import SETTINGS_FILE
-from .summary import accuracy_rows, refresh_lines, summarise
+from ..common.environment import environment
+from ..common.output import table_lines, write_json
+from ..common.processes import available_workers, run_all
+from ..demo.pictures import draw_accuracy, draw_spectrum
+from ..demo.runs import (
+    BATCH,
+    EPOCHS,
+    NOISE,
+    REFRESH_BATCH,
+    SETTINGS_FILE,
+    DemoRun,
+    run_demo,
+)
+from ..demo.summary import accuracy_rows, refresh_lines, summarise_runs
+from ..protocols import DEMO_METHODS
+from ..recipes.halving import FIRST_SEED
+from .options import add_out
 
 __all__ = ["add_arguments", "main", "read_settings"]
 
@@ -80,7 +89,7 @@ def _positive(text: str) -> int:
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the file that the search wrote; raise if a method is missing."""
     found = json.loads(path.read_text())
-    missing = [name for name in METHODS if name not in found.get("methods", {})]
+    missing = [name for name in DEMO_METHODS if name not in found.get("methods", {})]
     if missing:
         raise ValueError(f"settings: {path} has no settings of {', '.join(missing)}")
     return found
@@ -90,18 +99,22 @@ def main(arguments: argparse.Namespace) -> int:
     """Run, print, write results.json and the pictures; 0 when all of it was done."""
     began = time.perf_counter()
     recorded = read_settings(arguments.settings)
-    settings = {name: recorded["methods"][name]["settings"] for name in METHODS}
+    settings = {name: recorded["methods"][name]["settings"] for name in DEMO_METHODS}
     seeds = arguments.seeds or (2 if arguments.quick else 3)
     epochs = 4 if arguments.quick else EPOCHS
-    workers = min(arguments.workers, seeds * len(METHODS))
+    workers = min(arguments.workers, seeds * len(DEMO_METHODS))
     print(
         f"digits, {NOISE:.0%} of 1,297 training labels wrong, 500 clean test pictures: "
-        f"{len(METHODS)} methods, {seeds} seeds, {epochs} epochs, {workers} processes"
+        f"{len(DEMO_METHODS)} methods, {seeds} seeds, {epochs} epochs, {workers} processes"
     )
-    tasks = [Run(name, settings[name], seed, epochs) for seed in range(seeds) for name in METHODS]
-    histories = run_all(run, tasks, workers, "training")
-    methods = summarise(
-        settings, {name: histories[i :: len(METHODS)] for i, name in enumerate(METHODS)}
+    tasks = [
+        DemoRun(name, settings[name], seed, epochs)
+        for seed in range(seeds)
+        for name in DEMO_METHODS
+    ]
+    histories = run_all(run_demo, tasks, workers, "training")
+    methods = summarise_runs(
+        settings, {name: histories[i :: len(DEMO_METHODS)] for i, name in enumerate(DEMO_METHODS)}
     )
     _print_summary(methods, recorded["search"])
     out = arguments.out

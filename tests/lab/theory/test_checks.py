@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llqr_lab.cli import main
-from llqr_lab.theory import report
+from llqr_lab.theory import checks
 from llqr_lab.theory.findings import HOLDS, Finding
 
 
@@ -18,7 +18,7 @@ def finding(confirmed):
 
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_the_exit_status_says_whether_all_was_confirmed(confirmed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "CHECKS", {"only": lambda: [finding(confirmed)]})
+    monkeypatch.setattr(checks, "CHECKS", {"only": lambda: [finding(confirmed)]})
     assert main(["theory", "--out", str(tmp_path)]) == (0 if confirmed else 1)
     verdict = "holds" if confirmed else "NOT CONFIRMED"
     assert f"{verdict:<18} (0): one is one" in capsys.readouterr().out

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from llqr_lab.data.token_batches import Sentences
+from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.data.vocabulary import Words
 from llqr_lab.models.translation import Translator
-from llqr_lab.tokens import EOS, PAD
-from llqr_lab.translate import beam_search, bleu, token_error, translate
+from llqr_lab.recipes.translate import beam_search, bleu, token_error, translate
 
 SOURCE = torch.tensor([[5, 6, 7, EOS], [4, 3, EOS, PAD], [3, EOS, PAD, PAD]])
 

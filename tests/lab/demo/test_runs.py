@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import llqr
-from llqr_lab.methods import METHODS, build
+from llqr_lab.common.processes import run_all
+from llqr_lab.demo.runs import DemoRun, configure_run, run_demo
 from llqr_lab.models.small_cnn import small_cnn
-from llqr_lab.runs import Run, run, run_all
+from llqr_lab.protocols import DEMO_METHODS
+from llqr_lab.recipes.build import optimizer_of
 
 SETTINGS = {
     "lr": 0.05,
@@ -22,13 +24,13 @@ SETTINGS = {
 
 
 def curve(name, **changes):
-    history = run(Run(name, SETTINGS | changes, seed=0, epochs=2))
+    history = run_demo(DemoRun(name, SETTINGS | changes, seed=0, epochs=2))
     return history.loss, history.test_accuracy
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DEMO_METHODS)
 def test_a_method_is_made_of_what_its_name_says(name):
-    optimizer = build(name, small_cnn(), SETTINGS)
+    optimizer = optimizer_of(configure_run(DemoRun(name, SETTINGS, seed=0)), small_cnn())
     base = torch.optim.AdamW if name == "AdamW" else torch.optim.SGD
     probe = llqr.FriendlySAM if "FriendlySAM" in name else llqr.SAM if "SAM" in name else None
     assert type(optimizer.base) is base
@@ -61,7 +63,7 @@ def test_a_run_repeats_and_leaves_the_random_state_alone():
 
 
 def test_the_history_has_what_the_demo_shows():
-    history = run(Run("LLQR", SETTINGS, seed=1, epochs=2))
+    history = run_demo(DemoRun("LLQR", SETTINGS, seed=1, epochs=2))
     assert len(history.loss) == len(history.test_accuracy) == 2
     assert [r.step for r in history.reports] == [0, 5, 10, 15, 20]
     assert len(history.spectra) == 5
@@ -77,8 +79,8 @@ def test_the_history_has_what_the_demo_shows():
 
 @pytest.mark.slow
 def test_processes_change_nothing():
-    tasks = [Run("SGDM", SETTINGS, 0, 1), Run("LLQR+SAM", SETTINGS, 0, 1)]
-    alone, together = (run_all(run, tasks, workers, "test") for workers in (1, 2))
+    tasks = [DemoRun("SGDM", SETTINGS, 0, 1), DemoRun("LLQR+SAM", SETTINGS, 0, 1)]
+    alone, together = (run_all(run_demo, tasks, workers, "test") for workers in (1, 2))
     assert [h.test_accuracy for h in alone] == [h.test_accuracy for h in together]
     assert [h.loss for h in alone] == [h.loss for h in together]
     assert [h.spectra for h in alone] == [h.spectra for h in together]

@@ -5,8 +5,8 @@ import math
 import pytest
 
 import llqr
-from llqr_lab.summary import accuracy_rows, paired, refresh_lines, summarise
-from llqr_lab.train import History
+from llqr_lab.demo.runs import History
+from llqr_lab.demo.summary import accuracy_rows, refresh_lines, summarise_runs
 
 
 def report(change=0.5, accepted=True, **values):
@@ -44,26 +44,9 @@ def settings(*names):
     return {name: learned if "LLQR" in name else {"lr": 0.1} for name in names}
 
 
-def test_paired_difference_against_a_naive_computation():
-    a, b = [90.0, 92.5, 91.0, 95.5], [89.0, 93.0, 90.0, 92.0]
-    d = [1.0, -0.5, 1.0, 3.5]
-    mean = sum(d) / 4
-    error = math.sqrt(sum((x - mean) ** 2 for x in d) / 3) / math.sqrt(4)
-    found = paired(a, b)
-    assert found["mean"] == pytest.approx(mean, rel=1e-12)
-    assert found["standard_error"] == pytest.approx(error, rel=1e-12)
-
-
-def test_what_all_seeds_share_leaves_the_paired_error():
-    """Unpaired, the spread over seeds would hide a constant difference."""
-    found = paired([81.0, 91.0, 71.0], [80.0, 90.0, 70.0])
-    assert found == {"mean": 1.0, "standard_error": 0.0}
-
-
 def test_one_seed_has_no_error_bar():
-    assert paired([3.0], [1.0]) == {"mean": 2.0, "standard_error": None}
     runs = {"SAM": [history(90.0)], "SGDM": [history(88.0)]}
-    rows = accuracy_rows(summarise(settings(*runs), runs))
+    rows = accuracy_rows(summarise_runs(settings(*runs), runs))
     assert rows[1]["test accuracy %"] == "88.00" and rows[1]["minus SAM"] == "-2.00"
 
 
@@ -72,7 +55,7 @@ def test_rows_pair_the_seeds():
         "SAM": [history(90.0), history(80.0)],
         "LLQR+SAM": [history(91.0, report()), history(83.0, report())],
     }
-    methods = summarise(settings(*runs), runs)
+    methods = summarise_runs(settings(*runs), runs)
     rows = accuracy_rows(methods)
     assert [row["method"] for row in rows] == list(runs)
     assert rows[0]["minus SAM"] == "-"
@@ -86,7 +69,7 @@ def test_the_line_says_when_u_is_inactive(median, active):
     """One large outlier does not make U active: the median decides."""
     reports = [report(median), report(median / 2), report(3.0)]
     runs = {"SAM": [history(90.0)], "LLQR": [history(90.0, *reports)]}
-    methods = summarise(settings(*runs), runs)
+    methods = summarise_runs(settings(*runs), runs)
     lines = "\n".join(refresh_lines(methods))
     assert methods["LLQR"]["refreshes"]["change"] == median
     assert f"|Ug-g|/|g| {median:g}" in lines
@@ -99,7 +82,7 @@ def test_refused_refreshes_are_counted_and_leave_no_nan():
         "SAM": [history(90.0)],
         "LLQR": [history(90.0, report(), report(accepted=False, change=math.nan))],
     }
-    methods = summarise(settings(*runs), runs)
+    methods = summarise_runs(settings(*runs), runs)
     r = methods["LLQR"]["refreshes"]
     assert (r["count"], r["accepted"]) == (2, 1)
     assert (r["J_before"], r["J_after"], r["change"]) == (-1.0, -2.0, 0.5)
@@ -110,5 +93,5 @@ def test_refused_refreshes_are_counted_and_leave_no_nan():
 def test_no_accepted_refresh_at_all():
     refused = report(accepted=False, change=math.nan, ratio=math.nan, cosine=math.nan)
     runs = {"SAM": [history(90.0)], "LLQR": [history(90.0, refused)]}
-    lines = "\n".join(refresh_lines(summarise(settings(*runs), runs)))
+    lines = "\n".join(refresh_lines(summarise_runs(settings(*runs), runs)))
     assert "0 of 1 refreshes accepted, J - -> -" in lines and "U inactive" in lines

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .data.token_batches import Sentences, token_batches
-from .data.vocabulary import Vocabulary
-from .models.translation import Cache, Translator
-from .tokens import EOS, PAD
+from ..data.token_batches import Sentences, token_batches
+from ..data.tokens import EOS, PAD
+from ..data.vocabulary import Vocabulary
+from ..models.translation import Cache, Translator
 
 __all__ = ["beam_search", "bleu", "token_error", "translate"]
 

@@ -7,16 +7,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .collect.runs import add_options
-from .output import table_lines, write_csv, write_json
-from .paper import TABLES as COLLECTED
+from ..collect.make import table_of, write_table
+from ..collect.render import terminal
+from ..common.output import table_lines, write_csv, write_json
+from ..paper import TABLES as COLLECTED
+from .collected import find_runs, say_nothing_found
+from .options import add_run_options
 
 __all__ = ["TABLES", "add_arguments", "main"]
 
 
-def table9(out: Path) -> list[Path]:
+def count_table9(out: Path) -> list[Path]:
     """Count the numbers of U for vision transformers; print, write and return the files."""
-    from .theory.storage import storage_table
+    from ..theory.storage import storage_table
 
     rows = [row.row() for row in storage_table()]
     print("\n".join(table_lines(rows)))
@@ -29,7 +32,7 @@ def table9(out: Path) -> list[Path]:
 
 
 # number in the paper -> function(folder) that prints the table and returns the files it wrote
-TABLES: dict[str, Callable[[Path], list[Path]]] = {"9": table9}
+TABLES: dict[str, Callable[[Path], list[Path]]] = {"9": count_table9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,15 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "number", metavar="N", help=f"number in the paper: {numbers}; 9 counts and needs no runs"
     )
-    add_options(parser)
+    add_run_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Make one table: 2 if there is none of that number, 1 if no run was found for it."""
     if arguments.number in COLLECTED:
-        from .collect.make import make_table
-
-        return make_table(arguments.number, arguments)
+        return _make_table(arguments.number, arguments)
     if arguments.number not in TABLES:
         numbers = ", ".join(sorted([*TABLES, *COLLECTED], key=int))
         print(
@@ -55,5 +56,21 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 2
     for path in TABLES[arguments.number](arguments.out):
+        print(f"wrote {path}")
+    return 0
+
+
+def _make_table(number: str, arguments: argparse.Namespace) -> int:
+    """Print a table and write it as JSON, CSV and Markdown; 1 if there is no run, 2 on bad runs."""
+    try:
+        found = find_runs(arguments)
+        table = table_of(number, found, arguments.scale)
+    except ValueError as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
+    if not table.runs:
+        return say_nothing_found(f" for table {number}", f"table{number}", found, arguments.scale)
+    print("\n".join(terminal(table)))
+    for path in write_table(table, arguments.out):
         print(f"wrote {path}")
     return 0

@@ -1,9 +1,9 @@
-"""Where results go: CSV and JSON files, and on the terminal a table and a bar."""
+"""Where results go: files, written whole or not at all; on the terminal a table and a bar."""
 
 from __future__ import annotations
 
-import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 __all__ = [
-    "add_out",
     "plain",
+    "plus_minus",
     "progress",
     "table_lines",
     "write_csv",
@@ -27,17 +27,6 @@ T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def add_out(parser: argparse.ArgumentParser, default: Path = Path("outputs")) -> None:
-    """Add the option --out, the folder that results are written to (made if it is not there)."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=default,
-        metavar="DIR",
-        help="folder to write to (default: %(default)s)",
-    )
-
-
 def progress(steps: Iterable[T], what: str) -> Iterable[T]:
     """Show a bar on a terminal while the steps are gone through; leave no trace after it."""
     return tqdm(steps, desc=what, leave=False, disable=None)
@@ -45,12 +34,11 @@ def progress(steps: Iterable[T], what: str) -> Iterable[T]:
 
 def write_csv(path: Path, rows: Rows) -> Path:
     """Write rows of equal keys; return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return write_whole(path, text.getvalue())
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,15 +50,17 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> Path:
     """Write plain data; NaN is refused, since JSON has none. Return the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
     return write_whole(path, text + "\n")
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write a file; an old one stays whole until the new one is. Return the path."""
+    """Write a file and make its folder; an old file stays whole until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
+    # newline="": line ends are written as they are (CSV has its own).
+    with new.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
     os.replace(new, path)
     return path
 
@@ -96,3 +86,13 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def plus_minus(mean: float, spread: float | None, sign: str = "", mark: str = "±") -> str:
+    """Format a number and its spread with two decimals.
+
+    Example:
+        >>> plus_minus(1.5, 0.25, sign="+"), plus_minus(1.5, None)
+        ('+1.50 ± 0.25', '1.50')
+    """
+    return f"{mean:{sign}.2f}" + ("" if spread is None else f" {mark} {spread:.2f}")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llqr_lab.cli import main
-from llqr_lab.demo import read_settings
-from llqr_lab.methods import METHODS
-from llqr_lab.search_demo import RUNGS, SETTINGS_FILE
+from llqr_lab.commands.demo import read_settings
+from llqr_lab.demo.runs import SETTINGS_FILE
+from llqr_lab.demo.search import RUNGS
+from llqr_lab.protocols import DEMO_METHODS
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_results(demo):
     results = json.loads((out / "results.json").read_text())
     assert results["quick"] and results["seeds"] == [0, 1] and results["epochs"] == 4
     assert results["noise"] == 0.4
-    assert list(results["methods"]) == list(METHODS)
+    assert list(results["methods"]) == list(DEMO_METHODS)
     recorded = read_settings(SETTINGS_FILE)
     assert results["search"] == recorded["search"]
     sam = results["methods"]["SAM"]["test_accuracy"]
@@ -133,13 +134,13 @@ def test_bad_numbers_of_seeds(value, capsys):
 
 def test_a_settings_file_without_a_method(tmp_path):
     path = tmp_path / "settings.json"
-    path.write_text(json.dumps({"methods": {name: {} for name in METHODS if name != "SAM"}}))
+    path.write_text(json.dumps({"methods": {name: {} for name in DEMO_METHODS if name != "SAM"}}))
     with pytest.raises(ValueError, match="has no settings of SAM"):
         main(["demo", "--settings", str(path)])
 
 
 def test_the_page_names_the_recorded_settings():
-    page = (Path(__file__).parents[2] / "docs" / "demo.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "demo.md").read_text()
     recorded = json.loads(SETTINGS_FILE.read_text())["methods"]
     assert f"gave every method {sum(c * s for c, s in RUNGS)} runs" in page
     for name, entry in recorded.items():

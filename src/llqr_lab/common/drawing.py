@@ -1,11 +1,13 @@
-"""What the collected figures share: a colour a method, bands, and labels beside the lines."""
+"""What figures share: a colour per method, bands, and labels beside the lines."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-__all__ = ["COLOURS", "Line", "draw", "label_lines", "line_of"]
+__all__ = ["COLOURS", "Line", "draw_lines", "label_lines", "line_of", "new_figure", "save_figure"]
 
 # Okabe and Ito's colours: blue is NGD and orange Newton, as in the paper's tables; the darker of
 # two has the probe as well.
@@ -28,6 +30,28 @@ T = TypeVar("T")
 GAP = 0.065  # between two labels, as a share of the axes' height
 
 
+def new_figure(grid: tuple[int, int], size: tuple[float, float], **ratios: Any) -> Any:
+    """Return a figure and its axes, rows by columns; no display is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*grid, figsize=size, layout="constrained", **ratios)
+
+
+def save_figure(figure: Any, path: Path, caption: str) -> Path:
+    """Write a figure with its caption below it; return the path."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = int(14.5 * figure.get_size_inches()[0])
+    figure.supxlabel(textwrap.fill(caption, width), fontsize=8.5, x=0.01, ha="left")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
 class Line(NamedTuple):
     """A curve: its points, the standard deviation at each (None: no band), label and looks."""
 
@@ -46,7 +70,7 @@ def line_of(
     return Line(x, y, std, label, COLOURS[method], "-" if "LLQR" in method else "--")
 
 
-def draw(axes: Any, lines: Sequence[Line]) -> None:
+def draw_lines(axes: Any, lines: Sequence[Line]) -> None:
     """Draw curves and their bands."""
     for line in lines:
         axes.plot(line.x, line.y, line.style, color=line.colour, lw=1.8)

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 
 from ..protocols import EXPERIMENTS, slug
-from .config import RECIPES
+from ..recipes.config import RECIPES
 
 __all__ = ["add_arguments", "main"]
 

@@ -1,24 +1,23 @@
-"""``llqr figure N``: the paper's figures, computed here or collected from finished runs."""
+"""The figures that are computed: 2, 3 and the window in which their claims hold."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .collect.runs import add_options
-from .output import table_lines, write_csv, write_json
+from ..common.drawing import save_figure
+from ..common.output import table_lines, write_csv, write_json
+from . import toys
+from .pictures import picture2, picture3, picture_window
+from .sharp_well import SharpWell
+from .swarm import METHODS
+from .toys import VERDICTS, escape_window, gradient_noise, many_starts
 
-__all__ = ["FIGURES", "add_arguments", "main"]
+__all__ = ["FIGURES"]
 
 
 def figure2(out: Path) -> list[Path]:
     """Start everywhere in the sharp well, without noise."""
-    from .theory.pictures import picture2, save
-    from .theory.swarm import METHODS
-    from .theory.toys import many_starts
-
     toy = many_starts()
     medians = {m: toy.losses(m).median(0).values.tolist() for m in METHODS}
     summary = [
@@ -32,7 +31,7 @@ def figure2(out: Path) -> list[Path]:
         for t, value in enumerate(medians[m])
     ]
     return [
-        save(picture2(toy), out / "figure2.png", caption2(toy.about)),
+        save_figure(picture2(toy), out / "figure2.png", caption2(toy.about)),
         write_csv(out / "figure2.csv", curves),
         write_json(out / "figure2.json", {"constants": toy.about, "summary": summary}),
     ]
@@ -40,10 +39,6 @@ def figure2(out: Path) -> list[Path]:
 
 def figure3(out: Path) -> list[Path]:
     """Start at the bottom, with noise in the gradient."""
-    from .theory.pictures import picture3, save
-    from .theory.swarm import METHODS
-    from .theory.toys import gradient_noise
-
     toy = gradient_noise()
     summary = [toy.summary(m) for m in METHODS]
     print("\n".join(table_lines(summary)))
@@ -55,7 +50,7 @@ def figure3(out: Path) -> list[Path]:
         )
     ]
     return [
-        save(picture3(toy), out / "figure3.png", caption3(toy.about)),
+        save_figure(picture3(toy), out / "figure3.png", caption3(toy.about)),
         write_csv(out / "figure3.csv", ends),
         write_json(out / "figure3.json", {"constants": toy.about, "summary": summary}),
     ]
@@ -63,18 +58,14 @@ def figure3(out: Path) -> list[Path]:
 
 def escape_map(out: Path) -> list[Path]:
     """Try Figure 2's claims over learning rates and radii."""
-    from .theory.pictures import picture_window, save
-    from .theory.sharp_well import SharpWell
-    from .theory.toys import ETAS, RHOS, VERDICTS, escape_window
-
-    window = escape_window(ETAS, RHOS)
+    window = escape_window(toys.ETAS, toys.RHOS)
     verdicts = window.verdicts()
     rows = [
         {"eta": eta, "rho": rho}
         | {f"{m} percent": 100 * float(v[i, j]) for m, v in window.arrived.items()}
         | {"verdict": verdicts[i][j]}
-        for i, eta in enumerate(ETAS)
-        for j, rho in enumerate(RHOS)
+        for i, eta in enumerate(toys.ETAS)
+        for j, rho in enumerate(toys.RHOS)
     ]
     for said in VERDICTS:
         print(f"{said}: {sum(row['verdict'] == said for row in rows)} of {len(rows)} settings")
@@ -86,7 +77,7 @@ def escape_map(out: Path) -> list[Path]:
         "and LLQR never reach r < 1, SAM and LLQR+SAM do from every start."
     )
     return [
-        save(picture_window(window), out / "figure-escape-map.png", caption),
+        save_figure(picture_window(window), out / "figure-escape-map.png", caption),
         write_csv(out / "figure-escape-map.csv", rows),
         write_json(out / "figure-escape-map.json", rows),
     ]
@@ -129,35 +120,3 @@ FIGURES: dict[str, Callable[[Path], list[Path]]] = {
     "3": figure3,
     "escape-map": escape_map,
 }
-
-
-# figures that are drawn of runs, by llqr_lab.collect
-COLLECTED = ("1", "4", "5", "6")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the number of the figure and where the runs are."""
-    parser.add_argument(
-        "number",
-        metavar="N",
-        help=f"number or name: {', '.join(FIGURES)} are computed; {', '.join(COLLECTED)} show runs",
-    )
-    add_options(parser)
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """Make one figure: 2 if there is none of that number, 1 if no run was found for it."""
-    if arguments.number in COLLECTED:
-        from .collect.make import make_figure
-
-        return make_figure(arguments.number, arguments)
-    if arguments.number not in FIGURES:
-        print(
-            f"llqr: there is no figure {arguments.number!r} here; there are: "
-            f"{', '.join([*FIGURES, *COLLECTED])}",
-            file=sys.stderr,
-        )
-        return 2
-    for path in FIGURES[arguments.number](arguments.out):
-        print(f"wrote {path}")
-    return 0
