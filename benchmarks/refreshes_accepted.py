@@ -15,9 +15,9 @@ from common import arguments, show
 import llqr
 from llqr_lab.demo.runs import SETTINGS_FILE
 from llqr_lab.protocols import DEMO_KEYS
-from llqr_lab.recipes.config import compose, resolved
+from llqr_lab.recipes.config import compose_config, resolve_config
 from llqr_lab.recipes.records import Records
-from llqr_lab.recipes.run import describe, measure
+from llqr_lab.recipes.run import describe_run, measure_run
 from llqr_lab.recipes.workers import Workers
 
 # The demo's recipe has other values of these.
@@ -44,8 +44,10 @@ def reports_of(geometry: dict[str, str], seed: int) -> list[dict[str, Any]]:
         f"llqr.{key}": value for key, value in (DEFAULTS | geometry | {"every": 10}).items()
     }
     overrides = ["method=llqr-sam", f"seed={seed}", "optimizer.graft=false"]
-    config = resolved(compose("demo", overrides + [f"{k}={v}" for k, v in settings.items()]))
-    return measure(config, Workers("cpu"), Records(), describe(config))["refreshes"]
+    config = resolve_config(
+        compose_config("demo", overrides + [f"{k}={v}" for k, v in settings.items()])
+    )
+    return measure_run(config, Workers("cpu"), Records(), describe_run(config))["refreshes"]
 
 
 def main(options: argparse.Namespace) -> None:

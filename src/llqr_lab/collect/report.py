@@ -19,17 +19,17 @@ from ..protocols import EXPERIMENTS, SCALES
 from . import about
 from .figures import Figure
 from .make import COLLECTED_FIGURES, table_of, write_figure
-from .others import PAPER, other_rows, others
-from .render import head, minus, missing_commands, ours
+from .others import PAPER, other_experiments, other_rows
+from .render import head_lines, minus_text, missing_commands, own_text
 from .runs import Found, Run
 from .tables import Table, data_of
 
-__all__ = ["report"]
+__all__ = ["make_report"]
 
 Section = dict[str, Any]  # "kind" names the template, "title" the heading
 
 
-def report(found: Found, asked: str | None = None) -> str | None:
+def make_report(found: Found, asked: str | None = None) -> str | None:
     """Return the report as HTML; None if there is no run.
 
     Args:
@@ -39,7 +39,7 @@ def report(found: Found, asked: str | None = None) -> str | None:
     Raises:
         RunError: runs of a cell contradict each other.
     """
-    own = others(found.runs)
+    own = other_experiments(found.runs)
     papers = [run for run in found.runs if run["recipe"].startswith(PAPER)]
     scale = asked or next((s for s in SCALES if any(r["scale"] == s for r in papers)), SCALES[0])
     runs = [run for run in papers if run["scale"] == scale]
@@ -59,13 +59,13 @@ def report(found: Found, asked: str | None = None) -> str | None:
         opening=(
             f"{len(used)} finished runs of the paper's tables and figures at scale {scale}, and "
             f"{sum(map(len, own.values()))} of other experiments, below {found.root}. "
-            f"{sum(t.missing for t in tables)} cells of these tables have no run and are marked "
-            "missing; nothing is filled in for them."
+            f"{sum(t.missing_cells for t in tables)} cells of these tables have no run and are "
+            "marked missing; nothing is filled in for them."
         ),
         notes=[
             *found.notes,
             *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
-            *about.skipped(everything),
+            *about.describe_skipped_steps(everything),
             *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
         ],
         unfinished=found.unfinished,
@@ -96,8 +96,8 @@ def render_page(**content: Any) -> str:
         "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
         "curvature_of": curvature_of,
         "shown": shown_value,
-        "own_text": ours,
-        "minus_text": minus,
+        "own_text": own_text,
+        "minus_text": minus_text,
     }
     return environment.get_template("report.html").render(**content)
 
@@ -126,7 +126,7 @@ def scale_warning(scale: str, tables: Sequence[Table]) -> str:
 
 def table_section(table: Table) -> Section:
     """Return a table in the paper's layout, with its notes and the commands for what is missing."""
-    status, reading, *notes = head(table)
+    status, reading, *notes = head_lines(table)
     warning = notes.pop(0) if table.scale != "paper" else None
     groups = groupby(column["group"] for column in table.columns)
     return {
@@ -206,11 +206,11 @@ def values_section(runs: Sequence[Run]) -> Section:
     return {
         "kind": "values",
         "title": "Values",
-        "changed": about.changed(runs),
-        "assumed": about.assumed(runs),
+        "changed": about.changed_values(runs),
+        "assumed": about.assumed_values(runs),
     }
 
 
 def machines_section(runs: Sequence[Run]) -> Section:
     """Say what was computed on."""
-    return rows_section("Machines and versions", "", about.environments(runs))
+    return rows_section("Machines and versions", "", about.count_environments(runs))

@@ -12,13 +12,13 @@ from ..common.drawing import COLOURS, Line, draw_lines, label_lines, line_of, ne
 from ..common.statistics import mean_std
 from ..paper import FIGURES, TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cadence import EPOCH, machines, timed_cells
-from .cells import Chosen, choose, choose_scale, describe
+from .cadence import EPOCH, describe_machines, timed_cells
+from .cells import Chosen, choose_runs, choose_scale, describe_cell
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
 
-__all__ = ["figure5", "figure6", "power_law"]
+__all__ = ["collect_figure5", "collect_figure6", "power_law"]
 
 NAMES = {row["run"]["model"]: row["labels"][0] for row in TABLES["10"]["rows"]}
 
@@ -39,7 +39,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return math.exp(fitted.intercept), fitted.slope
 
 
-def gather(
+def gather_timings(
     found: Found, asked: str | None, experiment: str
 ) -> tuple[str, dict[Cell, Chosen], list[str]]:
     """Return the scale, the timings of an experiment's networks and methods, and notes."""
@@ -47,12 +47,12 @@ def gather(
     cells = [c for c in timed_cells(found) if c.model in about.models and c.method in about.methods]
     scale, notes = choose_scale(found, cells, asked)
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
-    chosen = {cell: choose(runs, cell, experiment) for cell in cells}
+    chosen = {cell: choose_runs(runs, cell, experiment) for cell in cells}
     chosen = {cell: c for cell, c in chosen.items() if c.runs}
     used = [run for c in chosen.values() for run in c.runs.values()]
     notes = [
         *notes_of(scale, used, None),
-        *machines(used),
+        *describe_machines(used),
         *(note for c in chosen.values() for note in c.notes),
         *notes,
         *found.notes,
@@ -60,12 +60,12 @@ def gather(
     return scale, chosen, notes
 
 
-def figure5(found: Found, asked: str | None = None) -> Figure:
+def collect_figure5(found: Found, asked: str | None = None) -> Figure:
     """Show the epoch's time against the interval, with the methods without U as lines across."""
-    scale, chosen, notes = gather(found, asked, "figure5")
+    scale, chosen, notes = gather_timings(found, asked, "figure5")
     rows = []
     for cell, runs in chosen.items():
-        epoch, spread = mean_std(runs.values(EPOCH).values())
+        epoch, spread = mean_std(runs.numbers_by_seed(EPOCH).values())
         rows.append(
             {
                 "model": cell.model,
@@ -133,16 +133,16 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def figure6(found: Found, asked: str | None = None) -> Figure:
+def collect_figure6(found: Found, asked: str | None = None) -> Figure:
     """Show the time of a refresh against the number of parameters, with a power law fitted."""
-    scale, everything, notes = gather(found, asked, "figure6")
+    scale, everything, notes = gather_timings(found, asked, "figure6")
     every = common_interval(everything)
     chosen = {cell: c for cell, c in everything.items() if cell.every == every}
     rows = []
     for cell, runs in chosen.items():
-        seconds, spread = mean_std(runs.values("update_seconds").values())
+        seconds, spread = mean_std(runs.numbers_by_seed("update_seconds").values())
         if seconds is None:
-            notes = [*notes, f"{describe(cell)}: no refresh after the first was timed."]
+            notes = [*notes, f"{describe_cell(cell)}: no refresh after the first was timed."]
             continue
         rows.append(
             {
@@ -214,7 +214,9 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
     draw_lines(axes, lines)
     axes.set(xscale="log", yscale="log")
     plain_ticks(axes.yaxis)
-    axes.set_xticks(list(sizes), [f"{_millions(p)}\n{m}" for p, m in sizes.items()], fontsize=9)
+    axes.set_xticks(
+        list(sizes), [f"{_parameters_text(p)}\n{m}" for p, m in sizes.items()], fontsize=9
+    )
     axes.minorticks_off()
     axes.set_xlabel("parameters P", fontsize=11)
     axes.set_ylabel("seconds a refresh (after the first)", fontsize=11)
@@ -222,5 +224,5 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
     return figure
 
 
-def _millions(parameters: float) -> str:
+def _parameters_text(parameters: float) -> str:
     return f"{parameters / 1e6:.3g} M" if parameters >= 1e6 else f"{parameters / 1e3:.3g} k"

@@ -6,14 +6,14 @@ import argparse
 import sys
 
 from ..collect.make import first_command
-from ..collect.runs import Found, find
+from ..collect.runs import Found, find_runs
 
-__all__ = ["find_runs", "say_nothing_found"]
+__all__ = ["find_asked_runs", "say_nothing_found"]
 
 
-def find_runs(arguments: argparse.Namespace) -> Found:
+def find_asked_runs(arguments: argparse.Namespace) -> Found:
     """Find the runs that the options ask for, and say which are not finished."""
-    found = find(arguments.runs or arguments.out, arguments.where)
+    found = find_runs(arguments.runs or arguments.out, arguments.where)
     for folder in found.unfinished:
         print(f"unfinished, not used: {folder}", file=sys.stderr)
     return found

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.environment import environment
+from ..common.environment import describe_environment
 from ..common.output import table_lines, write_json
 from ..common.processes import available_workers, run_all
 from ..demo.pictures import draw_accuracy, draw_spectrum
@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = ABOUT, READING
     add_out(parser, Path("outputs/demo"))
     parser.add_argument(
-        "--seeds", type=_positive, metavar="N", help="seeds 0 .. N-1 (default: 3; quick: 2)"
+        "--seeds", type=_seed_count, metavar="N", help="seeds 0 .. N-1 (default: 3; quick: 2)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="4 epochs, under 20 s; its numbers mean little"
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=_seed_count,
         default=available_workers(),
         metavar="N",
         help="processes, of one thread each; results do not depend on it (default: %(default)s)",
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def _seed_count(text: str) -> int:
     value = int(text)
     if not 1 <= value <= FIRST_SEED:
         raise argparse.ArgumentTypeError(f"expected a number from 1 to {FIRST_SEED}, got {text}")
@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> int:
         "noise": NOISE,
         "workers": workers,
         "seconds": time.perf_counter() - began,
-        "environment": environment(),
+        "environment": describe_environment(),
         "search": recorded["search"],
         "methods": methods,
     }

@@ -7,7 +7,7 @@ import sys
 
 from ..collect.make import COLLECTED_FIGURES, write_figure
 from ..theory.figures import FIGURES
-from .collected import find_runs, say_nothing_found
+from .collected import find_asked_runs, say_nothing_found
 from .options import add_run_options
 
 __all__ = ["add_arguments", "main"]
@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _make_figure(number: str, arguments: argparse.Namespace) -> int:
     """Draw a figure and write its numbers; 1 if there is no run, 2 on bad runs."""
     try:
-        found = find_runs(arguments)
+        found = find_asked_runs(arguments)
         figure = COLLECTED_FIGURES[number](found, arguments.scale)
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)

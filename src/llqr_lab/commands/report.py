@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..collect.report import report
+from ..collect.report import make_report
 from ..common.output import write_whole
-from .collected import find_runs, say_nothing_found
+from .collected import find_asked_runs, say_nothing_found
 from .options import add_run_options
 
 __all__ = ["add_arguments", "main"]
@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Write report.html; 1 if there is no run, 2 on bad runs."""
     try:
-        found = find_runs(arguments)
-        text = report(found, arguments.scale)
+        found = find_asked_runs(arguments)
+        text = make_report(found, arguments.scale)
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2

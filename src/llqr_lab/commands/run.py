@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.errors import DataError
 from ..recipes.config import CONF, RECIPES
-from ..recipes.run import perform
+from ..recipes.run import perform_run
 from ..recipes.workers import leave_together
 
 __all__ = ["add_arguments", "main"]
@@ -74,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report is a traceback, whatever the error
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=arguments.recipe)(
-            perform
+            perform_run
         )()
     except SystemExit as stopped:
         return int(stopped.code or 0)

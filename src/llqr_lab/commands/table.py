@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..collect.make import table_of, write_table
-from ..collect.render import terminal
+from ..collect.render import terminal_lines
 from ..common.output import table_lines, write_csv, write_json
 from ..paper import TABLES as COLLECTED
-from .collected import find_runs, say_nothing_found
+from .collected import find_asked_runs, say_nothing_found
 from .options import add_run_options
 
 __all__ = ["TABLES", "add_arguments", "main"]
@@ -21,7 +21,7 @@ def count_table9(out: Path) -> list[Path]:
     """Count the numbers of U for vision transformers; print, write and return the files."""
     from ..theory.storage import storage_table
 
-    rows = [row.row() for row in storage_table()]
+    rows = [row.plain_row() for row in storage_table()]
     print("\n".join(table_lines(rows)))
     print(
         "\nNumbers stored and MiB a device in fp32. The rows ViT-Ti/16, as the paper prints them, "
@@ -63,14 +63,14 @@ def main(arguments: argparse.Namespace) -> int:
 def _make_table(number: str, arguments: argparse.Namespace) -> int:
     """Print a table and write it as JSON, CSV and Markdown; 1 if there is no run, 2 on bad runs."""
     try:
-        found = find_runs(arguments)
+        found = find_asked_runs(arguments)
         table = table_of(number, found, arguments.scale)
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2
     if not table.runs:
         return say_nothing_found(f" for table {number}", f"table{number}", found, arguments.scale)
-    print("\n".join(terminal(table)))
+    print("\n".join(terminal_lines(table)))
     for path in write_table(table, arguments.out):
         print(f"wrote {path}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 
 from ..common.drawing import save_figure
-from ..common.output import progress, write_csv, write_json
+from ..common.output import progress_bar, write_csv, write_json
 from ..theory import checks
 from ..theory.pictures import picture_findings
 from .options import add_out
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run all checks, print and write them; 1 if a number does not show what is said of it."""
-    found = [f for name in progress(checks.CHECKS, "checks") for f in checks.CHECKS[name]()]
+    found = [f for name in progress_bar(checks.CHECKS, "checks") for f in checks.CHECKS[name]()]
     for finding in found:
         print("\n".join(checks.finding_lines(finding)))
     counts = Counter(f.verdict for f in found)
@@ -35,7 +35,7 @@ def main(arguments: argparse.Namespace) -> int:
     )
     written = [
         save_figure(picture_findings([f for f in found if f.curve]), out / "theory.png", caption),
-        write_csv(out / "theory.csv", [f.row() for f in found]),
+        write_csv(out / "theory.csv", [f.plain_row() for f in found]),
         write_json(out / "theory.json", [{**vars(f), "verdict": f.verdict} for f in found]),
     ]
     for path in written:

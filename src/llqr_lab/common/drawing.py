@@ -91,7 +91,7 @@ def label_lines(axes: Any, lines: Sequence[Line]) -> None:
     for i, line in enumerate(lines):
         end = axes.transData.transform((line.x[-1], line.y[-1]))
         places[i] = float(axes.transAxes.inverted().transform(end)[1])
-    for i, place in spread(places, GAP).items():
+    for i, place in spread_places(places, GAP).items():
         line = lines[i]
         axes.annotate(
             line.label,
@@ -106,29 +106,32 @@ def label_lines(axes: Any, lines: Sequence[Line]) -> None:
         )
 
 
-def spread(places: Mapping[T, float], gap: float) -> dict[T, float]:
+def spread_places(places: Mapping[T, float], gap: float) -> dict[T, float]:
     """Return places at least ``gap`` apart, in the same order, that stay about where they were.
 
     Neighbours that are too close become a group, spaced evenly about the mean of its members.
 
     Example:
-        >>> spread({"a": 0.5, "b": 0.5, "c": 0.875}, 0.25)
+        >>> spread_places({"a": 0.5, "b": 0.5, "c": 0.875}, 0.25)
         {'a': 0.375, 'b': 0.625, 'c': 0.875}
     """
     groups: list[list[tuple[T, float]]] = []
     for entry in sorted(places.items(), key=lambda entry: entry[1]):
         groups.append([entry])
-        while len(groups) > 1 and _ends(groups[-2], gap)[1] + gap > _ends(groups[-1], gap)[0]:
+        while (
+            len(groups) > 1
+            and _group_ends(groups[-2], gap)[1] + gap > _group_ends(groups[-1], gap)[0]
+        ):
             last = groups.pop()
             groups[-1] += last
     return {
-        name: _ends(group, gap)[0] + i * gap
+        name: _group_ends(group, gap)[0] + i * gap
         for group in groups
         for i, (name, _) in enumerate(group)
     }
 
 
-def _ends(group: Sequence[tuple[Any, float]], gap: float) -> tuple[float, float]:
+def _group_ends(group: Sequence[tuple[Any, float]], gap: float) -> tuple[float, float]:
     """Return the first and the last place of a group."""
     middle = sum(place for _, place in group) / len(group)
     half = (len(group) - 1) * gap / 2

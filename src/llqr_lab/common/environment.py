@@ -10,10 +10,10 @@ import torch
 
 import llqr
 
-__all__ = ["environment"]
+__all__ = ["describe_environment"]
 
 
-def environment(threads: int = 1, device: torch.device | None = None) -> dict[str, Any]:
+def describe_environment(threads: int = 1, device: torch.device | None = None) -> dict[str, Any]:
     """Return processor, cores and versions, and the accelerator if one is used.
 
     Args:
@@ -22,7 +22,7 @@ def environment(threads: int = 1, device: torch.device | None = None) -> dict[st
     """
     cuda = device is not None and device.type == "cuda"
     return {
-        "processor": _processor(),
+        "processor": _processor_name(),
         "cores": os.cpu_count(),
         "threads_a_process": threads,
         **({"accelerator": torch.cuda.get_device_name(device)} if cuda else {}),
@@ -32,7 +32,7 @@ def environment(threads: int = 1, device: torch.device | None = None) -> dict[st
     }
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 __all__ = [
-    "plain",
+    "without_nan",
     "plus_minus",
-    "progress",
+    "progress_bar",
     "table_lines",
     "write_csv",
     "write_json",
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 
 
-def progress(steps: Iterable[T], what: str) -> Iterable[T]:
+def progress_bar(steps: Iterable[T], what: str) -> Iterable[T]:
     """Show a bar on a terminal while the steps are gone through; leave no trace after it."""
     return tqdm(steps, desc=what, leave=False, disable=None)
 
@@ -41,7 +41,7 @@ def write_csv(path: Path, rows: Rows) -> Path:
     return write_whole(path, text.getvalue())
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values for JSON, which has no NaN and no infinity: null in their place."""
     return {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
@@ -68,7 +68,7 @@ def write_whole(path: Path, text: str) -> Path:
 def table_lines(rows: Rows) -> list[str]:
     """Return rows as lines of aligned columns, numbers to the right."""
     header = list(rows[0])
-    cells = [[_shown(row[key]) for key in header] for row in rows]
+    cells = [[_cell_text(row[key]) for key in header] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [not isinstance(rows[0][key], str) for key in header]
     return [
@@ -80,7 +80,7 @@ def table_lines(rows: Rows) -> list[str]:
     ]
 
 
-def _shown(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, int):

@@ -12,15 +12,15 @@ from omegaconf import DictConfig
 
 import llqr
 
-from ..protocols import DEMO_KEYS, DEMO_METHODS, resolve, slug
+from ..protocols import DEMO_KEYS, DEMO_METHODS, resolve_settings, slug
 from ..protocols.own import TUNED
-from ..recipes.config import compose, resolved
+from ..recipes.config import compose_config, resolve_config
 
 __all__ = ["BATCH", "EPOCHS", "NOISE", "REFRESH_BATCH", "SETTINGS_FILE", "DemoRun", "History"]
 __all__ += ["configure_run", "run_demo"]
 
 SETTINGS_FILE = TUNED / "demo.json"
-_PROTOCOL = resolve("demo", "digits", "small-cnn", "LLQR+SAM (NGD)")
+_PROTOCOL = resolve_settings("demo", "digits", "small-cnn", "LLQR+SAM (NGD)")
 EPOCHS, BATCH, REFRESH_BATCH, NOISE = (
     _PROTOCOL[key].value for key in ("train.epochs", "train.batch", "refresh.batch", "data.noise")
 )
@@ -71,11 +71,11 @@ class History:
 def configure_run(task: DemoRun) -> DictConfig:
     """Return the configuration of a run, as ``llqr run demo`` would make it."""
     method = DEMO_METHODS[task.method]
-    protocol = resolve("demo", "digits", "small-cnn", method)
+    protocol = resolve_settings("demo", "digits", "small-cnn", method)
     settings = {DEMO_KEYS[key]: value for key, value in task.settings.items()}
     overrides = [f"{key}={value}" for key, value in settings.items() if key in protocol]
     overrides += [f"method={slug(method)}", f"seed={task.seed}", f"train.epochs={task.epochs}"]
-    return resolved(compose("demo", overrides))
+    return resolve_config(compose_config("demo", overrides))
 
 
 def run_demo(task: DemoRun) -> History:
@@ -85,7 +85,7 @@ def run_demo(task: DemoRun) -> History:
     they refresh equally often, the same refresh minibatches.
     """
     from ..recipes.records import Records
-    from ..recipes.run import describe, measure
+    from ..recipes.run import describe_run, measure_run
     from ..recipes.workers import Workers
 
     history, began = History(), time.perf_counter()
@@ -97,7 +97,9 @@ def run_demo(task: DemoRun) -> History:
 
     config = configure_run(task)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
-        measured = measure(config, Workers("cpu"), Records(), describe(config), note_refresh)
+        measured = measure_run(
+            config, Workers("cpu"), Records(), describe_run(config), note_refresh
+        )
     history.loss = [epoch["train_loss"] for epoch in measured["epochs"]]
     history.test_accuracy = [epoch["test_accuracy"] for epoch in measured["epochs"]]
     history.train_accuracy = measured["train_accuracy"]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.environment import environment
+from ..common.environment import describe_environment
 from ..common.output import write_json
 from ..common.processes import available_workers
 from ..protocols import DEMO_KEYS, DEMO_METHODS
@@ -100,7 +100,7 @@ def search_demo(
             "refresh_batch": REFRESH_BATCH,
             "noise": NOISE,
         },
-        "environment": environment(),
+        "environment": describe_environment(),
         "methods": {
             name: {
                 "settings": trials[name][0]["settings"],

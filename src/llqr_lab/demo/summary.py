@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..common.output import plain, plus_minus
+from ..common.output import plus_minus, without_nan
 from ..common.refreshes import INACTIVE, summarise_refreshes
 from ..common.statistics import mean_std, paired_difference
 from .runs import History
@@ -35,7 +35,7 @@ def summarise_runs(
             "skipped_steps": [h.skipped_steps for h in hs],
             "seconds": [h.seconds for h in hs],
             "refreshes": summarise_refreshes([r for h in hs for r in h.reports]),
-            "reports": [[plain(asdict(r)) for r in h.reports] for h in hs],
+            "reports": [[without_nan(asdict(r)) for r in h.reports] for h in hs],
             "spectra": [h.spectra for h in hs],
         }
         for name, hs in histories.items()

@@ -4,7 +4,7 @@ from .demo import DEMO_KEYS as DEMO_KEYS
 from .demo import DEMO_METHODS as DEMO_METHODS
 from .experiments import EXPERIMENTS as EXPERIMENTS
 from .experiments import Experiment as Experiment
-from .experiments import resolve as resolve
+from .experiments import resolve_settings as resolve_settings
 from .scales import SCALES as SCALES
 from .settings import METHODS as METHODS
 from .settings import Method as Method

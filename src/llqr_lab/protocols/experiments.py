@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .demo import DEMO, DEMO_KEYS, DEMO_METHODS
-from .own import FASHION, HELP_TEXTS, tuned
+from .own import FASHION, HELP_TEXTS, tuned_settings
 from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .scaling import ADAMW, CADENCE
 from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
 from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
 
-__all__ = ["EXPERIMENTS", "OWN", "Experiment", "resolve"]
+__all__ = ["EXPERIMENTS", "OWN", "Experiment", "resolve_settings"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
 IMAGES = (SUPERVISED, CIFAR, LLQR, PROBES)
@@ -188,7 +188,7 @@ EXPERIMENTS |= {
         ["vgg16-bn"],
         FASHION_METHODS,
         (SUPERVISED, LLQR, PROBES, FASHION),
-        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned(name)],
+        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned_settings(name)],
         small=NOTHING,
     )
     for name, title in (("fashion", ""), ("fashion-noise", ", 40 % of the training labels wrong"))
@@ -199,7 +199,7 @@ EXPERIMENTS["help-texts"] = Experiment(
     ["transformer-iwslt"],
     HELP_METHODS,
     (LLQR, IWSLT14, HELP_TEXTS),
-    list(tuned("help-texts")),
+    list(tuned_settings("help-texts")),
     small=NOTHING,
 )
 OWN = ("fashion", "fashion-noise", "help-texts")  # of docs/results.md
@@ -211,13 +211,13 @@ EXPERIMENTS["demo"] = Experiment(
     (SUPERVISED, LLQR, PROBES, DEMO),
     [
         Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
-        *tuned("demo", DEMO_METHODS, DEMO_KEYS),
+        *tuned_settings("demo", DEMO_METHODS, DEMO_KEYS),
     ],
     small=NOTHING,
 )
 
 
-def resolve(
+def resolve_settings(
     name: str, dataset: str, model: str, method: str, scale: str = "paper"
 ) -> dict[str, Setting]:
     """Return the settings of one run by their keys.
@@ -233,7 +233,7 @@ def resolve(
         ValueError: the experiment has no such run.
 
     Example:
-        >>> run = resolve("table2", "CIFAR-100", "resnet18", "LLQR+SAM (NGD)")
+        >>> run = resolve_settings("table2", "CIFAR-100", "resnet18", "LLQR+SAM (NGD)")
         >>> run["probe.rho"].value, run["probe.rho"].source.value
         (0.2, 'paper')
     """
@@ -250,11 +250,11 @@ def resolve(
             raise ValueError(f"{argument}: {name} has {', '.join(allowed)}, got {value!r}")
     kind = METHODS[method]
     candidates = [s for group in experiment.groups for s in group]
-    candidates += [*experiment.own, *kind.settings()]
+    candidates += [*experiment.own, *kind.own_settings()]
     candidates += experiment.small if scale != "paper" else ()
     chosen: dict[str, Setting] = {}
     for setting in candidates:
-        if kind.needs(setting.key) and setting.holds(dataset, model, method):
+        if kind.uses_setting(setting.key) and setting.holds_for(dataset, model, method):
             chosen[setting.key] = setting
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
     return chosen | smoke

@@ -9,7 +9,7 @@ from pathlib import Path
 from .scales import SMALL_TRANSLATOR
 from .settings import METHODS, Group, Setting, Some, Source
 
-__all__ = ["FASHION", "HELP_TEXTS", "LEARNED", "TUNED", "tuned"]
+__all__ = ["FASHION", "HELP_TEXTS", "LEARNED", "TUNED", "tuned_settings"]
 
 SCALE = Source.SCALE
 TUNED = Path(__file__).parent / "tuned"  # what the searches found, a file per experiment
@@ -65,7 +65,7 @@ HELP_TEXTS = Group(
 )
 
 
-def tuned(
+def tuned_settings(
     experiment: str, names: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None
 ) -> Iterator[Setting]:
     """Yield what the search of an experiment found, if there was one.

@@ -11,8 +11,8 @@ from torch import nn
 
 import llqr
 
-from ..models.registry import build
-from .config import given
+from ..models.registry import build_network
+from .config import given_values
 from .draws import seed_of
 
 __all__ = ["network_of", "optimizer_of", "schedule_of"]
@@ -38,9 +38,9 @@ def network_of(
     if weights_seed is None:
         weights_seed = seed_of(config.seed, "initialisation")
     torch.manual_seed(weights_seed)
-    own = given(config.network, "small", "classes")
+    own = given_values(config.network, "small", "classes")
     small = bool(config.network.small)
-    return build(config.model.lower(), classes, small=small, **settings, **own).to(device)
+    return build_network(config.model.lower(), classes, small=small, **settings, **own).to(device)
 
 
 def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
@@ -55,13 +55,13 @@ def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
         geometry = llqr.LLQR(settings.pop("structure"), **settings, max_failures=10**9)
     probe = None
     if config.probe.kind is not None:
-        probe = getattr(llqr, config.probe.kind)(**given(config.probe, "kind"))
+        probe = getattr(llqr, config.probe.kind)(**given_values(config.probe, "kind"))
     return llqr.Optimizer(
-        base(model.parameters(), **given(config.base, "optimizer")),
+        base(model.parameters(), **given_values(config.base, "optimizer")),
         model,
         geometry=geometry,
         perturbation=probe,
-        **given(config.optimizer),
+        **given_values(config.optimizer),
     )
 
 

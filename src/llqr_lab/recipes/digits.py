@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.digits import CLASSES, VALIDATION, digits, generator
+from ..data.digits import CLASSES, VALIDATION, digits, digits_generator
 from .build import network_of
 from .task import Forward
 from .workers import Workers
@@ -44,7 +44,7 @@ class NoisyDigits:
         self.train = data.train_x.to(workers.device), data.train_y.to(workers.device)
         self.test = data.test_x.to(workers.device), data.test_y.to(workers.device)
         self.count = len(data.train_y)
-        weights_seed = generator(config.seed, "initialisation").initial_seed()
+        weights_seed = digits_generator(config.seed, "initialisation").initial_seed()
         sizes = {"channels": 1, "image": data.train_x.shape[-1]}
         self.network = network_of(
             config, workers.device, CLASSES, weights_seed=weights_seed, **sizes
@@ -53,9 +53,9 @@ class NoisyDigits:
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch of an epoch, from number ``first`` on."""
-        order = self._permutation("order", epoch)
+        order = self._draw_permutation("order", epoch)
         for chosen in order.split(self.config.train.batch)[first:]:
-            yield self._pictures(chosen)
+            yield self._pictures_at(chosen)
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> Forward:
         """Return the pass of a batch."""
@@ -69,30 +69,30 @@ class NoisyDigits:
 
     def refresh(self, model: nn.Module, step: int) -> Forward:
         """Return the pass of a minibatch of its own."""
-        chosen = self._permutation("refresh", step // self.config.llqr.every)
-        return self.forward(model, self._pictures(chosen[: self.config.refresh.batch]), step)
+        chosen = self._draw_permutation("refresh", step // self.config.llqr.every)
+        return self.forward(model, self._pictures_at(chosen[: self.config.refresh.batch]), step)
 
     def evaluate(self) -> dict[str, float]:
         """Return the accuracy (percent) on the pictures to evaluate on."""
-        return {"test_accuracy": self._accuracy(*self.test)}
+        return {"test_accuracy": self._accuracy_on(*self.test)}
 
     def finish(self) -> dict[str, float]:
         """Return the accuracy (percent) on the labels that were trained on, wrong ones included."""
-        return {"train_accuracy": self._accuracy(*self.train)}
+        return {"train_accuracy": self._accuracy_on(*self.train)}
 
-    def _permutation(self, purpose: str, number: int) -> Tensor:
+    def _draw_permutation(self, purpose: str, number: int) -> Tensor:
         """Return the permutation of that number in a purpose's stream."""
-        draws = generator(self.config.seed, purpose)
+        draws = digits_generator(self.config.seed, purpose)
         for _ in range(number):
             torch.randperm(self.count, generator=draws)
         return torch.randperm(self.count, generator=draws)
 
-    def _pictures(self, chosen: Tensor) -> Batch:
+    def _pictures_at(self, chosen: Tensor) -> Batch:
         x, y = self.train
-        mine = self.workers.share(chosen)
+        mine = self.workers.own_part(chosen)
         return x[mine], y[mine]
 
     @torch.no_grad()
-    def _accuracy(self, x: Tensor, y: Tensor) -> float:
+    def _accuracy_on(self, x: Tensor, y: Tensor) -> float:
         self.network.eval()
         return 100.0 * float((self.network(x).argmax(1) == y).double().mean())

@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-__all__ = ["generator", "seed_of"]
+__all__ = ["generator_for", "seed_of"]
 
 
 def seed_of(seed: int, purpose: str, *moment: int) -> int:
@@ -26,7 +26,7 @@ def seed_of(seed: int, purpose: str, *moment: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(
+def generator_for(
     seed: int, purpose: str, *moment: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """Return a generator for one purpose, at one moment (a step, an epoch)."""

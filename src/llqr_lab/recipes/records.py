@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..collect.runs import FORMAT
-from ..common.output import plain, write_json, write_whole
+from ..common.output import without_nan, write_json, write_whole
 
 __all__ = ["Records"]
 
@@ -38,7 +38,7 @@ class Records:
         if self._written is not None:
             self._written.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
+    def begin_files(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
         """Write the settings; forget what was measured after the checkpoint that is gone on from.
 
         Args:
@@ -58,11 +58,11 @@ class Records:
 
             self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def write_measurement(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a measurement: a line of metrics.jsonl, and a point of TensorBoard's curves."""
         if (folder := self._written) is None:
             return
-        line = json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False)
+        line = json.dumps({"kind": kind, "step": step, **without_nan(values)}, allow_nan=False)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.lines += 1
@@ -71,26 +71,26 @@ class Records:
                 if isinstance(value, (int, float)):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; an old one stays whole until the new one is."""
         if (folder := self._written) is not None:
             new = folder / "checkpoint.pt.new"
             torch.save(dict(state), new)
             os.replace(new, folder / "checkpoint.pt")
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """Return the checkpoint, if there is one."""
         path = self.folder and self.folder / "checkpoint.pt"
         if path is None or not path.exists():
             return None
         return torch.load(path, map_location=device, weights_only=True)
 
-    def keep(self, weights: Mapping[str, Any]) -> None:
+    def keep_network(self, weights: Mapping[str, Any]) -> None:
         """Write the trained network."""
         if (folder := self._written) is not None:
             torch.save(dict(weights), folder / "network.pt")
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result; the checkpoint is no longer needed."""
         if (folder := self._written) is None:
             return

@@ -15,10 +15,10 @@ from omegaconf import DictConfig
 
 import llqr
 
-from ..common.environment import environment
+from ..common.environment import describe_environment
 from ..protocols import slug
-from .cadence import cadence
-from .config import changed, chosen, flat, resolved, source_of
+from .cadence import measure_cadence
+from .config import changed_keys, chosen_names, flat_settings, resolve_config, source_of
 from .digits import NoisyDigits
 from .images import Classification, FolderClassification
 from .loop import Training
@@ -27,7 +27,7 @@ from .task import Task
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["describe", "folder_of", "measure", "perform"]
+__all__ = ["describe_run", "folder_of", "measure_run", "perform_run"]
 
 RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
 
@@ -45,45 +45,45 @@ def folder_of(about: dict[str, Any], out: str) -> Path:
     return Path(out, about["recipe"], about["scale"], *names, name)
 
 
-def perform(config: DictConfig) -> None:
+def perform_run(config: DictConfig) -> None:
     """Make one run, or go on with it, unless it is finished."""
     workers = Workers(config.device)
     if workers.device.type == "cpu":
         torch.set_num_threads(config.threads)
-    config = resolved(config)
-    about = describe(config)
+    config = resolve_config(config)
+    about = describe_run(config)
     folder = folder_of(about, config.out)
-    records = Records(folder, writes=workers.first, tensorboard=config.tensorboard)
+    records = Records(folder, writes=workers.is_first, tensorboard=config.tensorboard)
     if (found := records.result) is not None and not config.force:
         if found["settings"] != about["settings"]:
             raise ValueError(
                 f"out: {folder} holds a finished run with other settings; give another out=DIR, or "
                 "force=true to replace it"
             )
-        _say(workers, f"{folder}: finished before; force=true runs it again")
+        _say_once(workers, f"{folder}: finished before; force=true runs it again")
         return
-    if config.force and workers.first:
+    if config.force and workers.is_first:
         for name in ("result.json", "checkpoint.pt"):
             (folder / name).unlink(missing_ok=True)
     try:
-        measured = measure(config, workers, records, about)
+        measured = measure_run(config, workers, records, about)
         finished = datetime.datetime.now().isoformat(timespec="seconds")
-        records.finish(
+        records.write_result(
             {
                 **about,
                 **measured,
-                "environment": environment(config.threads, workers.device),
+                "environment": describe_environment(config.threads, workers.device),
                 "finished": finished,
             }
         )
     finally:
         records.close()
-    _say(workers, f"{folder / 'result.json'}: {_short(measured)}")
+    _say_once(workers, f"{folder / 'result.json'}: {_summary_line(measured)}")
 
 
-def describe(config: DictConfig) -> dict[str, Any]:
+def describe_run(config: DictConfig) -> dict[str, Any]:
     """Return what a run is: its names, seed and settings."""
-    run = chosen(config)
+    run = chosen_names(config)
     return {
         "recipe": config.recipe,
         "scale": config.scale,
@@ -91,12 +91,12 @@ def describe(config: DictConfig) -> dict[str, Any]:
         "source": source_of(config),
         "noise": config.noise,
         "seed": config.seed,
-        "settings": flat(config),
-        "changed": changed(config),
+        "settings": flat_settings(config),
+        "changed": changed_keys(config),
     }
 
 
-def measure(
+def measure_run(
     config: DictConfig,
     workers: Workers,
     records: Records,
@@ -109,7 +109,7 @@ def measure(
         config: resolved.
         workers: the processes.
         records: where it leaves its traces.
-        about: what :func:`describe` says of it.
+        about: what :func:`describe_run` says of it.
         on_refresh: is called after every refresh.
     """
     with warnings.catch_warnings():
@@ -117,19 +117,19 @@ def measure(
         warnings.filterwarnings("ignore", "a refresh was refused")
         warnings.filterwarnings("ignore", "a step was skipped")
         if config.recipe in ("table10", "figure6"):
-            records.begin(about)
-            return cadence(config, workers)
-        training = Training(config, _task(config, workers, about), workers, records)
+            records.begin_files(about)
+            return measure_cadence(config, workers)
+        training = Training(config, _make_task(config, workers, about), workers, records)
         if on_refresh is not None:
             training.optimizer.register_refresh_hook(on_refresh)
         done = training.resume()
         if done:
-            _say(workers, f"{records.folder}: goes on at step {done} of {training.steps}")
-        records.begin(about, done, training.lines)
-        return training.run()
+            _say_once(workers, f"{records.folder}: goes on at step {done} of {training.steps}")
+        records.begin_files(about, done, training.lines)
+        return training.train_to_end()
 
 
-def _task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
+def _make_task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
     if about["model"] == "transformer-iwslt":
         return Translation(config, workers)
     if about["recipe"] == "demo":
@@ -138,7 +138,7 @@ def _task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
     return images(config, workers)
 
 
-def _short(measured: dict[str, Any]) -> str:
+def _summary_line(measured: dict[str, Any]) -> str:
     if "timing" in measured:
         return f"{measured['timing']['epoch_seconds']:.1f} s an epoch"
     return (
@@ -147,6 +147,6 @@ def _short(measured: dict[str, Any]) -> str:
     )
 
 
-def _say(workers: Workers, text: str) -> None:
-    if workers.first:
+def _say_once(workers: Workers, text: str) -> None:
+    if workers.is_first:
         print(text, flush=True)

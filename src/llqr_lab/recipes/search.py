@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.environment import environment
+from ..common.environment import describe_environment
 from ..common.output import write_json
 from ..common.processes import available_workers
 from ..data.digits import VALIDATION
 from ..protocols import EXPERIMENTS, slug
 from ..protocols.own import TUNED
-from .config import compose, resolved
+from .config import compose_config, resolve_config
 from .halving import FIRST_SEED, Journal, Rungs, Space, run_rungs
 
 __all__ = ["SPACES", "Trial", "journal_beside", "main", "run_trial", "search_settings"]
@@ -95,7 +95,7 @@ class Trial:
 def run_trial(task: Trial) -> dict[str, Any]:
     """Run without a trace on disk; a failure is a result, and the worst."""
     from .records import Records
-    from .run import describe, measure
+    from .run import describe_run, measure_run
     from .workers import Workers
 
     values = {
@@ -107,8 +107,10 @@ def run_trial(task: Trial) -> dict[str, Any]:
         **task.overrides,
     }
     try:
-        config = resolved(compose(task.experiment, [f"{k}={v}" for k, v in values.items()]))
-        measured = measure(config, Workers("cpu"), Records(), describe(config))
+        config = resolve_config(
+            compose_config(task.experiment, [f"{k}={v}" for k, v in values.items()])
+        )
+        measured = measure_run(config, Workers("cpu"), Records(), describe_run(config))
     except (RuntimeError, ValueError) as error:
         return {"metric": 0.0, "error": f"{type(error).__name__}: {error}"}
     found = {"metric": round(measured["last"], 3)}
@@ -142,7 +144,7 @@ def search_settings(
             "seeds": [FIRST_SEED, seed - 1],
             "held_out": HELD_OUT[experiment],
         },
-        "environment": environment(),
+        "environment": describe_environment(),
         "methods": {
             name: {
                 "settings": found[0]["settings"],

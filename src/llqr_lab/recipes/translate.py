@@ -12,7 +12,7 @@ from ..data.tokens import EOS, PAD
 from ..data.vocabulary import Vocabulary
 from ..models.translation import Cache, Translator
 
-__all__ = ["beam_search", "bleu", "token_error", "translate"]
+__all__ = ["beam_search", "corpus_bleu", "token_error", "translate_all"]
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def beam_search(
     memory, mask = model.encode(source)
     first = beam * torch.arange(count, device=device)[:, None]  # the row of each sentence's beam
     rows = torch.arange(count, device=device).repeat_interleave(beam)
-    cache, mask = _chosen(model.start(memory), rows), mask[rows]
+    cache, mask = _cache_rows(model.empty_cache(memory), rows), mask[rows]
     tokens = torch.full((count * beam, 1), EOS, device=device)
     # All beams of a sentence are equal at first: only one of them counts.
     scores = torch.full((count, beam), -torch.inf, device=device)
@@ -60,7 +60,7 @@ def beam_search(
     done = [False] * count
     for length in range(1, int(limits.max()) + 1):
         logits, cache = model.decode(tokens[:, -1:], cache, mask, start=length - 1)
-        steps = _next(logits[:, -1], (limits <= length).repeat_interleave(beam))
+        steps = _next_log_probabilities(logits[:, -1], (limits <= length).repeat_interleave(beam))
         size = steps.shape[1]
         totals = (scores[:, :, None] + steps.view(count, beam, size)).flatten(1)
         # Twice the beam: even if half of them end, the beam stays full.
@@ -80,11 +80,11 @@ def beam_search(
             break
         rows = (first + parents.gather(1, kept)).flatten()
         tokens = torch.cat([tokens[rows], words.gather(1, kept).view(-1, 1)], dim=1)
-        cache = _chosen(cache, rows)
+        cache = _cache_rows(cache, rows)
     return [best_first[0][1] for best_first in ended]
 
 
-def _next(logits: Tensor, last: Tensor) -> Tensor:
+def _next_log_probabilities(logits: Tensor, last: Tensor) -> Tensor:
     """Return the log-probabilities of the next token: never padding, at the limit ``</s>``."""
     logs = logits.float().log_softmax(-1)
     logs[:, PAD] = -torch.inf
@@ -92,7 +92,7 @@ def _next(logits: Tensor, last: Tensor) -> Tensor:
     return logs.masked_fill(last[:, None] & others, -torch.inf)
 
 
-def _chosen(cache: Cache, rows: Tensor) -> Cache:
+def _cache_rows(cache: Cache, rows: Tensor) -> Cache:
     return [
         (
             (memory[0][rows], memory[1][rows]),
@@ -102,7 +102,7 @@ def _chosen(cache: Cache, rows: Tensor) -> Cache:
     ]
 
 
-def translate(
+def translate_all(
     model: Translator,
     sentences: Sentences,
     vocabulary: Vocabulary,
@@ -129,7 +129,7 @@ def translate(
     return texts
 
 
-def bleu(translations: Sequence[str], references: Sequence[str]) -> float:
+def corpus_bleu(translations: Sequence[str], references: Sequence[str]) -> float:
     """Return the corpus BLEU of sacrebleu (13a tokens, as they are written), 0 to 100."""
     import sacrebleu
 

@@ -21,15 +21,15 @@ from .findings import Finding
 __all__ = ["CHECKS", "finding_lines"]
 
 CHECKS: dict[str, Callable[[], list[Finding]]] = {
-    "recursions": two_scale.findings,
-    "hovering": hovering.findings,
-    "escape": escape.findings,
-    "vanilla SAM": vanilla_sam.findings,
-    "selection": selection.findings,
-    "damping": damping.findings,
-    "toys": toy_limits.findings,
-    "storage": storage.findings,
-    "transfer": transfer.findings,
+    "recursions": two_scale.check_recursions,
+    "hovering": hovering.check_hovering,
+    "escape": escape.check_escape,
+    "vanilla SAM": vanilla_sam.check_vanilla_sam,
+    "selection": selection.check_selection,
+    "damping": damping.check_damping,
+    "toys": toy_limits.check_toys,
+    "storage": storage.check_storage,
+    "transfer": transfer.check_transfer,
 }
 
 INDENT = {"initial_indent": " " * 4, "subsequent_indent": " " * 6}
@@ -37,7 +37,7 @@ INDENT = {"initial_indent": " " * 4, "subsequent_indent": " " * 6}
 
 def finding_lines(finding: Finding) -> list[str]:
     """Return one finding as lines of at most 100 characters."""
-    row = finding.row()
+    row = finding.plain_row()
     head = f"{row['verdict']:<18} {row['source']}: {row['statement']}"
     body = [text for text in (row["measured"], row["note"]) if text]
     return [head, *(line for text in body for line in textwrap.wrap(text, 96, **INDENT))]

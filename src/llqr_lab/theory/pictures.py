@@ -14,14 +14,14 @@ from .sharp_well import SharpWell
 from .swarm import INSIDE, METHODS
 from .toys import DRAWN, VERDICTS, Toy, Window
 
-__all__ = ["picture2", "picture3", "picture_findings", "picture_window"]
+__all__ = ["picture_figure2", "picture_figure3", "picture_findings", "picture_window"]
 
 COLOURS = {"GD": "#555555", "LLQR": "#0072b2", "SAM": "#d55e00", "LLQR+SAM": "#009e73"}
 STYLES = {"GD": "-", "LLQR": "--", "SAM": "-", "LLQR+SAM": "-"}
 MARKS = {"GD": "s", "LLQR": "D", "SAM": "o", "LLQR+SAM": "^"}
 
 
-def picture2(toy: Toy) -> Any:
+def picture_figure2(toy: Toy) -> Any:
     """Draw the profile, paths over the contours, r and the loss by step."""
     figure, axes = new_figure((2, 2), (12.5, 9.6), width_ratios=(1, 1.1))
     (profile, plane), (radius, curves) = axes
@@ -55,7 +55,7 @@ def picture2(toy: Toy) -> Any:
     return figure
 
 
-def picture3(toy: Toy) -> Any:
+def picture_figure3(toy: Toy) -> Any:
     """Draw r by step for some schedules, then length against number of steps for every one."""
     figure, (radius, scatter) = new_figure((1, 2), (12.5, 5.4))
     draw_radius(radius, toy, {m: toy.paths[m][:5, : DRAWN + 1] for m in METHODS})

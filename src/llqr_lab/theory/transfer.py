@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
-from llqr_lab.common.output import progress
+from llqr_lab.common.output import progress_bar
 
 from .findings import HOLDS, LIMITS, Finding
 
-__all__ = ["HORIZONS", "Run", "findings", "run", "slope"]
+__all__ = ["HORIZONS", "Run", "check_transfer", "train_run", "fitted_slope"]
 
 F64 = torch.float64
 HORIZONS = (2**8, 2**10, 2**12, 2**14)
@@ -48,7 +48,7 @@ class Run:
         return torch.linalg.eigvalsh(self.metrics - self.metrics[-1]).abs().amax(-1)
 
 
-def data(seed: int) -> tuple[Tensor, Tensor]:
+def random_data(seed: int) -> tuple[Tensor, Tensor]:
     """Return features of different scales and labels of which a fifth is flipped."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(ROWS, FEATURES, dtype=F64, generator=generator)
@@ -58,9 +58,9 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     return x, ((x @ truth > 0) ^ flipped).to(F64)
 
 
-def run(steps: int, seed: int = 0) -> Run:
+def train_run(steps: int, seed: int = 0) -> Run:
     """Train LLQR+SAM with alpha and rho ~ 1/sqrt(T) and 16 refreshes on their own minibatches."""
-    x, y = data(seed)
+    x, y = random_data(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model = nn.Linear(FEATURES, 1, bias=False, dtype=F64)
     model.weight.data = 3 * torch.randn(1, FEATURES, dtype=F64, generator=generator)
@@ -92,7 +92,7 @@ def run(steps: int, seed: int = 0) -> Run:
 
     batches = torch.randint(ROWS, (steps, BATCH), generator=generator)
     weights, metrics = [], []
-    for batch in progress(batches, f"T = {steps}"):
+    for batch in progress_bar(batches, f"T = {steps}"):
         if optimizer.refresh_due:
             optimizer.refresh(forward_on(torch.randint(ROWS, (64,), generator=generator)))
         weights.append(model.weight.detach()[0].clone())
@@ -102,19 +102,19 @@ def run(steps: int, seed: int = 0) -> Run:
     return Run(residuals @ x / ROWS, torch.stack(metrics), max(changes))
 
 
-def slope(horizons: list[int], means: list[float]) -> float:
+def fitted_slope(horizons: list[int], means: list[float]) -> float:
     """Fit d log(mean) / d log(T)."""
     return float(np.polyfit(np.log(horizons), np.log(means), 1)[0])
 
 
-def findings(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
+def check_transfer(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
     """Check the rate in U_t, in the Euclidean norm and in U_f, and the two inequalities."""
     rates: dict[str, list[float]] = {"U_t": [], "Euclidean": [], "U_f": []}
     floor, excess, average_excess, drift, change = np.inf, -np.inf, -np.inf, [], np.inf
     for steps in horizons:
         # Short runs are cheap and noisy: average over more of them.
         seeds = range(max(1, min(4, 2**10 // steps * 2)))
-        runs = [run(steps, seed) for seed in seeds]
+        runs = [train_run(steps, seed) for seed in seeds]
         for one in runs:
             exact = one.in_metric(one.metrics)
             final = one.in_metric(one.metrics[-1])
@@ -128,7 +128,7 @@ def findings(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
         for name in rates:
             rates[name].append(float(np.mean([mean_of(name, one) for one in runs])))
         drift.append(float(np.mean([float(one.discrepancy.mean()) for one in runs])))
-    slopes = {name: slope(list(horizons), values) for name, values in rates.items()}
+    slopes = {name: fitted_slope(list(horizons), values) for name, values in rates.items()}
     by_horizon = {f"mean g'Ug at T = {t}": v for t, v in zip(horizons, rates["U_t"], strict=True)}
     return [
         Finding(

@@ -12,7 +12,14 @@ import llqr
 
 from .findings import HOLDS, Finding
 
-__all__ = ["TwoScale", "coordinate_step", "findings", "full_step", "scalar_step", "whitened_step"]
+__all__ = [
+    "TwoScale",
+    "coordinate_step",
+    "check_recursions",
+    "full_step",
+    "scalar_step",
+    "whitened_step",
+]
 
 F64 = torch.float64
 
@@ -125,7 +132,7 @@ def optimizer_path(
     return torch.stack(path)
 
 
-def findings(cases: int = 200) -> list[Finding]:
+def check_recursions(cases: int = 200) -> list[Finding]:
     """Compare one optimizer step with every recursion on random problems."""
     generator = torch.Generator().manual_seed(0)
     worst = dict.fromkeys(("full", "whitened", "coordinate", "scalar"), 0.0)

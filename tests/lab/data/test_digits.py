@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llqr_lab.data.digits import CLASSES, TEST, VALIDATION, digits, generator
+from llqr_lab.data.digits import CLASSES, TEST, VALIDATION, digits, digits_generator
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -67,5 +67,7 @@ def unscaled(x, data):
 
 def test_purposes_draw_apart():
     purposes = ("order", "noise", "initialisation", "refresh", "split")
-    draws = {float(torch.rand(1, generator=generator(s, p))) for s in range(20) for p in purposes}
+    draws = {
+        float(torch.rand(1, generator=digits_generator(s, p))) for s in range(20) for p in purposes
+    }
     assert len(draws) == 100

@@ -11,7 +11,7 @@ from llqr_lab.data.token_batches import Sentences
 from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.data.vocabulary import Words
 from llqr_lab.models.translation import Translator
-from llqr_lab.recipes.translate import beam_search, bleu, token_error, translate
+from llqr_lab.recipes.translate import beam_search, corpus_bleu, token_error, translate_all
 
 SOURCE = torch.tensor([[5, 6, 7, EOS], [4, 3, EOS, PAD], [3, EOS, PAD, PAD]])
 
@@ -99,7 +99,7 @@ def test_a_trained_model_says_what_it_was_taught():
         ).backward()
         optimizer.step()
     assert token_error(model(batch.source, batch.prefix), batch.target) == (0, 14)
-    assert translate(model, sentences, words) == [target for _, target in pairs]
+    assert translate_all(model, sentences, words) == [target for _, target in pairs]
 
 
 def test_translate_keeps_the_order_and_the_dropout_off():
@@ -107,7 +107,7 @@ def test_translate_keeps_the_order_and_the_dropout_off():
     pairs = [("a b c", "c b"), ("d", "d"), ("c d", "a a b")]
     sentences = Sentences(pairs, words, words)
     model = tiny(target=len(words)).train()
-    texts = translate(model, sentences, words, beam=2, tokens=8)
+    texts = translate_all(model, sentences, words, beam=2, tokens=8)
     assert not model.training
     for (source, _), text in zip(pairs, texts, strict=True):
         tokens = torch.tensor([words.encode(source)])
@@ -117,11 +117,11 @@ def test_translate_keeps_the_order_and_the_dropout_off():
 def test_bleu_is_the_formula():
     pytest.importorskip("sacrebleu", reason="the extra 'translation' is not installed")
     reference = "the cat sat on the red mat ."
-    assert bleu([reference], [reference]) == pytest.approx(100)
+    assert corpus_bleu([reference], [reference]) == pytest.approx(100)
     # 8 words of which 7 match, 7 pairs of which 5, 6 triples of which 3, 5 fours of which 2.
     translation = "the cat sat on the blue mat ."
     expected = 100 * math.prod([7 / 8, 5 / 7, 3 / 6, 2 / 5]) ** 0.25
-    assert bleu([translation], [reference]) == pytest.approx(expected)
+    assert corpus_bleu([translation], [reference]) == pytest.approx(expected)
 
 
 def test_token_error():
