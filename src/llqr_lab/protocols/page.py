@@ -34,9 +34,9 @@ none: it counts the parameters of modules. Each value says where it comes from:
 
 The values live in `llqr_lab.protocols`. `resolve_settings(experiment, dataset, model, method,
 scale)` returns those of one run, and `llqr run` takes them from there. What follows `base.`,
-`llqr.`, `probe.` and `optimizer.` are arguments of the base optimizer, `llqr.LLQR`, the perturbation and
-`llqr.Optimizer`; `model.` those of the network. Within a table, and from the shared tables to those
-of an experiment, a later value of a key replaces an earlier one.
+`llqr.`, `probe.` and `optimizer.` are arguments of the base optimizer, `llqr.LLQR`, the
+perturbation and `llqr.Optimizer`; `model.` those of the network. Within a table, and from the
+shared tables to those of an experiment, a later value of a key replaces an earlier one.
 
 The order of the training data and their augmentation, the label noise, the initialisation and the
 refresh minibatches each take a generator of their own, so that the methods of a row see identical
