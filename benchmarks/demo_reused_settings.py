@@ -1,7 +1,7 @@
 """Print the demo's LLQR+SAM and LLQR+FriendlySAM without settings of their own, as in the paper.
 
-Base and probe are set as for the probe alone, the geometry as for LLQR alone. Differences are to
-the probe alone, seed by seed, with their standard errors.
+Base and probe are set as for the probe without LLQR, the geometry as for LLQR without a probe.
+Differences are to the probe without LLQR, seed by seed, with their standard errors.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, run_demo
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the probes alone and with LLQR's geometry; print the table."""
+    """Run the probes without and with LLQR's geometry; print the table."""
     found = json.loads(SETTINGS_FILE.read_text())["methods"]
     settings = {name: entry["settings"] for name, entry in found.items()}
     geometry = {k: settings["LLQR"][k] for k in ("structure", "inner_lr", "ema", "every", "graft")}

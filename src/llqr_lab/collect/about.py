@@ -27,7 +27,7 @@ __all__ = [
 
 
 def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row a cell that learns U: what its refreshes did, and whether U acts."""
+    """Return one row per cell that learns U: what its refreshes did, and whether U acts."""
     rows = []
     for cell in sorted({run.cell for run in runs}):
         mine = [run for run in runs if run.cell == cell]

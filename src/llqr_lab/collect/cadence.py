@@ -1,4 +1,4 @@
-"""Table 10: seconds an epoch and a refresh, by network, method and interval."""
+"""Table 10: seconds per epoch and per refresh, by network, method and interval."""
 
 from __future__ import annotations
 

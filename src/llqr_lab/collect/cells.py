@@ -68,7 +68,7 @@ def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tupl
 
 
 def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
-    """Choose the runs of a cell, one a seed, all of equal settings.
+    """Choose the runs of a cell, one per seed, all of equal settings.
 
     Runs with settings of the protocol go before those that were changed by hand; of two equal runs
     of a seed, that of the recipe asked for goes before those of other recipes. What is left out is
@@ -139,7 +139,7 @@ def _differing_settings(runs: Sequence[Run]) -> str:
 
 
 def describe_cell(cell: Cell) -> str:
-    """Say a cell in words."""
+    """Return the cell in words."""
     parts = [cell.dataset, cell.model, cell.method]
     parts += [f"noise {cell.noise:g}"] * bool(cell.noise)
     parts += [f"every {cell.every}"] * (cell.every is not None)

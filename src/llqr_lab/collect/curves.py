@@ -39,7 +39,7 @@ def top1_error(epoch: Mapping[str, Any]) -> float | None:
 def curve_rows(
     method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]
 ) -> list[dict]:
-    """Return a row an epoch: mean and standard deviation over seeds of each column.
+    """Return one row per epoch: mean and standard deviation over seeds of each column.
 
     An epoch where a seed has no finite value has None there.
     """

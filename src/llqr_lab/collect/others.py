@@ -1,4 +1,4 @@
-"""Experiments that are none of the paper's: a row a method, compared seed by seed."""
+"""Experiments that are not in the paper: one row per method, compared seed by seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def other_experiments(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def other_rows(recipe: str, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return a row a cell (last and best epoch, difference to a baseline), and notes.
+    """Return one row per cell (last and best epoch, difference to a baseline), and notes.
 
     Raises:
         RunError: runs of a cell contradict each other.

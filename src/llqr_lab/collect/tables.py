@@ -75,7 +75,7 @@ class Table:
         }
 
     def long_rows(self) -> list[dict[str, Any]]:
-        """Return a flat row a cell, for CSV."""
+        """Return one flat row per cell, for CSV."""
         found = []
         for row in self.rows:
             labels = {

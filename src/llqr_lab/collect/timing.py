@@ -92,7 +92,7 @@ def collect_figure5(found: Found, asked: str | None = None) -> Figure:
 
 
 def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
-    """Draw a panel a network, both axes logarithmic."""
+    """Draw one panel per network, both axes logarithmic."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = new_figure((1, len(models)), (6.75 * len(models), 5.6), squeeze=False)
     intervals = sorted({row["every"] for row in rows if row["every"]}) or [1, 2]
@@ -116,7 +116,7 @@ def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
         axes.set(xscale="log", yscale="log")
         axes.set_title(NAMES[model], fontsize=12)
         axes.set_xlabel("optimizer steps between refreshes", fontsize=11)
-        axes.set_ylabel("seconds an epoch", fontsize=11)
+        axes.set_ylabel("seconds per epoch", fontsize=11)
         axes.set_xticks(intervals, [f"{t}" for t in intervals])
         axes.minorticks_off()
         plain_ticks(axes.yaxis)
@@ -219,7 +219,7 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
     )
     axes.minorticks_off()
     axes.set_xlabel("parameters P", fontsize=11)
-    axes.set_ylabel("seconds a refresh (after the first)", fontsize=11)
+    axes.set_ylabel("seconds per refresh (after the first)", fontsize=11)
     label_lines(axes, lines)
     return figure
 

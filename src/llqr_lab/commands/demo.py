@@ -146,7 +146,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _print_summary(methods: Mapping[str, Mapping[str, Any]], search: Mapping[str, Any]) -> None:
     print(
-        f"settings: the best of {search['runs_a_method']} runs a method "
+        f"settings: the best of {search['runs_a_method']} runs per method "
         f"(`{search['command']}`), on other seeds and on validation pictures\n"
     )
     print("\n".join(table_lines(accuracy_rows(methods))))

@@ -18,9 +18,9 @@ __all__ = ["add_arguments", "main"]
 
 ABOUT = """\
 Makes one run of a table or figure of the paper and writes it below the folder out: its settings,
-metrics.jsonl (a line a measurement), TensorBoard's events, and result.json when it is finished.
-`llqr table N` and `llqr figure N` collect finished runs. A run that was killed goes on from its
-last checkpoint when the same command is given again, and ends with the same weights.
+metrics.jsonl (one line per measurement), TensorBoard's events, and result.json when it is finished.
+`llqr table N` and `llqr figure N` collect finished runs. To resume a run that was killed, give the
+same command again: it goes on from its last checkpoint and ends with the same weights.
 """
 EXAMPLES = """\
 examples:

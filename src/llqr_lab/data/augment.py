@@ -109,5 +109,5 @@ class Augment:
         return cutout(x, self.hole, generator) if self.hole else x
 
     def without_augmentation(self, pixels: Tensor) -> Tensor:
-        """Return the batch to evaluate on: normalised alone."""
+        """Return the batch to evaluate on: only normalised."""
         return normalise(pixels, self.mean, self.std)

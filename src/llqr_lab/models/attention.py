@@ -43,7 +43,7 @@ class Attention(nn.Module):
             x: who asks.
             memory: from :meth:`keys_values`.
             mask: True where attention is allowed, broadcast to (batch, heads, asking, asked).
-            causal: let token i see the tokens up to i alone.
+            causal: let token i see only the tokens up to i.
         """
         y = F.scaled_dot_product_attention(
             self._split_heads(self.q(x)), *memory, attn_mask=mask, is_causal=causal

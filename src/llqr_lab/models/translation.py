@@ -164,7 +164,7 @@ class Translator(nn.Module):
         """Return the logits after each of ``tokens``, and the cache with them in it.
 
         Args:
-            tokens: the first tokens of the target (batch, tokens); or, where the cache holds
+            tokens: the first tokens of the target (batch, tokens); or, if the cache holds
                 earlier ones, one more (batch, 1).
             cache: from :meth:`empty_cache` or from the call before.
             mask: False where the source is padding.

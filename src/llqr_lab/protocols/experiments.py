@@ -41,7 +41,7 @@ class Experiment:
         models: names in :data:`llqr_lab.models.registry.MODELS`.
         methods: names in :data:`METHODS`.
         groups: shared settings; a later group goes before an earlier one.
-        own: settings of this experiment alone; they go before those of the groups.
+        own: settings of this experiment only; they go before those of the groups.
         small: what changes at the scales "small" and "smoke".
     """
 

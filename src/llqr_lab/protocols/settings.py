@@ -44,9 +44,9 @@ class Setting:
         value: plain data.
         source: where it comes from.
         note: in what sense, or what speaks against it.
-        dataset: it holds for these alone; none: for all.
+        dataset: the data sets it holds for; none: for all.
         model: the same.
-        method: it holds for these alone; None: for all.
+        method: the methods it holds for; None: for all.
     """
 
     key: str

@@ -26,7 +26,7 @@ def network_of(
     weights_seed: int | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """Return the run's network; its weights depend on the seed alone.
+    """Return the run's network; its weights depend only on the seed.
 
     Args:
         config: of the run.

@@ -1,6 +1,6 @@
 """A generator of its own for each purpose and moment: nothing about a run's past is needed.
 
-The numbers that are drawn for step k depend on the seed, the purpose and k alone. So all methods of
+The numbers that are drawn for step k depend only on the seed, the purpose and k. So all methods of
 a seed see the same batches, pictures and masks, and a run that is resumed draws what it would have.
 """
 

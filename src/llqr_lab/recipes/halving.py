@@ -53,7 +53,7 @@ def _value_at(values: dict[str, list[Any]], share: float) -> Any:
 
 
 class Journal:
-    """The finished runs of a search, a line each, so that a search that was killed goes on.
+    """The finished runs of a search, one per line: a killed search resumes from them.
 
     Args:
         path: of the file; None: nothing is written or read.

@@ -1,4 +1,4 @@
-"""The training loop of every recipe that trains to the end; it can be killed and gone on with."""
+"""The training loop of every recipe that trains, the demo included; resumable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Training:
     """A run in progress.
 
     All that is random is a function of the seed and the step, so a checkpoint holds the network,
-    the optimizer, the schedule and the place in the data, and a run that is gone on with ends with
+    the optimizer, the schedule and the place in the data, and a resumed run ends with
     the weights, bit for bit, of one that was never interrupted.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: settings, a line a measurement, checkpoints, the result."""
+"""What a run leaves in its folder: settings, one line per measurement, checkpoints, the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Records"]
 
 
 class Records:
-    """The folder of a run; with several processes the first one alone writes.
+    """The folder of a run; with several processes only the first one writes.
 
     Args:
         folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and,
@@ -39,7 +39,7 @@ class Records:
             self._written.mkdir(parents=True, exist_ok=True)
 
     def begin_files(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
-        """Write the settings; forget what was measured after the checkpoint that is gone on from.
+        """Write the settings; forget what was measured after the checkpoint to resume from.
 
         Args:
             config: of the run.

@@ -46,7 +46,7 @@ def folder_of(about: dict[str, Any], out: str) -> Path:
 
 
 def perform_run(config: DictConfig) -> None:
-    """Make one run, or go on with it, unless it is finished."""
+    """Make one run, or resume it, unless it is finished."""
     workers = Workers(config.device)
     if workers.device.type == "cpu":
         torch.set_num_threads(config.threads)

@@ -24,7 +24,7 @@ class Workers:
     """
 
     def __init__(self, device: str = "auto") -> None:
-        """Join the other processes, where torchrun has started several."""
+        """Join the other processes, if torchrun has started several."""
         cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))

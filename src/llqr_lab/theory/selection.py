@@ -18,7 +18,7 @@ GROWTH = 1.2  # |1 - eta lambda| of the unstable well
 
 
 def flat_step(z: Array) -> Array:
-    """Stay where you are: the noise alone moves, so the exit takes R^2 / sigma^2 steps."""
+    """Stay where you are: only the noise moves, so the exit takes R^2 / sigma^2 steps."""
     return z
 
 

@@ -50,7 +50,7 @@ class TwoScale:
 
 
 class RandomCase(NamedTuple):
-    """A model with, where it commutes, its eigenvectors (columns), average curvatures and mu."""
+    """A model and, if its matrices commute, their eigenvectors (columns), averages and mu."""
 
     model: TwoScale
     vectors: Tensor
@@ -96,7 +96,7 @@ def coordinate_step(z: Tensor, mu: Tensor, average: Tensor, eta: float, rho: flo
 
 
 def scalar_step(z: Tensor, mu: Tensor, average: Tensor, eta: float, rho: float) -> Tensor:
-    """Return z_{t+1} of equations (4) and (13), elementwise: every entry is alone."""
+    """Return z_{t+1} of equations (4) and (13), elementwise: no entry sees another."""
     return (1 - eta * mu) * z - eta * rho * mu / average.sqrt() * z.sign()
 
 

@@ -1,14 +1,20 @@
 """Runs of the demo's experiment: the same noise, weights and batches for every method."""
 
+import json
+
 import pytest
 import torch
 
 import llqr
+from llqr_lab.cli import main
 from llqr_lab.common.processes import run_all
-from llqr_lab.demo.runs import DemoRun, configure_run, run_demo
+from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, configure_run, run_demo
 from llqr_lab.models.small_cnn import small_cnn
 from llqr_lab.protocols import DEMO_METHODS
 from llqr_lab.recipes.build import optimizer_of
+from llqr_lab.recipes.config import compose_config
+from llqr_lab.recipes.digits import NoisyDigits
+from llqr_lab.recipes.workers import Workers
 
 SETTINGS = {
     "lr": 0.05,
@@ -75,6 +81,27 @@ def test_the_history_has_what_the_demo_shows():
         assert low <= report.eigenvalue_min * 1.001
         assert high >= report.eigenvalue_max * 0.999
     assert 0 < history.train_accuracy < 100 and history.skipped_steps == 0
+
+
+def test_the_recipe_makes_the_demos_run(tmp_path, monkeypatch):
+    """With the settings of the search, which the protocol has, and the same numbers."""
+    monkeypatch.chdir(tmp_path)
+    options = ["scale=small", "train.epochs=2", "seed=1", "tensorboard=false", "out=o"]
+    assert main(["run", "demo", "method=llqr-f-sam", *options]) == 0
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    settings = json.loads(SETTINGS_FILE.read_text())["methods"]["LLQR+FriendlySAM"]["settings"]
+    history = run_demo(DemoRun("LLQR+FriendlySAM", settings, seed=1, epochs=2))
+    assert result["changed"] == ["train.epochs"]
+    assert [e["test_accuracy"] for e in result["epochs"]] == history.test_accuracy
+    assert [e["train_loss"] for e in result["epochs"]] == history.loss
+    assert result["train_accuracy"] == history.train_accuracy
+    assert [r["change"] for r in result["refreshes"]] == [r.change for r in history.reports]
+
+
+def test_only_the_demos_validation_pictures_can_be_held_out():
+    config = compose_config("demo", ["input.holdout=100"])
+    with pytest.raises(ValueError, match="input.holdout: expected 0 or 297, got 100"):
+        NoisyDigits(config, Workers("cpu"))
 
 
 @pytest.mark.slow

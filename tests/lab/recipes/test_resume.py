@@ -33,7 +33,13 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "recipe, method", [("table1", "llqr-sam"), ("table4", "llqr-f-sam"), ("table6", "llqr-sam")]
+    "recipe, method",
+    [
+        ("table1", "llqr-sam"),
+        ("table4", "llqr-f-sam"),
+        ("table6", "llqr-sam"),
+        ("demo", "llqr-sam"),
+    ],
 )
 def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     from llqr_lab.recipes import loop
