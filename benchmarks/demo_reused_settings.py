@@ -23,8 +23,8 @@ def main(options: argparse.Namespace) -> None:
     rows = []
     for probe in ("SAM", "FriendlySAM"):
         pair = ((probe, settings[probe]), (f"LLQR+{probe}", settings[probe] | geometry))
-        tasks = [DemoRun(name, s, seed) for name, s in pair for seed in range(options.seeds)]
-        histories = run_all(run_demo, tasks, available_workers(), probe)
+        runs = [DemoRun(name, s, seed) for name, s in pair for seed in range(options.seeds)]
+        histories = run_all(run_demo, runs, available_workers(), probe)
         final = [h.test_accuracy[-1] for h in histories]
         alone, both = final[: options.seeds], final[options.seeds :]
         changes = [r.change for h in histories for r in h.reports]

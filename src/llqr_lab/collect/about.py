@@ -20,9 +20,9 @@ __all__ = [
     "assumed_values",
     "changed_values",
     "count_environments",
+    "describe_skipped_steps",
     "refresh_rows",
     "reports_of",
-    "describe_skipped_steps",
 ]
 
 

@@ -10,11 +10,11 @@ from ..common.output import plus_minus
 from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose_runs, choose_scale, run_command
+from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, run_command, used_runs
 from .runs import Cell, Found, Run
 from .tables import Table, notes_of
 
-__all__ = ["EPOCH", "fill_cadence", "describe_machines", "timed_cells"]
+__all__ = ["EPOCH", "describe_machines", "fill_cadence", "timed_cells"]
 
 EPOCH = "epoch_seconds_without"  # the first refresh's overhead is left out, as in the paper
 ABOUT = EXPERIMENTS["table10"]
@@ -34,6 +34,7 @@ def fill_cadence(found: Found, asked: str | None = None) -> Table:
     cells = [cell for cell in timed_cells(found) if cell.model in ABOUT.models]
     scale, notes = choose_scale(found, cells, asked)
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
+    # Smaller runs have other intervals than the table prints.
     rows = paper["rows"] if scale == "paper" else _rows_of(runs)
     chosen = {}
     for row in rows:
@@ -43,11 +44,11 @@ def fill_cadence(found: Found, asked: str | None = None) -> Table:
         {"labels": row["labels"], "cells": _fill_cells(row, chosen, scale, str(found.root))}
         for row in rows
     ]
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, paper["seeds"]),
         *describe_machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
         *(f"Of the paper's text: {note}" for note in paper["notes"]),
@@ -126,6 +127,7 @@ def _fill_cells(
     for i, (name, text, theirs) in enumerate(
         zip(TABLES["10"]["columns"], texts, row["cells"], strict=True)
     ):
+        # Without U there are no updates to count or to time.
         unused = not learned and i in (0, 4)
         cells.append(
             {
@@ -152,6 +154,7 @@ def _count_refreshes(run: Run) -> int:
     timing = run["timing"]
     if "updates" in timing:
         return int(timing["updates"])
+    # Results that were written before the count was.
     steps = timing["steps_an_epoch"] * run["settings"].get("train.epochs", 1)
     return math.ceil(steps / timing["every"])
 

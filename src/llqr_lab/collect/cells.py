@@ -16,8 +16,10 @@ __all__ = [
     "Chosen",
     "choose_runs",
     "choose_scale",
+    "notes_on_choices",
     "run_command",
     "seed_differences",
+    "used_runs",
 ]
 
 
@@ -84,10 +86,12 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
     """
     mine = [run for run in runs if run.cell == cell]
     notes = []
+    # Runs repeat each other only if all their settings agree: a mean never mixes settings.
     variants: dict[str, list[Run]] = defaultdict(list)
     for run in mine:
         variants[run.variant].append(run)
     if len(variants) > 1:
+        # The protocol's own settings win; of several changed ones none is more right.
         plain = [name for name, members in variants.items() if not members[0].changed_keys]
         if len(plain) != 1:
             differing = _differing_settings([members[0] for members in variants.values()])
@@ -106,6 +110,7 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
         by_seed[run["seed"]].append(run)
     chosen = {}
     for seed, candidates in sorted(by_seed.items()):
+        # Recipes share cells, so that a seed may have been run for two tables.
         own = [run for run in candidates if run["recipe"] == recipe]
         best = own if len(own) == 1 else candidates
         if len(best) > 1:
@@ -119,6 +124,7 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
                 f"{describe_cell(cell)}, seed {seed}: of {len(candidates)} equal runs that of "
                 f"{recipe} is used."
             )
+        # A run that diverged has no number; as NaN it would hide the other seeds.
         if best[0]["timing"] is None and not list(finite_numbers([best[0]["best"]])):
             notes.append(
                 f"{describe_cell(cell)}, seed {seed}: no finite result; left out of the mean."
@@ -126,6 +132,16 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
             continue
         chosen[seed] = best[0]
     return Chosen(chosen, notes)
+
+
+def used_runs(several: Iterable[Chosen]) -> list[Run]:
+    """Return the runs of several cells."""
+    return [run for chosen in several for run in chosen.runs.values()]
+
+
+def notes_on_choices(several: Iterable[Chosen]) -> list[str]:
+    """Return what has to be said of the runs of several cells."""
+    return [note for chosen in several for note in chosen.notes]
 
 
 def _differing_settings(runs: Sequence[Run]) -> str:

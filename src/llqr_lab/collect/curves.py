@@ -12,7 +12,7 @@ from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS
 from .cadence import describe_machines
-from .cells import Chosen, choose_runs, choose_scale
+from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, used_runs
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
@@ -49,6 +49,7 @@ def curve_rows(
             by_epoch.setdefault(epoch["epoch"], []).append(epoch)
     rows = []
     for number, epochs in sorted(by_epoch.items()):
+        # A mean over fewer seeds would jump where one of them ends.
         if len(epochs) < len(chosen.runs):
             continue
         row: dict[str, Any] = {"method": method, "seeds": len(epochs), "epoch": number}
@@ -75,13 +76,13 @@ def collect_curves(
     scale, notes = choose_scale(found, cells.values(), asked)
     runs = [run for run in found.runs if run["scale"] == scale]
     chosen = {m: choose_runs(runs, cell, f"table{table}") for m, cell in cells.items()}
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     rows = [r for m, c in chosen.items() for r in curve_rows(m, c, columns)]
     notes = [
         *notes_of(scale, used, TABLES[table]["seeds"]),
         "Lines are means over seeds, bands one standard deviation.",
         *describe_machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
     ]

@@ -8,10 +8,10 @@ from typing import Any
 from ..common.output import plus_minus
 from ..common.statistics import mean_std
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose_runs, seed_differences
+from .cells import Chosen, choose_runs, notes_on_choices, seed_differences
 from .runs import Cell, Run
 
-__all__ = ["PAPER", "other_rows", "other_experiments"]
+__all__ = ["PAPER", "other_experiments", "other_rows"]
 
 PAPER = ("table", "figure")  # what the paper's recipes begin with
 
@@ -31,6 +31,7 @@ def other_rows(recipe: str, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], 
     Raises:
         RunError: runs of a cell contradict each other.
     """
+    # Methods as the experiment has them, then those that only its runs have.
     order = [*getattr(EXPERIMENTS.get(recipe), "methods", ()), *METHODS]
     cells = sorted(
         {run.cell for run in runs},
@@ -38,7 +39,7 @@ def other_rows(recipe: str, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], 
     )
     chosen = {cell: choose_runs(runs, cell, recipe) for cell in cells}
     rows = [cell_row(cell, chosen) for cell in cells if chosen[cell].runs]
-    return rows, [note for c in chosen.values() for note in c.notes]
+    return rows, notes_on_choices(chosen.values())
 
 
 def cell_row(cell: Cell, chosen: dict[Cell, Chosen]) -> dict[str, Any]:

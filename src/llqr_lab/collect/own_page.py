@@ -57,15 +57,15 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
                 method,
                 str(len(mine)),
                 "missing" if mean is None else plus_minus(mean, std),
-                "" if method == base else _minus_text(mine, ends[base]),
-                "" if method == "SAM" else _minus_text(mine, ends["SAM"]),
+                "" if method == base else _difference_text(mine, ends[base]),
+                "" if method == "SAM" else _difference_text(mine, ends["SAM"]),
                 _change_text(chosen[method]) if METHODS[method].curvature else "",
             ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _minus_text(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+def _difference_text(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
     found = paired_by_seed(mine, baseline)
     return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
 

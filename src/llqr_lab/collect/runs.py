@@ -12,8 +12,8 @@ from typing import Any
 from ..protocols import METHODS, SCALES
 
 __all__ = [
-    "FORMAT",
     "Cell",
+    "FORMAT",
     "Found",
     "Run",
     "RunError",
@@ -173,6 +173,7 @@ def find_runs(root: Path, where: Sequence[str] = ()) -> Found:
     """
     results = sorted(root.rglob("result.json"))
     runs = [read_result(path) for path in results]
+    # A run writes these before it has a result.
     begun = {p.parent for name in ("metrics.jsonl", "checkpoint.pt") for p in root.rglob(name)}
     unfinished = sorted(begun - {path.parent for path in results})
     notes = []
@@ -183,6 +184,7 @@ def find_runs(root: Path, where: Sequence[str] = ()) -> Found:
         kept = [run for run in runs if run.setting_or_entry(key) in (None, value)]
         notes.append(f"{len(runs) - len(kept)} runs were left out by --where {condition}.")
         runs = kept
+    # Evaluated on data that a search looks at: no test results.
     held_out = [run for run in runs if run.setting_or_entry("data.holdout")]
     if held_out:
         notes.append(

@@ -10,7 +10,15 @@ from ..common.output import plus_minus
 from ..common.statistics import mean_std
 from ..paper import TABLES, parse_cell
 from ..protocols import slug
-from .cells import Chosen, choose_runs, choose_scale, run_command, seed_differences
+from .cells import (
+    Chosen,
+    choose_runs,
+    choose_scale,
+    notes_on_choices,
+    run_command,
+    seed_differences,
+    used_runs,
+)
 from .runs import Cell, Found, Run, RunError
 
 __all__ = ["Table", "data_of", "fill_table", "notes_of"]
@@ -130,10 +138,10 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
                 }
             )
         rows.append({"labels": row["labels"], "cells": filled})
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, paper["seeds"]),
-        *(note for c in chosen.values() for note in c.notes),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
         *(f"Of the paper's text: {note}" for note in paper["notes"]),
@@ -149,6 +157,7 @@ def run_of(paper: dict[str, Any], row: dict[str, Any], column: dict[str, Any]) -
 
 def _own_numbers(chosen: Chosen, metric: str) -> dict[str, Any]:
     """Return the statistics of a cell; ``ours`` is their text."""
+    # Accuracy of the test set and of other data are not the same quantity.
     for run in chosen.runs.values():
         if run["metric"] != metric:
             raise RunError(

@@ -13,7 +13,7 @@ from ..common.statistics import mean_std
 from ..paper import FIGURES, TABLES
 from ..protocols import EXPERIMENTS, METHODS
 from .cadence import EPOCH, describe_machines, timed_cells
-from .cells import Chosen, choose_runs, choose_scale, describe_cell
+from .cells import Chosen, choose_runs, choose_scale, describe_cell, notes_on_choices, used_runs
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
@@ -49,11 +49,11 @@ def gather_timings(
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
     chosen = {cell: choose_runs(runs, cell, experiment) for cell in cells}
     chosen = {cell: c for cell, c in chosen.items() if c.runs}
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, None),
         *describe_machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
     ]
@@ -85,7 +85,7 @@ def collect_figure5(found: Found, asked: str | None = None) -> Figure:
         if (model, method) not in present
     ]
     notes = ["The first refresh is left out, as in the paper.", *notes]
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     return Figure(
         "5", about.title, scale, rows, {}, notes, missing, used, lambda: paint_intervals(rows)
     )
@@ -175,7 +175,7 @@ def collect_figure6(found: Found, asked: str | None = None) -> Figure:
         *notes,
     ]
     facts = {"every": every, "fits": fits, "paper_exponents": exponents}
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     return Figure(
         "6", about.title, scale, rows, facts, notes, missing, used, lambda: paint_sizes(rows, fits)
     )

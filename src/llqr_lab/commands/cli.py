@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = next((a for a in argv if not a.startswith("-")), None)
     for name, (module, line) in COMMANDS.items():
         command = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
+        # Only the command that is called is imported: torch and Hydra take seconds.
         if name == wanted:
             importlib.import_module(module).add_arguments(command)
     arguments = parser.parse_args(argv)

@@ -102,17 +102,18 @@ def main(arguments: argparse.Namespace) -> int:
     settings = {name: recorded["methods"][name]["settings"] for name in DEMO_METHODS}
     seeds = arguments.seeds or (2 if arguments.quick else 3)
     epochs = 4 if arguments.quick else EPOCHS
+    # A process that gets no run would only cost its start.
     workers = min(arguments.workers, seeds * len(DEMO_METHODS))
     print(
         f"digits, {NOISE:.0%} of 1,297 training labels wrong, 500 clean test pictures: "
         f"{len(DEMO_METHODS)} methods, {seeds} seeds, {epochs} epochs, {workers} processes"
     )
-    tasks = [
+    runs = [
         DemoRun(name, settings[name], seed, epochs)
         for seed in range(seeds)
         for name in DEMO_METHODS
     ]
-    histories = run_all(run_demo, tasks, workers, "training")
+    histories = run_all(run_demo, runs, workers, "training")
     methods = summarise_runs(
         settings, {name: histories[i :: len(DEMO_METHODS)] for i, name in enumerate(DEMO_METHODS)}
     )

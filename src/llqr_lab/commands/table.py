@@ -25,8 +25,8 @@ def count_table9(out: Path) -> list[Path]:
     print("\n".join(table_lines(rows)))
     print(
         "\nNumbers stored and MiB per device in fp32. The rows ViT-Ti/16, as the paper prints "
-        "them, are ViT-Ti\nwith patch 8 on 64 x 64 images and 200 classes; ViT-Ti/16 at 224 has patch 16 "
-        "and 1000 classes."
+        "them, are ViT-Ti\nwith patch 8 on 64 x 64 images and 200 classes; ViT-Ti/16 at 224 has "
+        "patch 16 and 1000 classes."
     )
     return [write_csv(out / "table9.csv", rows), write_json(out / "table9.json", rows)]
 

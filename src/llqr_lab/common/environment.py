@@ -34,6 +34,7 @@ def describe_environment(threads: int = 1, device: torch.device | None = None) -
 
 def _processor_name() -> str:
     try:
+        # platform.processor() says no more than the architecture on Linux.
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 __all__ = [
-    "without_nan",
     "plus_minus",
     "progress_bar",
     "table_lines",
+    "without_nan",
     "write_csv",
     "write_json",
     "write_whole",

@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["available_workers", "run_all"]
 
-Task = TypeVar("Task")
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -24,49 +24,49 @@ def available_workers() -> int:
 
 
 def run_all(
-    function: Callable[[Task], Result],
-    tasks: Sequence[Task],
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
     workers: int,
     label: str,
     done: Callable[[int, Result], None] = lambda index, result: None,
 ) -> list[Result]:
-    """Return the function's result for each task, with a progress bar on a terminal.
+    """Return the function's result for each job, with a progress bar on a terminal.
 
     Every process computes with one thread, so that results do not depend on ``workers``.
 
     Args:
         function: picklable, if there is more than one process.
-        tasks: its arguments.
+        jobs: its arguments.
         workers: number of processes; 1: this one.
         label: of the bar.
-        done: called in this process with a task's index and result as soon as it is there.
+        done: called in this process with a job's index and result as soon as it is there.
     """
     from tqdm import tqdm
 
     results: dict[int, Result] = {}
     # disable=None: no bar where nobody watches, such as in a log file.
-    with tqdm(total=len(tasks), desc=label, unit="run", disable=None, leave=False) as bar:
-        for index, result in _results_as_they_come(function, tasks, workers):
+    with tqdm(total=len(jobs), desc=label, unit="run", disable=None, leave=False) as bar:
+        for index, result in _results_as_they_come(function, jobs, workers):
             results[index] = result
             done(index, result)
             bar.update()
-    return [results[index] for index in range(len(tasks))]
+    return [results[index] for index in range(len(jobs))]
 
 
 def _results_as_they_come(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[int, Result]]:
     if workers == 1:
-        for index, task in enumerate(tasks):
+        for index, job in enumerate(jobs):
             with _one_thread():
-                result = function(task)
+                result = function(job)
             yield index, result
         return
     # New interpreters: a fork would copy torch's thread pool in an unknown state.
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        indices = {pool.submit(function, task): index for index, task in enumerate(tasks)}
+        indices = {pool.submit(function, job): index for index, job in enumerate(jobs)}
         try:
             for future in as_completed(indices):
                 yield indices[future], future.result()

@@ -21,7 +21,7 @@ def summarise_refreshes(reports: Sequence[llqr.RefreshReport]) -> dict[str, Any]
     accepted = [r for r in reports if r.accepted]
 
     def median_of(name: str, chosen: Sequence[llqr.RefreshReport] = reports) -> float | None:
-        # A refused refresh has NaN where it did not get that far.
+        # A refused refresh has NaN in what it did not get to.
         values = [v for r in chosen if math.isfinite(v := getattr(r, name))]
         return statistics.median(values) if values else None
 

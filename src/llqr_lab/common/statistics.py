@@ -40,6 +40,7 @@ def paired_by_seed(
     values: Mapping[int, float], others: Mapping[int, float]
 ) -> dict[str, Any] | None:
     """Return mean and standard error of the differences over shared seeds; None without any."""
+    # A seed that only one of them has would bring its own noise into the difference.
     shared = [seed for seed in values if seed in others]
     if not shared:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from .images import Images, Split
 from .noise import flip_labels
 
-__all__ = ["CLASSES", "TEST", "VALIDATION", "Dataset", "digit_images", "digits", "digits_generator"]
+__all__ = ["CLASSES", "Dataset", "TEST", "VALIDATION", "digit_images", "digits", "digits_generator"]
 
 CLASSES = 10
 TEST = 500  # pictures that no training and no search sees

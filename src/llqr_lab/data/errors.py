@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DataError", "required_path", "explain_errors"]
+__all__ = ["DataError", "explain_errors", "required_path"]
 
 
 class DataError(RuntimeError):

@@ -16,8 +16,17 @@ from ..protocols import DEMO_KEYS, DEMO_METHODS, resolve_settings, slug
 from ..protocols.own import TUNED
 from ..recipes.config import compose_config, resolve_config
 
-__all__ = ["BATCH", "EPOCHS", "NOISE", "REFRESH_BATCH", "SETTINGS_FILE", "DemoRun", "History"]
-__all__ += ["configure_run", "run_demo"]
+__all__ = [
+    "BATCH",
+    "DemoRun",
+    "EPOCHS",
+    "History",
+    "NOISE",
+    "REFRESH_BATCH",
+    "SETTINGS_FILE",
+    "configure_run",
+    "run_demo",
+]
 
 SETTINGS_FILE = TUNED / "demo.json"
 _PROTOCOL = resolve_settings("demo", "digits", "small-cnn", "LLQR+SAM (NGD)")
@@ -68,17 +77,24 @@ class History:
     seconds: float = 0.0
 
 
-def configure_run(task: DemoRun) -> DictConfig:
-    """Return the configuration of a run, as ``llqr run demo`` would make it."""
-    method = DEMO_METHODS[task.method]
+def configure_run(run: DemoRun) -> DictConfig:
+    """Return the configuration of a run, as ``llqr run demo`` would make it.
+
+    Raises:
+        ValueError: a setting is unknown.
+    """
+    method = DEMO_METHODS[run.method]
     protocol = resolve_settings("demo", "digits", "small-cnn", method)
-    settings = {DEMO_KEYS[key]: value for key, value in task.settings.items()}
+    if unknown := set(run.settings) - set(DEMO_KEYS):
+        raise ValueError(f"settings: {run.method} has unknown {', '.join(sorted(unknown))}")
+    settings = {DEMO_KEYS[key]: value for key, value in run.settings.items()}
+    # The file may have settings that this method has no use for (rho of SGDM).
     overrides = [f"{key}={value}" for key, value in settings.items() if key in protocol]
-    overrides += [f"method={slug(method)}", f"seed={task.seed}", f"train.epochs={task.epochs}"]
+    overrides += [f"method={slug(method)}", f"seed={run.seed}", f"train.epochs={run.epochs}"]
     return resolve_config(compose_config("demo", overrides))
 
 
-def run_demo(task: DemoRun) -> History:
+def run_demo(run: DemoRun) -> History:
     """Train the small CNN on the noisy digits.
 
     Runs with the same seed see the same noise, the same initial weights, the same batches and, if
@@ -95,7 +111,7 @@ def run_demo(task: DemoRun) -> History:
         history.reports.append(report)
         history.spectra.append(optimizer.geometry.spectrum())
 
-    config = configure_run(task)
+    config = configure_run(run)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         measured = measure_run(
             config, Workers("cpu"), Records(), describe_run(config), note_refresh

@@ -70,9 +70,9 @@ def make_trial(method: str, settings: Mapping[str, Any], seed: int, epochs: int)
     return Trial("demo", DEMO_METHODS[method], dotted, seed, {"train.epochs": epochs})
 
 
-def run_demo_trial(task: Trial) -> dict[str, Any]:
+def run_demo_trial(trial: Trial) -> dict[str, Any]:
     """Run; the demo's file says accuracy where the other searches say metric."""
-    found = run_trial(task)
+    found = run_trial(trial)
     return {"accuracy": found.pop("metric"), **found}
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FIGURES", "TABLES", "Printed", "parse_cell"]
+__all__ = ["FIGURES", "Printed", "TABLES", "parse_cell"]
 
 FOLDER = Path(__file__).parent
 

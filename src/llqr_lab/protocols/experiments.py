@@ -13,7 +13,7 @@ from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
 from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
 
-__all__ = ["EXPERIMENTS", "OWN", "Experiment", "resolve_settings"]
+__all__ = ["EXPERIMENTS", "Experiment", "OWN", "resolve_settings"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
 IMAGES = (SUPERVISED, CIFAR, LLQR, PROBES)
@@ -252,9 +252,11 @@ def resolve_settings(
     candidates = [s for group in experiment.groups for s in group]
     candidates += [*experiment.own, *kind.own_settings()]
     candidates += experiment.small if scale != "paper" else ()
+    # From the general to the particular: a later setting replaces an earlier one of its key.
     chosen: dict[str, Setting] = {}
     for setting in candidates:
         if kind.uses_setting(setting.key) and setting.holds_for(dataset, model, method):
             chosen[setting.key] = setting
+    # Only what the run has anyway: a smoke run of images gets no setting of translation.
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
     return chosen | smoke

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-__all__ = ["METHODS", "Group", "Method", "Setting", "Some", "Source", "slug", "methods_where"]
+__all__ = ["Group", "METHODS", "Method", "Setting", "Some", "Source", "methods_where", "slug"]
 
 
 class Source(str, Enum):

@@ -52,6 +52,7 @@ def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
     geometry: llqr.LLQR | None = None
     if config.llqr.curvature is not None:
         settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
+        # LLQR stops after some refusals in a row; here they are results.
         geometry = llqr.LLQR(settings.pop("structure"), **settings, max_failures=10**9)
     probe = None
     if config.probe.kind is not None:
@@ -82,6 +83,7 @@ def schedule_of(
             optimizer, T_max=steps, eta_min=config.train.final_lr
         )
     if kind == "inverse square root":
+        # Both branches are 1 at k + 1 = warm: base.lr is the peak (fairseq's inverse_sqrt).
         warm = config.train.warmup_steps
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / warm, math.sqrt(warm / (k + 1)))

@@ -64,6 +64,7 @@ def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
     )
     times: list[float] = []
     refreshes: list[float] = []
+    # Each time ends with a wait for the device, whose work is asynchronous.
     for _ in bar:
         if optimizer.refresh_due:
             began = time.perf_counter()
@@ -98,6 +99,7 @@ def _summarise_times(
     config: DictConfig, times: list[float], refreshes: list[float], steps: int
 ) -> dict[str, Any]:
     epochs = config.train.epochs
+    # The paper leaves out what only the first refresh costs (allocation, kernel choice).
     measured = (sum(times) + sum(refreshes)) / epochs
     later = statistics.median(refreshes[1:]) if len(refreshes) > 1 else None
     excess = refreshes[0] - (later or 0.0) if refreshes else 0.0

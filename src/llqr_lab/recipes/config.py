@@ -83,6 +83,7 @@ def _resolve_first(attribute: str, *, _root_: DictConfig) -> str:
     return slug(getattr(EXPERIMENTS[_root_.recipe], attribute)[0])
 
 
+# replace: a module may be imported again, by another name or in a notebook.
 OmegaConf.register_new_resolver("protocol", _resolve_protocol, replace=True)
 OmegaConf.register_new_resolver("first", _resolve_first, replace=True)
 
@@ -148,6 +149,7 @@ def changed_keys(config: DictConfig) -> list[str]:
     found = []
     for key, value in flat_settings(config).items():
         expected = protocol[key].value if key in protocol else defaults.get(key)
+        # The share of wrong labels belongs to the cell, as a table has a column for each.
         if key == "noise" or (key == "read" and expected is None):
             continue
         if value != _as_lists(expected):

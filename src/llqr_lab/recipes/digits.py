@@ -69,6 +69,7 @@ class NoisyDigits:
 
     def refresh(self, model: nn.Module, step: int) -> Forward:
         """Return the pass of a minibatch of its own."""
+        # Refreshes are due every llqr.every steps from step 0 on, so this is their number.
         chosen = self._draw_permutation("refresh", step // self.config.llqr.every)
         return self.forward(model, self._pictures_at(chosen[: self.config.refresh.batch]), step)
 

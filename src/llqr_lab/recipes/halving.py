@@ -24,7 +24,7 @@ FIRST_SEED = 1000  # those of the experiments are 0, 1, ...
 Space = dict[str, dict[str, list[Any]]]
 Rungs = Sequence[tuple[int, int]]  # (configurations, new seeds for each)
 Result = dict[str, Any]
-Task = TypeVar("Task")
+Job = TypeVar("Job")
 
 
 def draw_configurations(space: Space, count: int) -> list[dict[str, Any]]:
@@ -95,8 +95,8 @@ class Journal:
 def run_rungs(
     spaces: Mapping[str, Space],
     rungs: Rungs,
-    make_task: Callable[[str, dict[str, Any], int], Task],
-    run_task: Callable[[Task], Result],
+    make_job: Callable[[str, dict[str, Any], int], Job],
+    run_job: Callable[[Job], Result],
     workers: int,
     score: str,
     journal: Journal,
@@ -106,8 +106,8 @@ def run_rungs(
     Args:
         spaces: of the methods.
         rungs: how many configurations go on, and the new seeds of each.
-        make_task: (method, settings, seed) -> what a run gets.
-        run_task: makes a run; its result has the entry ``score``.
+        make_job: (method, settings, seed) -> what a run gets.
+        run_job: makes a run; its result has the entry ``score``.
         workers: processes.
         score: the higher the better; a configuration counts by the mean over its seeds.
         journal: of the runs that are finished.
@@ -124,10 +124,11 @@ def run_rungs(
         seeds = range(seed, seed + new)
         chosen = [(name, t) for name in spaces for t in trials[name][:count]]
         runs = [(name, t["settings"], s) for name, t in chosen for s in seeds]
+        # What a killed search has done already is not run again.
         missing = [run for run in runs if journal.key_of(*run) not in journal.results]
         run_all(
-            run_task,
-            [make_task(*run) for run in missing],
+            run_job,
+            [make_job(*run) for run in missing],
             workers,
             f"rung {number} of {len(rungs)}",
             lambda i, result, missing=missing: journal.record(journal.key_of(*missing[i]), result),

@@ -58,6 +58,7 @@ def in_memory(config: DictConfig) -> Split:
     if held := config.input.holdout:
         if not 0 < held < len(split.train):
             raise ValueError(f"input.holdout: expected 1 .. {len(split.train) - 1}, got {held}")
+        # Not the run's seed: all seeds are evaluated on the same pictures.
         order = torch.randperm(len(split.train), generator=generator_for(0, "holdout"))
         split = Split(_images_at(split.train, order[held:]), _images_at(split.train, order[:held]))
     if config.input.limit:
@@ -155,10 +156,11 @@ class Classification:
 
         return forward
 
-    def evaluated(self) -> Iterator[Batch]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """Yield this process's part of the pictures to evaluate on."""
         test = self.data.test
         mine = torch.arange(len(test), device=test.labels.device)
+        # Parts may differ by one picture: sums are taken over the processes, not means.
         for chosen in mine[self.workers.rank :: self.workers.size].split(EVALUATED):
             yield test.pixels[chosen], test.labels[chosen]
 
@@ -168,7 +170,7 @@ class Classification:
         self.network.eval()
         loss = right = 0.0
         count = 0
-        for pixels, labels in self.evaluated():
+        for pixels, labels in self.evaluation_batches():
             logits = self.network(self.augment.without_augmentation(pixels)).float()
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += float((logits.argmax(1) == labels).sum())
@@ -210,7 +212,7 @@ class FolderClassification(Classification):
         device = self.workers.device
         return torch.stack(pictures).to(device), torch.tensor(labels, device=device)
 
-    def evaluated(self) -> Iterator[Batch]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """Yield this process's part of the pictures to evaluate on, the middle of each."""
         mine = range(self.workers.rank, len(self.folders[1]), self.workers.size)
         yield from self._decoded_batches(

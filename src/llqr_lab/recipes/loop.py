@@ -183,6 +183,7 @@ class Training:
     def _time_step(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
+        # A wait in every step would keep the device idle; one per epoch makes its time right.
         if self.batch + 1 == self.task.steps:
             self.workers.synchronize()
         self.seconds += time.perf_counter() - began

@@ -50,6 +50,7 @@ class Records:
             return
         write_json(folder / "config.json", config)
         metrics = folder / "metrics.jsonl"
+        # What came after the checkpoint is measured again.
         kept = metrics.read_text().splitlines(keepends=True)[:lines] if lines else []
         write_whole(metrics, "".join(kept))
         self.lines = len(kept)

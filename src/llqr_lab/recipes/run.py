@@ -38,6 +38,7 @@ def folder_of(about: dict[str, Any], out: str) -> Path:
     name = f"seed{about['seed']}"
     if about["noise"]:
         name = f"noise{about['noise']:g}-{name}"
+    # Runs with other settings never share a folder, nor a checkpoint.
     own = {key: about["settings"].get(key) for key in about["changed"]}
     if own:
         text = json.dumps(own, sort_keys=True)
@@ -62,6 +63,7 @@ def perform_run(config: DictConfig) -> None:
             )
         _say_once(workers, f"{folder}: finished before; force=true runs it again")
         return
+    # Otherwise the new run would go on from the old one's checkpoint.
     if config.force and workers.is_first:
         for name in ("result.json", "checkpoint.pt"):
             (folder / name).unlink(missing_ok=True)

@@ -92,23 +92,23 @@ class Trial:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_trial(task: Trial) -> dict[str, Any]:
+def run_trial(trial: Trial) -> dict[str, Any]:
     """Run without a trace on disk; a failure is a result, and the worst."""
     from .records import Records
     from .run import describe_run, measure_run
     from .workers import Workers
 
     values = {
-        "method": slug(task.method),
-        "seed": task.seed,
-        "scale": "small",
-        **task.settings,
-        "input.holdout": HELD_OUT[task.experiment],
-        **task.overrides,
+        "method": slug(trial.method),
+        "seed": trial.seed,
+        "scale": "small",  # these experiments have one size
+        **trial.settings,
+        "input.holdout": HELD_OUT[trial.experiment],
+        **trial.overrides,
     }
     try:
         config = resolve_config(
-            compose_config(task.experiment, [f"{k}={v}" for k, v in values.items()])
+            compose_config(trial.experiment, [f"{k}={v}" for k, v in values.items()])
         )
         measured = measure_run(config, Workers("cpu"), Records(), describe_run(config))
     except (RuntimeError, ValueError) as error:

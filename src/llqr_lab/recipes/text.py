@@ -81,6 +81,7 @@ class Translation:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
         pairs, source, self.target = read_pairs(config)
+        # Search and BLEU take long: each process translates its part.
         mine = slice(workers.rank, None, workers.size)  # of what is evaluated
         parts = (pairs.train, pairs.valid[mine], pairs.test[mine])
         self.train, self.valid, self.test = (Sentences(p, source, self.target) for p in parts)
@@ -98,9 +99,9 @@ class Translation:
     def batches(self, epoch: int, first: int) -> Iterator[tuple[TokenBatch, float]]:
         """Yield this process's part of every batch of an epoch, from number ``first`` on."""
         for batch in self.epoch_batches(epoch)[first:]:
-            yield self._own_part(batch)
+            yield self._weighted_part(batch)
 
-    def _own_part(self, batch: Sequence[int]) -> tuple[TokenBatch, float]:
+    def _weighted_part(self, batch: Sequence[int]) -> tuple[TokenBatch, float]:
         """Return a part, and its share of the batch's tokens times the number of processes."""
         rank, size = self.workers.rank, self.workers.size
         mine = batch[rank::size]
@@ -128,7 +129,7 @@ class Translation:
         """Return the pass of a minibatch of sentences of its own."""
         draws = generator_for(self.config.seed, "refresh", step)
         chosen = torch.randperm(len(self.train), generator=draws)[: self.config.refresh.batch]
-        return self.forward(model, self._own_part(chosen.tolist()), step)
+        return self.forward(model, self._weighted_part(chosen.tolist()), step)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from .findings import LIMITS, Finding
 
-__all__ = ["exit_time", "check_escape"]
+__all__ = ["check_escape", "exit_time"]
 
 Array = NDArray[np.float64]
 

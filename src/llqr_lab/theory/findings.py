@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ERRATUM", "HOLDS", "LIMITS", "Finding"]
+__all__ = ["ERRATUM", "Finding", "HOLDS", "LIMITS"]
 
 HOLDS = "holds"
 LIMITS = "holds with limits"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .findings import HOLDS, LIMITS, Finding
 from .two_scale import coordinate_step, optimizer_path
 
-__all__ = ["two_cycle_amplitude", "hovering_envelope", "check_hovering", "iterate_hovering"]
+__all__ = ["check_hovering", "hovering_envelope", "iterate_hovering", "two_cycle_amplitude"]
 
 Array = NDArray[np.float64]
 

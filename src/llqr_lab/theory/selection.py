@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .findings import LIMITS, Finding
 
-__all__ = ["exit_steps", "check_selection", "flat_step", "hovering_well", "unstable_step"]
+__all__ = ["check_selection", "exit_steps", "flat_step", "hovering_well", "unstable_step"]
 
 Array = NDArray[np.float64]
 Well = Callable[[Array], Array]

@@ -15,7 +15,7 @@ from llqr_lab.common.output import progress_bar
 
 from .findings import HOLDS, LIMITS, Finding
 
-__all__ = ["HORIZONS", "Run", "check_transfer", "train_run", "fitted_slope"]
+__all__ = ["HORIZONS", "Run", "check_transfer", "fitted_slope", "train_run"]
 
 F64 = torch.float64
 HORIZONS = (2**8, 2**10, 2**12, 2**14)

@@ -14,8 +14,8 @@ from .findings import HOLDS, Finding
 
 __all__ = [
     "TwoScale",
-    "coordinate_step",
     "check_recursions",
+    "coordinate_step",
     "full_step",
     "scalar_step",
     "whitened_step",

@@ -1,4 +1,4 @@
-"""Runs in processes: in the order of the tasks, and what a failure leaves."""
+"""Runs in processes: in the order of the jobs, and what a failure leaves."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from llqr_lab.common.processes import run_all
 
 
-def test_results_come_in_the_order_of_the_tasks_and_are_told_one_by_one():
+def test_results_come_in_the_order_of_the_jobs_and_are_told_one_by_one():
     told = []
     threads = torch.get_num_threads()
     found = run_all(abs, [-3, 2, -1], 1, "test", lambda i, result: told.append((i, result)))

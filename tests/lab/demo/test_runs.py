@@ -98,6 +98,11 @@ def test_the_recipe_makes_the_demos_run(tmp_path, monkeypatch):
     assert [r["change"] for r in result["refreshes"]] == [r.change for r in history.reports]
 
 
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValueError, match="SAM has unknown radius"):
+        configure_run(DemoRun("SAM", {"lr": 0.1, "radius": 0.1}, seed=0))
+
+
 def test_only_the_demos_validation_pictures_can_be_held_out():
     config = compose_config("demo", ["input.holdout=100"])
     with pytest.raises(ValueError, match="input.holdout: expected 0 or 297, got 100"):
@@ -106,8 +111,8 @@ def test_only_the_demos_validation_pictures_can_be_held_out():
 
 @pytest.mark.slow
 def test_processes_change_nothing():
-    tasks = [DemoRun("SGDM", SETTINGS, 0, 1), DemoRun("LLQR+SAM", SETTINGS, 0, 1)]
-    alone, together = (run_all(run_demo, tasks, workers, "test") for workers in (1, 2))
+    runs = [DemoRun("SGDM", SETTINGS, 0, 1), DemoRun("LLQR+SAM", SETTINGS, 0, 1)]
+    alone, together = (run_all(run_demo, runs, workers, "test") for workers in (1, 2))
     assert [h.test_accuracy for h in alone] == [h.test_accuracy for h in together]
     assert [h.loss for h in alone] == [h.loss for h in together]
     assert [h.spectra for h in alone] == [h.spectra for h in together]

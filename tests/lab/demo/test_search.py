@@ -24,9 +24,9 @@ def test_a_run_of_the_search_looks_at_held_out_pictures(monkeypatch):
         return {"last": 12.3456, "refreshes": []}
 
     monkeypatch.setattr(recipe_run, "measure_run", looking)
-    task = demo_search.make_trial("SAM", {"lr": 0.1, "rho": 0.2}, 1000, epochs=7)
-    assert (task.method, task.settings) == ("SAM", {"base.lr": 0.1, "probe.rho": 0.2})
-    assert demo_search.run_demo_trial(task) == {"accuracy": 12.346}
+    trial = demo_search.make_trial("SAM", {"lr": 0.1, "rho": 0.2}, 1000, epochs=7)
+    assert (trial.method, trial.settings) == ("SAM", {"base.lr": 0.1, "probe.rho": 0.2})
+    assert demo_search.run_demo_trial(trial) == {"accuracy": 12.346}
     assert seen == [(297, 7, None)]
 
 

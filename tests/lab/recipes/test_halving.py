@@ -40,9 +40,9 @@ def test_halving_keeps_the_best_and_uses_new_seeds(monkeypatch):
     """On a known objective: accuracy is the learning rate, times 100."""
     seen = []
 
-    def known(task):
-        seen.append((task.method, task.settings["base.lr"], task.seed))
-        return {"accuracy": 100 * task.settings["base.lr"]}
+    def known(trial):
+        seen.append((trial.method, trial.settings["base.lr"], trial.seed))
+        return {"accuracy": 100 * trial.settings["base.lr"]}
 
     monkeypatch.setattr(demo_search, "run_demo_trial", known)
     rungs = [(6, 1), (3, 2), (1, 1)]
@@ -63,11 +63,11 @@ def test_a_search_that_was_killed_goes_on(tmp_path, monkeypatch):
     path, seen = tmp_path / "settings.json.journal", []
 
     def failing_at(stop):
-        def run(task):
+        def run(trial):
             if len(seen) == stop:
                 raise KeyboardInterrupt
-            seen.append((task.method, task.settings["base.lr"], task.seed))
-            return {"accuracy": 100 * task.settings["base.lr"]}
+            seen.append((trial.method, trial.settings["base.lr"], trial.seed))
+            return {"accuracy": 100 * trial.settings["base.lr"]}
 
         return run
 
