@@ -5,19 +5,24 @@ and probe are those of the demo's SAM.
 """
 
 import argparse
+import inspect
 import json
-import warnings
+from typing import Any
 
 import torch
 from common import arguments, show
 
 import llqr
-from llqr_lab.data.digits import digits, generator
-from llqr_lab.methods import build
-from llqr_lab.models.small_cnn import small_cnn
-from llqr_lab.runs import BATCH, EPOCHS, NOISE, REFRESH_BATCH
-from llqr_lab.search_demo import SETTINGS_FILE
-from llqr_lab.train import train
+from llqr_lab.demo.runs import SETTINGS_FILE
+from llqr_lab.protocols import DEMO_KEYS
+from llqr_lab.recipes.config import compose_config, resolve_config
+from llqr_lab.recipes.records import Records
+from llqr_lab.recipes.run import describe_run, measure_run
+from llqr_lab.recipes.workers import Workers
+
+# The demo's recipe has other values of these.
+CHANGED = ("lr", "ema", "bases")
+DEFAULTS = {key: inspect.signature(llqr.LLQR).parameters[key].default for key in CHANGED}
 
 GEOMETRIES = {
     "scalar": {"structure": "scalar"},
@@ -31,31 +36,18 @@ GEOMETRIES = {
 }
 
 
-def reports_of(geometry: dict[str, str], seed: int) -> list[llqr.RefreshReport]:
+def reports_of(geometry: dict[str, str], seed: int) -> list[dict[str, Any]]:
     """Train LLQR+SAM once and return the reports of its refreshes."""
-    settings = json.loads(SETTINGS_FILE.read_text())["methods"]["SAM"]["settings"]
-    torch.manual_seed(seed)
-    model = small_cnn()
-    base = build("SAM", model, settings)
-    optimizer = llqr.Optimizer(
-        base.base,
-        model,
-        geometry=llqr.LLQR(**geometry, every=10, max_failures=10**9),
-        perturbation=base.perturbation,
+    found = json.loads(SETTINGS_FILE.read_text())["methods"]["SAM"]["settings"]
+    settings = {DEMO_KEYS[key]: value for key, value in found.items()}
+    settings |= {
+        f"llqr.{key}": value for key, value in (DEFAULTS | geometry | {"every": 10}).items()
+    }
+    overrides = ["method=llqr-sam", f"seed={seed}", "optimizer.graft=false"]
+    config = resolve_config(
+        compose_config("demo", overrides + [f"{k}={v}" for k, v in settings.items()])
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "a refresh was refused")
-        history = train(
-            model,
-            optimizer,
-            digits(seed, noise=NOISE),
-            epochs=EPOCHS,
-            batch=BATCH,
-            order=generator(seed, "order"),
-            refresh_batch=REFRESH_BATCH,
-            refresh_order=generator(seed, "refresh"),
-        )
-    return history.reports
+    return measure_run(config, Workers("cpu"), Records(), describe_run(config))["refreshes"]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -65,13 +57,13 @@ def main(options: argparse.Namespace) -> None:
     for name in options.geometries:
         runs = [reports_of(GEOMETRIES[name], seed) for seed in range(options.seeds)]
         reports = [report for run in runs for report in run]
-        refused = [report for report in reports if not report.accepted]
+        refused = [report for report in reports if not report["accepted"]]
         rows.append(
             {
                 "geometry": name,
                 "refreshes": len(reports),
                 "accepted": f"{1 - len(refused) / len(reports):.1%}",
-                "reasons": ", ".join(sorted({str(r.reason) for r in refused})) or "-",
+                "reasons": ", ".join(sorted({str(r["reason"]) for r in refused})) or "-",
             }
         )
     show(f"Refreshes accepted, defaults and every=10, {options.seeds} seeds", rows, options)

@@ -11,20 +11,27 @@ from typing import Any
 
 import llqr
 
-from ..protocols import EXPERIMENTS, Source, resolve
-from ..summary import INACTIVE, refreshes
+from ..common.refreshes import INACTIVE, summarise_refreshes
+from ..protocols import EXPERIMENTS, Source, resolve_settings
 from .others import PAPER
 from .runs import Run
 
-__all__ = ["assumed", "changed", "environments", "refresh_rows", "reports_of", "skipped"]
+__all__ = [
+    "assumed_values",
+    "changed_values",
+    "count_environments",
+    "describe_skipped_steps",
+    "refresh_rows",
+    "reports_of",
+]
 
 
 def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return a row a cell that learns U: what its refreshes did, and whether U acts."""
+    """Return one row per cell that learns U: what its refreshes did, and whether U acts."""
     rows = []
     for cell in sorted({run.cell for run in runs}):
         mine = [run for run in runs if run.cell == cell]
-        found = refreshes(reports_of(mine))
+        found = summarise_refreshes(reports_of(mine))
         if found is None:
             continue
         rows.append(
@@ -47,10 +54,10 @@ def refresh_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def reports_of(runs: Iterable[Run]) -> list[llqr.RefreshReport]:
     """Return the reports of all refreshes of the runs."""
-    return [_report(r) for run in runs for r in run["refreshes"] or ()]
+    return [report_from_json(r) for run in runs for r in run["refreshes"] or ()]
 
 
-def _report(values: dict[str, Any]) -> llqr.RefreshReport:
+def report_from_json(values: dict[str, Any]) -> llqr.RefreshReport:
     """Return a report from a run's JSON, in which what was not finite is null."""
     names = [field.name for field in dataclasses.fields(llqr.RefreshReport)]
     known = {n: values.get(n) for n in names}
@@ -58,7 +65,7 @@ def _report(values: dict[str, Any]) -> llqr.RefreshReport:
     return llqr.RefreshReport(**{**known, **missing})  # type: ignore[arg-type]
 
 
-def skipped(runs: Sequence[Run]) -> list[str]:
+def describe_skipped_steps(runs: Sequence[Run]) -> list[str]:
     """Say which runs skipped steps, since their gradients were not finite."""
     return [
         f"{run['skipped_steps']} steps without finite gradients were skipped: {run.folder}"
@@ -67,23 +74,23 @@ def skipped(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def count_environments(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return each machine and set of versions, with the number of runs on it."""
     counts = Counter(json.dumps(run["environment"], sort_keys=True) for run in runs)
     return [{"runs": count, **json.loads(text)} for text, count in counts.most_common()]
 
 
-def changed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
+def changed_values(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
     """Return cell, setting, value and how many runs, of what was changed by hand."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for run in runs:
         cell = ", ".join((run["recipe"], run["dataset"], run["model"], run["method"]))
-        for key in run.changed:
-            counts[cell, key, json.dumps(run.setting(key))] += 1
+        for key in run.changed_keys:
+            counts[cell, key, json.dumps(run.setting_or_entry(key))] += 1
     return [(*entry, str(count)) for entry, count in sorted(counts.items())]
 
 
-def assumed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
+def assumed_values(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
     """Return setting, value, experiments and note of what neither paper nor authors say.
 
     Values are the protocol's at the paper's size, for the data, networks and methods that were run.
@@ -97,16 +104,17 @@ def assumed(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
             continue
         if (dataset, model, method) not in product(about.datasets, about.models, about.methods):
             continue  # of another version of the protocol
-        for key, setting in resolve(recipe, dataset, model, method).items():
+        for key, setting in resolve_settings(recipe, dataset, model, method).items():
             if setting.source is Source.ASSUMED:
                 entry = (key, str(setting.value), setting.note)
                 names = found.setdefault(entry, [])
                 if recipe not in names:
                     names.append(recipe)
     return [
-        (key, value, _short(names), note) for (key, value, note), names in sorted(found.items())
+        (key, value, _joined_names(names), note)
+        for (key, value, note), names in sorted(found.items())
     ]
 
 
-def _short(names: Iterable[str]) -> str:
+def _joined_names(names: Iterable[str]) -> str:
     return ", ".join(sorted(names, key=lambda name: (len(name), name)))

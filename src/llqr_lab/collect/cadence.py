@@ -1,4 +1,4 @@
-"""Table 10: seconds an epoch and a refresh, by network, method and interval."""
+"""Table 10: seconds per epoch and per refresh, by network, method and interval."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.output import plus_minus
+from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose, choose_scale, command, mean_std
+from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, run_command, used_runs
 from .runs import Cell, Found, Run
-from .tables import Table, notes_of, plus_minus
+from .tables import Table, notes_of
 
-__all__ = ["EPOCH", "fill_cadence", "machines", "timed_cells"]
+__all__ = ["EPOCH", "describe_machines", "fill_cadence", "timed_cells"]
 
 EPOCH = "epoch_seconds_without"  # the first refresh's overhead is left out, as in the paper
 ABOUT = EXPERIMENTS["table10"]
@@ -32,20 +34,21 @@ def fill_cadence(found: Found, asked: str | None = None) -> Table:
     cells = [cell for cell in timed_cells(found) if cell.model in ABOUT.models]
     scale, notes = choose_scale(found, cells, asked)
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
+    # Smaller runs have other intervals than the table prints.
     rows = paper["rows"] if scale == "paper" else _rows_of(runs)
     chosen = {}
     for row in rows:
         cell = cell_of(row)
-        chosen[cell] = choose(runs, cell, "table10")
+        chosen[cell] = choose_runs(runs, cell, "table10")
     filled = [
-        {"labels": row["labels"], "cells": _cells(row, chosen, scale, str(found.root))}
+        {"labels": row["labels"], "cells": _fill_cells(row, chosen, scale, str(found.root))}
         for row in rows
     ]
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, paper["seeds"]),
-        *machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *describe_machines(used),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
         *(f"Of the paper's text: {note}" for note in paper["notes"]),
@@ -61,10 +64,10 @@ def cell_of(row: dict[str, Any]) -> Cell:
 
 def timed_cells(found: Found) -> list[Cell]:
     """Return the cells of the timings."""
-    return sorted({run.cell for run in found.runs if run["timing"]}, key=_order)
+    return sorted({run.cell for run in found.runs if run["timing"]}, key=_sort_key_of)
 
 
-def _order(cell: Cell) -> tuple[Any, ...]:
+def _sort_key_of(cell: Cell) -> tuple[Any, ...]:
     return (cell.dataset, cell.model, ORDER.index(cell.method), cell.every or 0)
 
 
@@ -74,7 +77,7 @@ def _rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     labels = {row["run"]["method"]: row["labels"][1] for row in TABLES["10"]["rows"]}
     shown = [
         c
-        for c in sorted({run.cell for run in runs}, key=_order)
+        for c in sorted({run.cell for run in runs}, key=_sort_key_of)
         if c.model in names and c.method in labels
     ]
     return [
@@ -87,7 +90,7 @@ def _rows_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def machines(runs: Sequence[Run]) -> list[str]:
+def describe_machines(runs: Sequence[Run]) -> list[str]:
     """Say what the timings were measured on, and warn where that is more than one machine."""
     said = sorted({machine_of(run) for run in runs})
     if not said:
@@ -102,21 +105,21 @@ def machine_of(run: Run) -> str:
     return str(about.get("accelerator") or about.get("processor") or "unknown")
 
 
-def _cells(
+def _fill_cells(
     row: dict[str, Any], chosen: dict[Cell, Chosen], scale: str, root: str
 ) -> list[dict[str, Any]]:
     """Return the five cells of a row."""
     cell = cell_of(row)
     mine = chosen[cell]
     learned = METHODS[cell.method].curvature is not None
-    epoch, spread = mean_std(mine.values(EPOCH).values())
-    steady, steady_spread = mean_std(mine.values("update_seconds").values())
-    updates = [_updates(run) for run in mine.runs.values() if learned]
+    epoch, spread = mean_std(mine.numbers_by_seed(EPOCH).values())
+    steady, steady_spread = mean_std(mine.numbers_by_seed("update_seconds").values())
+    updates = [_count_refreshes(run) for run in mine.runs.values() if learned]
     texts: list[str | None] = [
         f"{max(updates)}" if updates else None,
         None if epoch is None else plus_minus(epoch, spread),
-        _ratio(epoch, chosen, cell, "SGDM"),
-        _ratio(epoch, chosen, cell, "SAM"),
+        _ratio_to(epoch, chosen, cell, "SGDM"),
+        _ratio_to(epoch, chosen, cell, "SAM"),
         None if steady is None else plus_minus(steady, steady_spread),
     ]
     derived = _from_epochs(epoch, mine, chosen, cell) if learned else None
@@ -124,6 +127,7 @@ def _cells(
     for i, (name, text, theirs) in enumerate(
         zip(TABLES["10"]["columns"], texts, row["cells"], strict=True)
     ):
+        # Without U there are no updates to count or to time.
         unused = not learned and i in (0, 4)
         cells.append(
             {
@@ -137,31 +141,34 @@ def _cells(
                 "paper": theirs,
                 "minus": None,
                 "baseline": None,
-                "changed": mine.changed,
+                "changed": mine.changed_settings,
                 "from_epochs": derived if i == 4 else None,
-                "command": command("table10", cell, scale, out=root),
+                "command": run_command("table10", cell, scale, out=root),
             }
         )
     return cells
 
 
-def _updates(run: Run) -> int:
+def _count_refreshes(run: Run) -> int:
     """Count the refreshes of a run's epochs, at steps 0, every, 2 every ..."""
     timing = run["timing"]
     if "updates" in timing:
         return int(timing["updates"])
+    # Results that were written before the count was.
     steps = timing["steps_an_epoch"] * run["settings"].get("train.epochs", 1)
     return math.ceil(steps / timing["every"])
 
 
-def _seconds(chosen: dict[Cell, Chosen], like: Cell, method: str) -> float | None:
+def _epoch_seconds_of(chosen: dict[Cell, Chosen], like: Cell, method: str) -> float | None:
     """Return the epoch's seconds of another method on the same network, which has no interval."""
     other = chosen.get(Cell(like.dataset, like.model, method))
-    return mean_std(other.values(EPOCH).values())[0] if other else None
+    return mean_std(other.numbers_by_seed(EPOCH).values())[0] if other else None
 
 
-def _ratio(epoch: float | None, chosen: dict[Cell, Chosen], cell: Cell, method: str) -> str | None:
-    base = _seconds(chosen, cell, method)
+def _ratio_to(
+    epoch: float | None, chosen: dict[Cell, Chosen], cell: Cell, method: str
+) -> str | None:
+    base = _epoch_seconds_of(chosen, cell, method)
     return f"{epoch / base:.2f}" if epoch is not None and base else None
 
 
@@ -169,7 +176,7 @@ def _from_epochs(
     epoch: float | None, mine: Chosen, chosen: dict[Cell, Chosen], cell: Cell
 ) -> float | None:
     """Return (epoch - that without LLQR) / refreshes an epoch, as the protocol has it."""
-    base = _seconds(chosen, cell, "SAM" if METHODS[cell.method].probe else "SGDM")
+    base = _epoch_seconds_of(chosen, cell, "SAM" if METHODS[cell.method].probe else "SGDM")
     if epoch is None or base is None:
         return None
     run = next(iter(mine.runs.values()))

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.statistics import paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS, SCALES, slug
-from ..summary import paired
-from .runs import Cell, Found, Run, RunError, numbers
+from .runs import Cell, Found, Run, RunError, finite_numbers
 
 __all__ = [
     "Chosen",
-    "choose",
+    "choose_runs",
     "choose_scale",
-    "command",
-    "difference",
-    "mean_std",
-    "paired_by_seed",
+    "notes_on_choices",
+    "run_command",
+    "seed_differences",
+    "used_runs",
 ]
 
 
@@ -31,22 +30,22 @@ class Chosen:
     runs: Mapping[int, Run] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
-    def values(self, key: str) -> dict[int, float]:
+    def numbers_by_seed(self, key: str) -> dict[int, float]:
         """Return a number of each run (``best``, ``last``, or one of the timing) by seed."""
         found = {seed: (run["timing"] or run.content).get(key) for seed, run in self.runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
-    def source(self) -> str | None:
+    def data_source(self) -> str | None:
         """Return what data the runs read; all the same."""
         run = next(iter(self.runs.values()), None)
         return run["source"].lower() if run else None
 
     @property
-    def changed(self) -> list[str]:
+    def changed_settings(self) -> list[str]:
         """Return the settings that were changed by hand, with their values."""
         run = next(iter(self.runs.values()), None)
-        return [f"{key}={run['settings'].get(key)}" for key in run.changed] if run else []
+        return [f"{key}={run['settings'].get(key)}" for key in run.changed_keys] if run else []
 
 
 def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tuple[str, list[str]]:
@@ -70,8 +69,8 @@ def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tupl
     return scale, notes
 
 
-def choose(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
-    """Choose the runs of a cell, one a seed, all of equal settings.
+def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
+    """Choose the runs of a cell, one per seed, all of equal settings.
 
     Runs with settings of the protocol go before those that were changed by hand; of two equal runs
     of a seed, that of the recipe asked for goes before those of other recipes. What is left out is
@@ -87,98 +86,98 @@ def choose(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
     """
     mine = [run for run in runs if run.cell == cell]
     notes = []
+    # Runs repeat each other only if all their settings agree: a mean never mixes settings.
     variants: dict[str, list[Run]] = defaultdict(list)
     for run in mine:
         variants[run.variant].append(run)
     if len(variants) > 1:
-        plain = [name for name, members in variants.items() if not members[0].changed]
+        # The protocol's own settings win; of several changed ones none is more right.
+        plain = [name for name, members in variants.items() if not members[0].changed_keys]
         if len(plain) != 1:
-            differing = _differing([members[0] for members in variants.values()])
+            differing = _differing_settings([members[0] for members in variants.values()])
             folders = ", ".join(str(members[0].folder) for members in variants.values())
             raise RunError(
-                f"{describe(cell)}: runs with different settings ({differing}): {folders}; "
+                f"{describe_cell(cell)}: runs with different settings ({differing}): {folders}; "
                 "choose with --where KEY=VALUE, or move the others elsewhere"
             )
         others = len(mine) - len(variants[plain[0]])
-        notes.append(f"{describe(cell)}: {others} runs with settings changed by hand are not used.")
+        notes.append(
+            f"{describe_cell(cell)}: {others} runs with settings changed by hand are not used."
+        )
         mine = variants[plain[0]]
     by_seed: dict[int, list[Run]] = defaultdict(list)
     for run in mine:
         by_seed[run["seed"]].append(run)
     chosen = {}
     for seed, candidates in sorted(by_seed.items()):
+        # Recipes share cells, so that a seed may have been run for two tables.
         own = [run for run in candidates if run["recipe"] == recipe]
         best = own if len(own) == 1 else candidates
         if len(best) > 1:
             raise RunError(
-                f"{describe(cell)}: {len(best)} runs of seed {seed}: "
+                f"{describe_cell(cell)}: {len(best)} runs of seed {seed}: "
                 f"{', '.join(str(run.folder) for run in best)}; delete all but one, or choose with "
                 "--where recipe=NAME"
             )
         if len(candidates) > 1:
             notes.append(
-                f"{describe(cell)}, seed {seed}: of {len(candidates)} equal runs that of {recipe} "
-                "is used."
+                f"{describe_cell(cell)}, seed {seed}: of {len(candidates)} equal runs that of "
+                f"{recipe} is used."
             )
-        if best[0]["timing"] is None and not list(numbers([best[0]["best"]])):
-            notes.append(f"{describe(cell)}, seed {seed}: no finite result; left out of the mean.")
+        # A run that diverged has no number; as NaN it would hide the other seeds.
+        if best[0]["timing"] is None and not list(finite_numbers([best[0]["best"]])):
+            notes.append(
+                f"{describe_cell(cell)}, seed {seed}: no finite result; left out of the mean."
+            )
             continue
         chosen[seed] = best[0]
     return Chosen(chosen, notes)
 
 
-def _differing(runs: Sequence[Run]) -> str:
+def used_runs(several: Iterable[Chosen]) -> list[Run]:
+    """Return the runs of several cells."""
+    return [run for chosen in several for run in chosen.runs.values()]
+
+
+def notes_on_choices(several: Iterable[Chosen]) -> list[str]:
+    """Return what has to be said of the runs of several cells."""
+    return [note for chosen in several for note in chosen.notes]
+
+
+def _differing_settings(runs: Sequence[Run]) -> str:
     keys = sorted({key for run in runs for key in run["settings"]} | {"source"})
     said = []
     for key in keys:
-        values = {json.dumps(run.setting(key)) for run in runs}
+        values = {json.dumps(run.setting_or_entry(key)) for run in runs}
         if len(values) > 1 and key not in ("noise", "read"):
             said.append(f"{key}: {' or '.join(sorted(values))}")
     return ", ".join(said)
 
 
-def describe(cell: Cell) -> str:
-    """Say a cell in words."""
+def describe_cell(cell: Cell) -> str:
+    """Return the cell in words."""
     parts = [cell.dataset, cell.model, cell.method]
     parts += [f"noise {cell.noise:g}"] * bool(cell.noise)
     parts += [f"every {cell.every}"] * (cell.every is not None)
     return ", ".join(parts)
 
 
-def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation (n - 1); None where there are too few values."""
-    known = list(values)
-    return (
-        statistics.fmean(known) if known else None,
-        statistics.stdev(known) if len(known) > 1 else None,
-    )
-
-
-def difference(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | None:
+def seed_differences(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | None:
     """Return mean and standard error of the differences of a number over shared seeds.
 
     None where no seed is shared, or where the runs read different data.
     """
-    same = mine.source == baseline.source
-    return paired_by_seed(mine.values(key), baseline.values(key)) if same else None
+    same = mine.data_source == baseline.data_source
+    return (
+        paired_by_seed(mine.numbers_by_seed(key), baseline.numbers_by_seed(key)) if same else None
+    )
 
 
-def paired_by_seed(
-    values: Mapping[int, float], others: Mapping[int, float]
-) -> dict[str, Any] | None:
-    """Return mean and standard error of the differences over shared seeds; None without any."""
-    shared = [seed for seed in values if seed in others]
-    if not shared:
-        return None
-    found = paired([values[s] for s in shared], [others[s] for s in shared])
-    return {**found, "seeds": shared}
-
-
-def command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:
+def run_command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:
     """Return the command that makes a run of a cell.
 
     Example:
-        >>> command("table1", Cell("CIFAR-10", "resnet18", "LLQR+SAM (NGD)"), "paper")
+        >>> run_command("table1", Cell("CIFAR-10", "resnet18", "LLQR+SAM (NGD)"), "paper")
         'llqr run table1 model=resnet18 method=llqr-sam seed=0 data=/path out=outputs'
     """
     several = len(EXPERIMENTS[recipe].datasets) > 1

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure
+from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS
-from .cadence import machines
-from .cells import Chosen, choose, choose_scale, mean_std
-from .drawing import Line, draw, label_lines, line_of
+from .cadence import describe_machines
+from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, used_runs
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
 
-__all__ = ["figure1", "figure4"]
+__all__ = ["collect_figure1", "collect_figure4"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,16 @@ class Panel:
     label: str
 
 
-def error(epoch: Mapping[str, Any]) -> float | None:
+def top1_error(epoch: Mapping[str, Any]) -> float | None:
     """Return the top-1 error of an epoch, percent."""
     accuracy = epoch.get("test_accuracy")
     return None if accuracy is None else 100 - accuracy
 
 
-def curve(method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]) -> list[dict]:
-    """Return a row an epoch: mean and standard deviation over seeds of each column.
+def curve_rows(
+    method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]
+) -> list[dict]:
+    """Return one row per epoch: mean and standard deviation over seeds of each column.
 
     An epoch where a seed has no finite value has None there.
     """
@@ -46,6 +49,7 @@ def curve(method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]
             by_epoch.setdefault(epoch["epoch"], []).append(epoch)
     rows = []
     for number, epochs in sorted(by_epoch.items()):
+        # A mean over fewer seeds would jump where one of them ends.
         if len(epochs) < len(chosen.runs):
             continue
         row: dict[str, Any] = {"method": method, "seeds": len(epochs), "epoch": number}
@@ -58,7 +62,7 @@ def curve(method: str, chosen: Chosen, columns: Mapping[str, Callable[..., Any]]
     return rows
 
 
-def collect(
+def collect_curves(
     number: str,
     table: str,
     found: Found,
@@ -71,32 +75,40 @@ def collect(
     cells = {m: Cell(about.datasets[0], about.models[0], m) for m in about.methods}
     scale, notes = choose_scale(found, cells.values(), asked)
     runs = [run for run in found.runs if run["scale"] == scale]
-    chosen = {m: choose(runs, cell, f"table{table}") for m, cell in cells.items()}
-    used = [run for c in chosen.values() for run in c.runs.values()]
-    rows = [r for m, c in chosen.items() for r in curve(m, c, columns)]
+    chosen = {m: choose_runs(runs, cell, f"table{table}") for m, cell in cells.items()}
+    used = used_runs(chosen.values())
+    rows = [r for m, c in chosen.items() for r in curve_rows(m, c, columns)]
     notes = [
         *notes_of(scale, used, TABLES[table]["seeds"]),
         "Lines are means over seeds, bands one standard deviation.",
-        *machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *describe_machines(used),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
     ]
     missing = [m for m, c in chosen.items() if not c.runs]
     facts = {"panels": [vars(panel) for panel in panels]}
     return Figure(
-        number, about.title, scale, rows, facts, notes, missing, used, lambda: paint(rows, panels)
+        number,
+        about.title,
+        scale,
+        rows,
+        facts,
+        notes,
+        missing,
+        used,
+        lambda: paint_curves(rows, panels),
     )
 
 
-def figure1(found: Found, asked: str | None = None) -> Figure:
+def collect_figure1(found: Found, asked: str | None = None) -> Figure:
     """Show ImageNet's error by epoch, and its test loss by time."""
-    return collect(
+    return collect_curves(
         "1",
         "5",
         found,
         asked,
-        {"error": error, "test_loss": lambda e: e.get("test_loss")},
+        {"error": top1_error, "test_loss": lambda e: e.get("test_loss")},
         (
             Panel("epoch", "error", "top-1 error", "test error (%)"),
             Panel("seconds", "test_loss", "test loss by time", "test loss"),
@@ -104,9 +116,9 @@ def figure1(found: Found, asked: str | None = None) -> Figure:
     )
 
 
-def figure4(found: Found, asked: str | None = None) -> Figure:
+def collect_figure4(found: Found, asked: str | None = None) -> Figure:
     """Show IWSLT14's validation BLEU and token error."""
-    return collect(
+    return collect_curves(
         "4",
         "6",
         found,
@@ -126,10 +138,8 @@ def figure4(found: Found, asked: str | None = None) -> Figure:
 UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
-def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
+def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
     """Draw two panels of curves, each labelled at its end."""
-    from ..theory.pictures import new_figure
-
     figure, both = new_figure((1, 2), (13.5, 5.6))
     longest = max(row["seconds"] for row in rows)
     unit, seconds = next((u, s) for u, s in UNITS if longest > 2 * s or s == 1)
@@ -148,8 +158,8 @@ def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
                 f"{method}  {y[-1]:.3g}" if panel.y.endswith("loss") else f"{method}  {y[-1]:.1f}"
             )
             lines.append(line_of(method, x, y, label, std if several else None))
-        draw(axes, lines)
-        _zoom(axes, lines)
+        draw_lines(axes, lines)
+        _zoom_to_ends(axes, lines)
         axes.set_title(panel.title, fontsize=12)
         axes.set_xlabel(f"training time ({unit})" if panel.x == "seconds" else "epoch", fontsize=11)
         axes.set_ylabel(panel.label, fontsize=11)
@@ -159,7 +169,7 @@ def paint(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
     return figure
 
 
-def _zoom(axes: Any, lines: Sequence[Line]) -> None:
+def _zoom_to_ends(axes: Any, lines: Sequence[Line]) -> None:
     """Let the first fifth of training leave the picture, so that the ends can be told apart."""
     kept = [y for line in lines for y in line.y[math.ceil(len(line.y) / 5) - 1 :]]
     if kept:

@@ -13,17 +13,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..common.output import plus_minus
+from ..common.refreshes import summarise_refreshes
+from ..common.statistics import mean_std, paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS
-from ..summary import refreshes
 from .about import reports_of
-from .cells import Chosen, choose, mean_std, paired_by_seed
+from .cells import Chosen, choose_runs
 from .make import table_of
-from .others import others
-from .render import markdown
-from .runs import Cell, Found, find
-from .tables import plus_minus
+from .others import other_experiments
+from .render import markdown_page
+from .runs import Cell, Found, find_runs
 
-__all__ = ["filled", "main", "own_table"]
+__all__ = ["fill_page", "main", "own_table"]
 
 BLOCK = re.compile(r"(<!-- table (\S+) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -38,11 +39,11 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
         measure: an entry of its epochs.
         found: the runs.
     """
-    runs = others(found.runs)[recipe]
+    runs = other_experiments(found.runs)[recipe]
     about = EXPERIMENTS[recipe]
     noise = runs[0]["noise"]
     cells = {m: Cell(about.datasets[0], about.models[0], m, noise) for m in about.methods}
-    chosen = {m: choose(runs, cell, recipe) for m, cell in cells.items()}
+    chosen = {m: choose_runs(runs, cell, recipe) for m, cell in cells.items()}
     base = about.methods[0]
     ends = {m: {s: r["epochs"][-1][measure] for s, r in c.runs.items()} for m, c in chosen.items()}
     name = measure.replace("_", " ")
@@ -56,42 +57,42 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
                 method,
                 str(len(mine)),
                 "missing" if mean is None else plus_minus(mean, std),
-                "" if method == base else _minus(mine, ends[base]),
-                "" if method == "SAM" else _minus(mine, ends["SAM"]),
-                _change(chosen[method]) if METHODS[method].curvature else "",
+                "" if method == base else _difference_text(mine, ends[base]),
+                "" if method == "SAM" else _difference_text(mine, ends["SAM"]),
+                _change_text(chosen[method]) if METHODS[method].curvature else "",
             ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _minus(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+def _difference_text(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
     found = paired_by_seed(mine, baseline)
     return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
 
 
-def _change(mine: Chosen) -> str:
+def _change_text(mine: Chosen) -> str:
     """Return the median of |Ug - g| / |g| over all refreshes, and how many were refused."""
-    found = refreshes(reports_of(mine.runs.values()))
+    found = summarise_refreshes(reports_of(mine.runs.values()))
     if found is None:
         return ""
     refused = found["count"] - found["accepted"]
     return f"{found['change']:.2g}" + f" ({refused} of {found['count']} refused)" * bool(refused)
 
 
-def filled(page: str, found: Found) -> str:
+def fill_page(page: str, found: Found) -> str:
     """Return the page with its tables made anew: ``tableN`` of the paper, or an own experiment."""
 
-    def block(match: re.Match[str]) -> str:
+    def made_block(match: re.Match[str]) -> str:
         name = match[2]
         number = name.removeprefix("table")
         if number == name:
             made = own_table(name, match[3], found)
         else:
-            made = markdown(table_of(number, found, None)).replace("\n## ", "\n### ")
+            made = markdown_page(table_of(number, found, None)).replace("\n## ", "\n### ")
             made = made.partition("\n")[2]  # the page has a heading of its own
         return f"{match[1]}\n{made.strip()}\n\n{match[4]}"
 
-    return BLOCK.sub(block, page)
+    return BLOCK.sub(made_block, page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("page", type=Path, help="Markdown file")
     arguments = parser.parse_args(argv)
     text = arguments.page.read_text(encoding="utf-8")
-    arguments.page.write_text(filled(text, find(arguments.runs)), encoding="utf-8")
+    arguments.page.write_text(fill_page(text, find_runs(arguments.runs)), encoding="utf-8")
     return 0
 
 

@@ -1,59 +1,35 @@
-"""``llqr report``: every table and figure that has runs, in one HTML file."""
+"""The report: every table and figure that has runs, in one HTML file."""
 
 from __future__ import annotations
 
-import argparse
+import base64
 import re
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..common.refreshes import INACTIVE
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, SCALES
-from ..summary import INACTIVE
-from . import about, html
+from . import about
 from .figures import Figure
-from .html import escape
-from .make import COLLECTED_FIGURES, first_command, look, table_of, write_figure
-from .others import PAPER, other_rows, others
-from .render import head, minus, missing_commands, ours
-from .runs import Found, Run, add_options
+from .make import COLLECTED_FIGURES, table_of, write_figure
+from .others import PAPER, other_experiments, other_rows
+from .render import head_lines, minus_text, missing_commands, own_text
+from .runs import Found, Run
 from .tables import Table, data_of
 
-__all__ = ["add_arguments", "main", "report"]
+__all__ = ["make_report"]
+
+Section = dict[str, Any]  # "kind" names the template, "title" the heading
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --out, --runs, --scale and --where."""
-    add_options(parser)
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """Write report.html; 1 if there is no run, 2 on bad runs."""
-    try:
-        found = look(arguments)
-        text = report(found, arguments.scale)
-    except ValueError as error:
-        print(f"llqr: {error}", file=sys.stderr)
-        return 2
-    if text is None:
-        print(
-            f"llqr: no finished run below {found.root}; make one:\n"
-            f"    {first_command('table1', found.root, arguments.scale)}",
-            file=sys.stderr,
-        )
-        return 1
-    path = arguments.out / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"wrote {path}")
-    return 0
-
-
-def report(found: Found, asked: str | None = None) -> str | None:
+def make_report(found: Found, asked: str | None = None) -> str | None:
     """Return the report as HTML; None if there is no run.
 
     Args:
@@ -63,7 +39,7 @@ def report(found: Found, asked: str | None = None) -> str | None:
     Raises:
         RunError: runs of a cell contradict each other.
     """
-    own = others(found.runs)
+    own = other_experiments(found.runs)
     papers = [run for run in found.runs if run["recipe"].startswith(PAPER)]
     scale = asked or next((s for s in SCALES if any(r["scale"] == s for r in papers)), SCALES[0])
     runs = [run for run in papers if run["scale"] == scale]
@@ -76,193 +52,165 @@ def report(found: Found, asked: str | None = None) -> str | None:
     used = {run.folder: run for part in (*tables, *figures) for run in part.runs}
     shown = {**used, **{run.folder: run for several in own.values() for run in several}}
     everything = list(shown.values())
-    sections = [
-        *(table_section(table) for table in tables),
-        *(figure_section(figure) for figure in figures),
-        *(own_section(recipe, several) for recipe, several in own.items()),
-        refreshes_section(everything),
-        values_section(everything),
-        machines_section(everything),
-    ]
     left_out = len(papers) - len(runs)
-    opening = [
-        *banner(scale, tables),
-        html.paragraph(
+    return render_page(
+        title="Runs beside the paper's numbers",
+        warning=None if scale == "paper" else scale_warning(scale, tables),
+        opening=(
             f"{len(used)} finished runs of the paper's tables and figures at scale {scale}, and "
             f"{sum(map(len, own.values()))} of other experiments, below {found.root}. "
-            f"{sum(t.missing for t in tables)} cells of these tables have no run and are marked "
-            "missing; nothing is filled in for them."
+            f"{sum(t.missing_cells for t in tables)} cells of these tables have no run and are "
+            "marked missing; nothing is filled in for them."
         ),
-        html.list_of(
-            [
-                *found.notes,
-                *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
-                *about.skipped(everything),
-                *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
-            ]
-        ),
-        unfinished(found.unfinished),
-        html.contents(sections),
-    ]
-    return html.page("Runs beside the paper's numbers", [*opening, *sections])
-
-
-def banner(scale: str, tables: Sequence[Table]) -> Iterator[str]:
-    """Warn where the runs are not the paper's."""
-    if scale != "paper":
-        read = data_of([run for table in tables for run in table.runs])
-        yield html.paragraph(
-            f"Scale {scale}: {read}, smaller networks and shorter training than the paper's. "
-            "These numbers do not compare with the paper's.",
-            "warn",
-        )
-
-
-def unfinished(folders: Sequence[Path]) -> str:
-    """List runs that are going on or were broken off."""
-    if not folders:
-        return ""
-    listed = html.list_of(str(folder) for folder in folders)
-    return html.details(f"{len(folders)} unfinished runs, not used", listed)
-
-
-def table_section(table: Table) -> str:
-    """Return a table in the paper's layout, with its notes and the commands for what is missing."""
-    status, reading, *notes = head(table)
-    parts = [html.heading(table.title), html.paragraph(status)]
-    if table.scale != "paper":
-        parts.append(html.paragraph(notes.pop(0), "warn"))
-    parts += [table_of_cells(table, _cell), html.paragraph(reading, "soft"), html.list_of(notes)]
-    if any(cell.get("last") for row in table.rows for cell in row["cells"]):
-        parts.append(html.details("Ours after the last epoch", table_of_cells(table, _last)))
-    commands = "\n".join(missing_commands(table))
-    if commands:
-        parts.append(
-            html.details(
-                "Commands for the first seed of each missing cell",
-                f"<pre>{escape(commands)}</pre>",
-            )
-        )
-    return "\n".join(parts)
-
-
-def table_of_cells(table: Table, show: Callable[[dict[str, Any]], str]) -> str:
-    """Return the paper's rows and columns, with what ``show`` makes of each cell."""
-    labels = len(table.heads)
-    groups = [c["group"] for c in table.columns]
-    lines = []
-    if any(groups):
-        starts = [i for i, g in enumerate(groups) if i == 0 or groups[i - 1] != g]
-        spans = [b - a for a, b in zip(starts, [*starts[1:], len(groups)], strict=True)]
-        tops = "".join(
-            f'<th colspan="{n}">{escape(groups[i])}</th>'
-            for i, n in zip(starts, spans, strict=True)
-        )
-        lines.append(f'<tr><th colspan="{labels}"></th>{tops}</tr>')
-    names = "".join(f"<th>{escape(name)}</th>" for name in table.heads)
-    names += "".join(f"<th{_geometry(c['label'])}>{escape(c['label'])}</th>" for c in table.columns)
-    lines.append(f"<tr>{names}</tr>")
-    body = []
-    for row in table.rows:
-        shown = [*row["labels"], *["–"] * (labels - len(row["labels"]))]
-        first = "".join(f"<th{_geometry(text)}>{escape(text)}</th>" for text in shown)
-        body.append(f"<tr>{first}{''.join(map(show, row['cells']))}</tr>")
-    return html.wide(
-        f"<table><thead>{''.join(lines)}</thead><tbody>{''.join(body)}</tbody></table>"
+        notes=[
+            *found.notes,
+            *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
+            *about.describe_skipped_steps(everything),
+            *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
+        ],
+        unfinished=found.unfinished,
+        sections=[
+            *map(table_section, tables),
+            *map(figure_section, figures),
+            *(own_section(recipe, several) for recipe, several in own.items()),
+            *refreshes_section(everything),
+            values_section(everything),
+            machines_section(everything),
+        ],
     )
 
 
-def _geometry(label: str) -> str:
-    """Return the class of the paper's colours: NGD blue, Newton orange."""
+def render_page(**content: Any) -> str:
+    """Fill the templates: plain HTML without scripts and without anything external.
+
+    The page follows the reader's choice of light or dark. All text is escaped.
+    """
+    environment = Environment(
+        loader=PackageLoader("llqr_lab.collect"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "anchor": lambda title: re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-"),
+        "curvature_of": curvature_of,
+        "shown": shown_value,
+        "own_text": own_text,
+        "minus_text": minus_text,
+    }
+    return environment.get_template("report.html").render(**content)
+
+
+def shown_value(value: object) -> str:
+    """Return the text of a plain value; None becomes a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def curvature_of(label: str) -> str | None:
+    """Return the curvature that a label names, which has a colour."""
     kind = re.search(r"\((NGD|Newton)\)", label)
-    return f' class="{kind[1].lower()}"' if kind else ""
+    return kind[1].lower() if kind else None
 
 
-def _last(cell: dict[str, Any]) -> str:
-    """Return a cell with the last epoch's result."""
-    return f"<td>{escape(cell['last'] or '–')}</td>"
+def scale_warning(scale: str, tables: Sequence[Table]) -> str:
+    """Say that the runs are not the paper's."""
+    read = data_of([run for table in tables for run in table.runs])
+    return (
+        f"Scale {scale}: {read}, smaller networks and shorter training than the paper's. "
+        "These numbers do not compare with the paper's."
+    )
 
 
-def _cell(cell: dict[str, Any]) -> str:
-    """Return a cell: ours, below it the paper's and the difference to the baseline."""
-    gone = cell["ours"] is None
-    parts = [f"<b>{escape(ours(cell))}</b>"]
-    if cell["paper"]:
-        parts.append(f'<span class="paper">paper {escape(cell["paper"])}</span>')
-    if cell["minus"]:
-        text = f"minus {cell['baseline']}: {minus(cell)}"
-        parts.append(f'<span class="minus">{escape(text)}</span>')
-    return f'<td class="number{" missing" * gone}">{"".join(parts)}</td>'
+def table_section(table: Table) -> Section:
+    """Return a table in the paper's layout, with its notes and the commands for what is missing."""
+    status, reading, *notes = head_lines(table)
+    warning = notes.pop(0) if table.scale != "paper" else None
+    groups = groupby(column["group"] for column in table.columns)
+    return {
+        "kind": "table",
+        "title": table.title,
+        "heads": table.heads,
+        "groups": [{"name": name, "span": len(list(members))} for name, members in groups],
+        "columns": table.columns,
+        "rows": table.rows,
+        "status": status,
+        "warning": warning,
+        "reading": reading,
+        "notes": notes,
+        "has_last": any(cell.get("last") for row in table.rows for cell in row["cells"]),
+        "commands": list(missing_commands(table)),
+    }
 
 
-def figure_section(figure: Figure) -> str:
+def figure_section(figure: Figure) -> Section:
     """Return a figure, drawn into the page."""
     with tempfile.TemporaryDirectory() as folder:
         path, *_ = write_figure(figure, Path(folder))
-        drawn = html.picture(path, f"Figure {figure.number}: {figure.title}")
-    parts = [html.heading(f"Figure {figure.number}: {figure.title}"), drawn]
-    for method, fit in figure.facts.get("fits", {}).items():
-        exponents = " and ".join(map(str, figure.facts["paper_exponents"]))
-        parts.append(
-            html.paragraph(
-                f"{method}: exponent {fit['exponent']:.2f} of {fit['points']} networks; the paper "
-                f"has {exponents}."
-            )
-        )
-    if figure.missing:
-        parts.append(html.paragraph(f"Missing: {', '.join(figure.missing)}."))
-    return "\n".join(parts)
+        png = base64.b64encode(path.read_bytes()).decode("ascii")
+    exponents = " and ".join(map(str, figure.facts.get("paper_exponents", ())))
+    return {
+        "kind": "figure",
+        "title": f"Figure {figure.number}: {figure.title}",
+        "png": png,
+        "fits": [
+            f"{method}: exponent {fit['exponent']:.2f} of {fit['points']} networks; the paper "
+            f"has {exponents}."
+            for method, fit in figure.facts.get("fits", {}).items()
+        ],
+        "missing": figure.missing,
+    }
 
 
-def own_section(recipe: str, runs: Sequence[Run]) -> str:
-    """Return the table of an experiment that is none of the paper's."""
+def rows_section(
+    title: str, text: str, rows: Sequence[dict[str, Any]], notes: Sequence[str] = ()
+) -> Section:
+    """Return a text with a table; its columns are the keys of the rows, in the order they come."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    values = [[row.get(key) for key in heads] for row in rows]
+    return {
+        "kind": "rows",
+        "title": title,
+        "text": text,
+        "heads": heads,
+        "rows": values,
+        "notes": notes,
+    }
+
+
+def own_section(recipe: str, runs: Sequence[Run]) -> Section:
+    """Return the table of an experiment that is not in the paper."""
     rows, notes = other_rows(recipe, runs)
     title = EXPERIMENTS[recipe].title if recipe in EXPERIMENTS else recipe
     text = (
         "An experiment of this project, not of the paper. Mean ± sample standard deviation over "
         "seeds; differences seed by seed, mean ± standard error over shared seeds (their number)."
     )
-    shown = html.table(list(rows[0]), [list(row.values()) for row in rows]) if rows else ""
-    return f"{html.heading(title)}\n{html.paragraph(text)}\n{shown}\n{html.list_of(notes)}"
+    return rows_section(title, text, rows, notes)
 
 
-def refreshes_section(runs: Sequence[Run]) -> str:
-    """Say what the refreshes of U did."""
-    rows = about.refresh_rows(runs)
-    if not rows:
-        return ""
-    text = (
-        "Medians over all refreshes of the runs (J: over the accepted ones). |Ug-g|/|g| is how "
-        f"much U changes the gradient; below {INACTIVE:g} U hardly acts, and LLQR+SAM is SAM."
-    )
-    shown = html.table(list(rows[0]), [list(row.values()) for row in rows])
-    return f"{html.heading('Refreshes')}\n{html.paragraph(text)}\n{shown}"
-
-
-def values_section(runs: Sequence[Run]) -> str:
-    """Say which values were changed by hand, and which are assumed."""
-    parts = [html.heading("Values"), "<h3>Changed by hand</h3>"]
-    rows = about.changed(runs)
-    heads = ("run", "setting", "value", "runs")
-    parts.append(
-        html.table(heads, rows) if rows else html.paragraph("None: all as the protocol has them.")
-    )
-    parts.append("<h3>Assumed</h3>")
-    parts.append(
-        html.paragraph(
-            "Neither the paper nor its authors' code has these values of the protocol at the "
-            "paper's size. A result that differs from the paper's may be due to one of them."
+def refreshes_section(runs: Sequence[Run]) -> Iterator[Section]:
+    """Say what the refreshes of U did, if there were any."""
+    if rows := about.refresh_rows(runs):
+        text = (
+            "Medians over all refreshes of the runs (J: over the accepted ones). |Ug-g|/|g| is how "
+            f"much U changes the gradient; below {INACTIVE:g} U hardly acts, and LLQR+SAM is SAM."
         )
-    )
-    assumed = about.assumed(runs)
-    shown = html.table(("setting", "value", "experiments", "note"), assumed)
-    parts.append(html.details(f"{len(assumed)} values", shown))
-    return "\n".join(parts)
+        yield rows_section("Refreshes", text, rows)
 
 
-def machines_section(runs: Sequence[Run]) -> str:
+def values_section(runs: Sequence[Run]) -> Section:
+    """Say which values were changed by hand, and which are assumed."""
+    return {
+        "kind": "values",
+        "title": "Values",
+        "changed": about.changed_values(runs),
+        "assumed": about.assumed_values(runs),
+    }
+
+
+def machines_section(runs: Sequence[Run]) -> Section:
     """Say what was computed on."""
-    rows = about.environments(runs)
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    shown = html.table(heads, [[row.get(key) for key in heads] for row in rows])
-    return f"{html.heading('Machines and versions')}\n{shown}"
+    return rows_section("Machines and versions", "", about.count_environments(runs))

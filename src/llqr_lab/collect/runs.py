@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..output import add_out
 from ..protocols import METHODS, SCALES
 
-__all__ = ["FORMAT", "Cell", "Found", "Run", "RunError", "add_options", "find", "numbers", "read"]
+__all__ = [
+    "Cell",
+    "FORMAT",
+    "Found",
+    "Run",
+    "RunError",
+    "find_runs",
+    "finite_numbers",
+    "read_result",
+]
 
 FORMAT = 1
 NUMBER = (int, float)
@@ -68,11 +75,11 @@ class Run:
         return json.dumps([self["source"].lower(), kept], sort_keys=True)
 
     @property
-    def changed(self) -> list[str]:
+    def changed_keys(self) -> list[str]:
         """Return the settings that were changed by hand; the interval of a timing is its cell's."""
         return [k for k in self["changed"] if not (k == "llqr.every" and self["timing"])]
 
-    def setting(self, key: str) -> Any:
+    def setting_or_entry(self, key: str) -> Any:
         """Return a setting, or one of the run's own entries such as ``recipe``."""
         return self["settings"].get(key, self.content.get(key))
 
@@ -95,6 +102,10 @@ class Cell:
     noise: float = 0.0
     every: int | None = None
 
+    def with_method(self, method: str) -> Cell:
+        """Return the cell of another method."""
+        return replace(self, method=method)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -113,25 +124,7 @@ class Found:
     notes: Sequence[str] = ()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --out, --runs, --scale and --where."""
-    add_out(parser)
-    parser.add_argument(
-        "--runs", type=Path, metavar="DIR", help="folder with the runs (default: that of --out)"
-    )
-    parser.add_argument(
-        "--scale", choices=SCALES, help="of the runs that are used (default: the largest found)"
-    )
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="leave out runs whose setting has another value (base.weight_decay=0.001); repeatable",
-    )
-
-
-def read(path: Path) -> Run:
+def read_result(path: Path) -> Run:
     """Read a ``result.json``.
 
     Raises:
@@ -142,32 +135,32 @@ def read(path: Path) -> Run:
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); delete it and run again") from error
 
-    def refuse(key: str, expected: str, got: Any) -> RunError:
+    def refusal_of(key: str, expected: str, got: Any) -> RunError:
         return RunError(
             f"{path}: {key}: expected {expected}, got {got!r}; delete the folder and run again"
         )
 
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         got = content.get("format") if isinstance(content, dict) else content
-        raise refuse("format", f"{FORMAT}", got)
+        raise refusal_of("format", f"{FORMAT}", got)
     for key, kind in REQUIRED.items():
         value = content.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            raise refuse(key, " or ".join(k.__name__ for k in kinds), value)
+            raise refusal_of(key, " or ".join(k.__name__ for k in kinds), value)
     for key, allowed in (("scale", SCALES), ("method", tuple(METHODS))):
         if content[key] not in allowed:
-            raise refuse(key, f"one of {', '.join(allowed)}", content[key])
+            raise refusal_of(key, f"one of {', '.join(allowed)}", content[key])
     if content.get("timing"):
         for key in ("every", "step_seconds", "epoch_seconds", "epoch_seconds_without"):
             if key not in content["timing"]:
-                raise refuse(f"timing.{key}", "a number or null", None)
+                raise refusal_of(f"timing.{key}", "a number or null", None)
     elif not content.get("epochs") or "best" not in content or "last" not in content:
-        raise refuse("epochs, best, last", "what was measured", content.get("epochs"))
+        raise refusal_of("epochs, best, last", "what was measured", content.get("epochs"))
     return Run(path.parent, content)
 
 
-def find(root: Path, where: Sequence[str] = ()) -> Found:
+def find_runs(root: Path, where: Sequence[str] = ()) -> Found:
     """Find the runs below a root, at any depth.
 
     Args:
@@ -179,18 +172,20 @@ def find(root: Path, where: Sequence[str] = ()) -> Found:
         ValueError: ``where`` is not of that form, or no run has the key.
     """
     results = sorted(root.rglob("result.json"))
-    runs = [read(path) for path in results]
+    runs = [read_result(path) for path in results]
+    # A run writes these before it has a result.
     begun = {p.parent for name in ("metrics.jsonl", "checkpoint.pt") for p in root.rglob(name)}
     unfinished = sorted(begun - {path.parent for path in results})
     notes = []
     for condition in where:
-        key, value = _condition(condition)
-        if runs and all(run.setting(key) is None for run in runs):
+        key, value = _parse_condition(condition)
+        if runs and all(run.setting_or_entry(key) is None for run in runs):
             raise ValueError(f"--where: no run has the setting {key!r}")
-        kept = [run for run in runs if run.setting(key) in (None, value)]
+        kept = [run for run in runs if run.setting_or_entry(key) in (None, value)]
         notes.append(f"{len(runs) - len(kept)} runs were left out by --where {condition}.")
         runs = kept
-    held_out = [run for run in runs if run.setting("data.holdout")]
+    # Evaluated on data that a search looks at: no test results.
+    held_out = [run for run in runs if run.setting_or_entry("data.holdout")]
     if held_out:
         notes.append(
             f"{len(held_out)} runs were left out: they were evaluated on held out training data "
@@ -200,7 +195,7 @@ def find(root: Path, where: Sequence[str] = ()) -> Found:
     return Found(root, runs, unfinished, notes)
 
 
-def _condition(text: str) -> tuple[str, Any]:
+def _parse_condition(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--where: expected KEY=VALUE, got {text!r}")
@@ -210,6 +205,6 @@ def _condition(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def numbers(values: Sequence[Any]) -> Iterator[float]:
+def finite_numbers(values: Sequence[Any]) -> Iterator[float]:
     """Return those of the values that are finite numbers."""
     return (float(v) for v in values if v is not None and math.isfinite(v))

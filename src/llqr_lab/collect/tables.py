@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..paper import TABLES, printed
+from ..common.output import plus_minus
+from ..common.statistics import mean_std
+from ..paper import TABLES, parse_cell
 from ..protocols import slug
-from .cells import Chosen, choose, choose_scale, command, difference, mean_std
+from .cells import (
+    Chosen,
+    choose_runs,
+    choose_scale,
+    notes_on_choices,
+    run_command,
+    seed_differences,
+    used_runs,
+)
 from .runs import Cell, Found, Run, RunError
 
-__all__ = ["Table", "data_of", "fill", "notes_of", "plus_minus"]
+__all__ = ["Table", "data_of", "fill_table", "notes_of"]
 
 READING = (
     "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
@@ -51,7 +61,7 @@ class Table:
         return f"Table {self.number}: {TABLES[self.number]['title']}"
 
     @property
-    def missing(self) -> int:
+    def missing_cells(self) -> int:
         """Count the cells that no run fills."""
         return sum(cell["ours"] is None for row in self.rows for cell in row["cells"])
 
@@ -67,13 +77,13 @@ class Table:
             "heads": list(self.heads),
             "columns": list(self.columns),
             "rows": rows,
-            "missing": self.missing,
+            "missing": self.missing_cells,
             "notes": list(self.notes),
             "runs": [str(run.folder) for run in self.runs],
         }
 
-    def long(self) -> list[dict[str, Any]]:
-        """Return a flat row a cell, for CSV."""
+    def long_rows(self) -> list[dict[str, Any]]:
+        """Return one flat row per cell, for CSV."""
         found = []
         for row in self.rows:
             labels = {
@@ -86,7 +96,7 @@ class Table:
         return found
 
 
-def fill(number: str, found: Found, asked: str | None = None) -> Table:
+def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
     """Fill a table of accuracies or BLEU.
 
     Args:
@@ -104,34 +114,34 @@ def fill(number: str, found: Found, asked: str | None = None) -> Table:
     scale, notes = choose_scale(found, (c for line in cells for c in line), asked)
     runs = [run for run in found.runs if run["scale"] == scale]
     chosen: dict[Cell, Chosen] = {
-        cell: choose(runs, cell, recipe) for line in cells for cell in line
+        cell: choose_runs(runs, cell, recipe) for line in cells for cell in line
     }
     rows = []
     for row, line in zip(paper["rows"], cells, strict=True):
         filled = []
         for text, column, cell in zip(row["cells"], paper["columns"], line, strict=True):
             baseline = row.get("minus") or column["minus"]
-            against = _with(cell, baseline) if baseline else None
+            against = cell.with_method(baseline) if baseline else None
             filled.append(
                 {
                     "dataset": cell.dataset,
                     "model": cell.model,
                     "method": cell.method,
                     "noise": cell.noise,
-                    **_ours(chosen[cell], paper["metric"]),
+                    **_own_numbers(chosen[cell], paper["metric"]),
                     "paper": text,
-                    "paper_mean": printed(text).mean,
-                    "paper_std": printed(text).std,
+                    "paper_mean": parse_cell(text).mean,
+                    "paper_std": parse_cell(text).std,
                     "baseline": baseline,
-                    **_minus(chosen[cell], chosen.get(against) if against else None),
-                    "command": command(recipe, cell, scale, out=str(found.root)),
+                    **_baseline_numbers(chosen[cell], chosen.get(against) if against else None),
+                    "command": run_command(recipe, cell, scale, out=str(found.root)),
                 }
             )
         rows.append({"labels": row["labels"], "cells": filled})
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, paper["seeds"]),
-        *(note for c in chosen.values() for note in c.notes),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
         *(f"Of the paper's text: {note}" for note in paper["notes"]),
@@ -145,19 +155,16 @@ def run_of(paper: dict[str, Any], row: dict[str, Any], column: dict[str, Any]) -
     return {**paper["run"], **row["run"], **column["run"]}
 
 
-def _with(cell: Cell, method: str) -> Cell:
-    return Cell(cell.dataset, cell.model, method, cell.noise, cell.every)
-
-
-def _ours(chosen: Chosen, metric: str) -> dict[str, Any]:
+def _own_numbers(chosen: Chosen, metric: str) -> dict[str, Any]:
     """Return the statistics of a cell; ``ours`` is their text."""
+    # Accuracy of the test set and of other data are not the same quantity.
     for run in chosen.runs.values():
         if run["metric"] != metric:
             raise RunError(
                 f"{run.folder}: metric: expected {metric!r}, got {run['metric']!r}; delete it "
                 "and run again"
             )
-    best, last = chosen.values("best"), chosen.values("last")
+    best, last = chosen.numbers_by_seed("best"), chosen.numbers_by_seed("last")
     mean, std = mean_std(best.values())
     last_mean, last_std = mean_std(last.values())
     return {
@@ -169,13 +176,13 @@ def _ours(chosen: Chosen, metric: str) -> dict[str, Any]:
         "last": None if last_mean is None else plus_minus(last_mean, last_std),
         "last_mean": last_mean,
         "last_std": last_std,
-        "changed": chosen.changed,
+        "changed": chosen.changed_settings,
     }
 
 
-def _minus(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
+def _baseline_numbers(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
     """Return the difference to the baseline; ``minus`` is its text."""
-    found = baseline and difference(chosen, baseline, "best")
+    found = baseline and seed_differences(chosen, baseline, "best")
     if not found:
         return {"minus": None, "difference": None, "standard_error": None, "pairs": 0}
     return {
@@ -184,11 +191,6 @@ def _minus(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]:
         "standard_error": found["standard_error"],
         "pairs": len(found["seeds"]),
     }
-
-
-def plus_minus(mean: float, spread: float | None, sign: str = "") -> str:
-    """Say a number and its spread with two decimals."""
-    return f"{mean:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
 
 def data_of(runs: Sequence[Run]) -> str:
@@ -209,7 +211,7 @@ def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
             f"SCALE {scale}: {data_of(runs)}, smaller networks and shorter training than the "
             "paper's. NOT COMPARABLE with the paper's numbers."
         )
-    changed = sorted({key for run in runs for key in run.changed})
+    changed = sorted({key for run in runs for key in run.changed_keys})
     if changed:
         notes.append(f"* settings were changed by hand: {', '.join(changed)}.")
     counts = {len({run["seed"] for run in runs if run.cell == c}) for c in {r.cell for r in runs}}

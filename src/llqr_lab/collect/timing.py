@@ -8,16 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..common.drawing import COLOURS, Line, draw_lines, label_lines, line_of, new_figure
+from ..common.statistics import mean_std
 from ..paper import FIGURES, TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cadence import EPOCH, machines, timed_cells
-from .cells import Chosen, choose, choose_scale, describe, mean_std
-from .drawing import COLOURS, Line, draw, label_lines, line_of
+from .cadence import EPOCH, describe_machines, timed_cells
+from .cells import Chosen, choose_runs, choose_scale, describe_cell, notes_on_choices, used_runs
 from .figures import Figure
 from .runs import Cell, Found
 from .tables import notes_of
 
-__all__ = ["figure5", "figure6", "power_law"]
+__all__ = ["collect_figure5", "collect_figure6", "power_law"]
 
 NAMES = {row["run"]["model"]: row["labels"][0] for row in TABLES["10"]["rows"]}
 
@@ -38,7 +39,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return math.exp(fitted.intercept), fitted.slope
 
 
-def gather(
+def gather_timings(
     found: Found, asked: str | None, experiment: str
 ) -> tuple[str, dict[Cell, Chosen], list[str]]:
     """Return the scale, the timings of an experiment's networks and methods, and notes."""
@@ -46,25 +47,25 @@ def gather(
     cells = [c for c in timed_cells(found) if c.model in about.models and c.method in about.methods]
     scale, notes = choose_scale(found, cells, asked)
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
-    chosen = {cell: choose(runs, cell, experiment) for cell in cells}
+    chosen = {cell: choose_runs(runs, cell, experiment) for cell in cells}
     chosen = {cell: c for cell, c in chosen.items() if c.runs}
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     notes = [
         *notes_of(scale, used, None),
-        *machines(used),
-        *(note for c in chosen.values() for note in c.notes),
+        *describe_machines(used),
+        *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
     ]
     return scale, chosen, notes
 
 
-def figure5(found: Found, asked: str | None = None) -> Figure:
+def collect_figure5(found: Found, asked: str | None = None) -> Figure:
     """Show the epoch's time against the interval, with the methods without U as lines across."""
-    scale, chosen, notes = gather(found, asked, "figure5")
+    scale, chosen, notes = gather_timings(found, asked, "figure5")
     rows = []
     for cell, runs in chosen.items():
-        epoch, spread = mean_std(runs.values(EPOCH).values())
+        epoch, spread = mean_std(runs.numbers_by_seed(EPOCH).values())
         rows.append(
             {
                 "model": cell.model,
@@ -84,16 +85,14 @@ def figure5(found: Found, asked: str | None = None) -> Figure:
         if (model, method) not in present
     ]
     notes = ["The first refresh is left out, as in the paper.", *notes]
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     return Figure(
         "5", about.title, scale, rows, {}, notes, missing, used, lambda: paint_intervals(rows)
     )
 
 
 def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
-    """Draw a panel a network, both axes logarithmic."""
-    from ..theory.pictures import new_figure
-
+    """Draw one panel per network, both axes logarithmic."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = new_figure((1, len(models)), (6.75 * len(models), 5.6), squeeze=False)
     intervals = sorted({row["every"] for row in rows if row["every"]}) or [1, 2]
@@ -113,11 +112,11 @@ def paint_intervals(rows: Sequence[dict[str, Any]]) -> Any:
                 label = method
                 axes.plot(x, y, "o", color=COLOURS[method], ms=5)
             lines.append(line_of(method, x, y, label))
-        draw(axes, lines)
+        draw_lines(axes, lines)
         axes.set(xscale="log", yscale="log")
         axes.set_title(NAMES[model], fontsize=12)
         axes.set_xlabel("optimizer steps between refreshes", fontsize=11)
-        axes.set_ylabel("seconds an epoch", fontsize=11)
+        axes.set_ylabel("seconds per epoch", fontsize=11)
         axes.set_xticks(intervals, [f"{t}" for t in intervals])
         axes.minorticks_off()
         plain_ticks(axes.yaxis)
@@ -134,16 +133,16 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def figure6(found: Found, asked: str | None = None) -> Figure:
+def collect_figure6(found: Found, asked: str | None = None) -> Figure:
     """Show the time of a refresh against the number of parameters, with a power law fitted."""
-    scale, everything, notes = gather(found, asked, "figure6")
+    scale, everything, notes = gather_timings(found, asked, "figure6")
     every = common_interval(everything)
     chosen = {cell: c for cell, c in everything.items() if cell.every == every}
     rows = []
     for cell, runs in chosen.items():
-        seconds, spread = mean_std(runs.values("update_seconds").values())
+        seconds, spread = mean_std(runs.numbers_by_seed("update_seconds").values())
         if seconds is None:
-            notes = [*notes, f"{describe(cell)}: no refresh after the first was timed."]
+            notes = [*notes, f"{describe_cell(cell)}: no refresh after the first was timed."]
             continue
         rows.append(
             {
@@ -176,7 +175,7 @@ def figure6(found: Found, asked: str | None = None) -> Figure:
         *notes,
     ]
     facts = {"every": every, "fits": fits, "paper_exponents": exponents}
-    used = [run for c in chosen.values() for run in c.runs.values()]
+    used = used_runs(chosen.values())
     return Figure(
         "6", about.title, scale, rows, facts, notes, missing, used, lambda: paint_sizes(rows, fits)
     )
@@ -190,8 +189,6 @@ def common_interval(chosen: dict[Cell, Chosen]) -> int | None:
 
 def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]]) -> Any:
     """Draw measured times as marks and the fits as lines, both axes logarithmic."""
-    from ..theory.pictures import new_figure
-
     figure, axes = new_figure((1, 1), (11, 5.8))
     marks = dict(zip(EXPERIMENTS["figure6"].methods, "os", strict=True))
     lines = []
@@ -214,16 +211,18 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
         for power, said in slopes.items():
             y = [first["update_seconds"] * (p / reach[0]) ** power for p in reach]
             lines.append(Line(reach, y, None, f"slope: {said}", "#777777", ":"))
-    draw(axes, lines)
+    draw_lines(axes, lines)
     axes.set(xscale="log", yscale="log")
     plain_ticks(axes.yaxis)
-    axes.set_xticks(list(sizes), [f"{_millions(p)}\n{m}" for p, m in sizes.items()], fontsize=9)
+    axes.set_xticks(
+        list(sizes), [f"{_parameters_text(p)}\n{m}" for p, m in sizes.items()], fontsize=9
+    )
     axes.minorticks_off()
     axes.set_xlabel("parameters P", fontsize=11)
-    axes.set_ylabel("seconds a refresh (after the first)", fontsize=11)
+    axes.set_ylabel("seconds per refresh (after the first)", fontsize=11)
     label_lines(axes, lines)
     return figure
 
 
-def _millions(parameters: float) -> str:
+def _parameters_text(parameters: float) -> str:
     return f"{parameters / 1e6:.3g} M" if parameters >= 1e6 else f"{parameters / 1e3:.3g} k"

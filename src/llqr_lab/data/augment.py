@@ -108,6 +108,6 @@ class Augment:
         x = normalise(pixels, self.mean, self.std)
         return cutout(x, self.hole, generator) if self.hole else x
 
-    def plain(self, pixels: Tensor) -> Tensor:
-        """Return the batch to evaluate on: normalised alone."""
+    def without_augmentation(self, pixels: Tensor) -> Tensor:
+        """Return the batch to evaluate on: only normalised."""
         return normalise(pixels, self.mean, self.std)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import need, reading
+from .errors import explain_errors, required_path
 from .images import Images, Split
 
 __all__ = ["cifar10", "cifar100"]
@@ -47,7 +47,9 @@ def cifar10(root: str | Path) -> Split:
         DataError: a file is missing or damaged; says which and where to get it.
     """
     files = [f"data_batch_{i}" for i in range(1, 6)]
-    return _load(Path(root), "cifar-10", "cifar-10-batches-py", files, "test_batch", b"labels", 10)
+    return _load_split(
+        Path(root), "cifar-10", "cifar-10-batches-py", files, "test_batch", b"labels", 10
+    )
 
 
 def cifar100(root: str | Path) -> Split:
@@ -60,16 +62,16 @@ def cifar100(root: str | Path) -> Split:
         DataError: a file is missing or damaged; says which and where to get it.
     """
     name, folder = "cifar-100", "cifar-100-python"
-    return _load(Path(root), name, folder, ["train"], "test", b"fine_labels", 100)
+    return _load_split(Path(root), name, folder, ["train"], "test", b"fine_labels", 100)
 
 
-def _load(
+def _load_split(
     root: Path, name: str, folder: str, train: list[str], test: str, key: bytes, classes: int
 ) -> Split:
     how = HOW.format(archive=f"{name}-python.tar.gz", folder=folder)
     home = root if root.name == folder else root / folder
-    need(home, how)
-    read = {f: _read(need(home / f, how), key, classes, how) for f in [*train, test]}
+    required_path(home, how)
+    read = {f: _read_batch(required_path(home / f, how), key, classes, how) for f in [*train, test]}
     parts = [read[f] for f in train]
     joined = Images(
         torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts]), classes
@@ -77,8 +79,8 @@ def _load(
     return Split(joined, read[test])
 
 
-def _read(path: Path, key: bytes, classes: int, how: str) -> Images:
-    with reading(path, how), path.open("rb") as file:
+def _read_batch(path: Path, key: bytes, classes: int, how: str) -> Images:
+    with explain_errors(path, how), path.open("rb") as file:
         content = ArraysOnly(file, encoding="bytes").load()
         pixels = torch.from_numpy(content[b"data"]).reshape(-1, 3, 32, 32)
         return Images(pixels, torch.tensor(content[key]), classes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .images import Images, Split
 from .noise import flip_labels
 
-__all__ = ["CLASSES", "TEST", "VALIDATION", "Dataset", "digit_images", "digits", "generator"]
+__all__ = ["CLASSES", "Dataset", "TEST", "VALIDATION", "digit_images", "digits", "digits_generator"]
 
 CLASSES = 10
 TEST = 500  # pictures that no training and no search sees
@@ -37,7 +37,7 @@ class Dataset:
     test_y: Tensor
 
 
-def generator(seed: int, purpose: str) -> torch.Generator:
+def digits_generator(seed: int, purpose: str) -> torch.Generator:
     """Return a generator of its own for each purpose, so that no use of one disturbs another."""
     return torch.Generator().manual_seed(len(PURPOSES) * seed + PURPOSES.index(purpose))
 
@@ -61,11 +61,11 @@ def digits(seed: int, *, noise: float = 0.4, validation: bool = False) -> Datase
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     train, test = order[TEST:], order[:TEST]
     if validation:
-        train = train[torch.randperm(len(train), generator=generator(seed, "split"))]
+        train = train[torch.randperm(len(train), generator=digits_generator(seed, "split"))]
         train, test = train[VALIDATION:], train[:VALIDATION]
     mean, std = x[train].mean(), x[train].std()
     x = (x - mean) / std
-    noisy = flip_labels(y[train], noise, CLASSES, generator(seed, "noise"))
+    noisy = flip_labels(y[train], noise, CLASSES, digits_generator(seed, "noise"))
     return Dataset(x[train], noisy, y[train], x[test], y[test])
 
 

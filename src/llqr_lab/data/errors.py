@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DataError", "need", "reading"]
+__all__ = ["DataError", "explain_errors", "required_path"]
 
 
 class DataError(RuntimeError):
     """Data that is missing or damaged."""
 
 
-def need(path: Path, how: str) -> Path:
+def required_path(path: Path, how: str) -> Path:
     """Return the path if it is there.
 
     Args:
@@ -29,7 +29,7 @@ def need(path: Path, how: str) -> Path:
 
 
 @contextmanager
-def reading(path: Path, how: str) -> Iterator[None]:
+def explain_errors(path: Path, how: str) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an error that names it.
 
     Raises:

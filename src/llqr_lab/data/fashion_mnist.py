@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import need, reading
+from .errors import explain_errors, required_path
 from .images import Images, Split
 
 __all__ = ["DEBIAN", "fashion_mnist", "read_idx"]
@@ -33,20 +33,20 @@ def fashion_mnist(root: str | Path = DEBIAN) -> Split:
     Raises:
         DataError: a file is missing or damaged; says which and where to get it.
     """
-    return Split(*(_part(Path(root), part) for part in ("train", "t10k")))
+    return Split(*(_read_part(Path(root), part) for part in ("train", "t10k")))
 
 
-def _part(root: Path, part: str) -> Images:
-    pixels = _read(root / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
+def _read_part(root: Path, part: str) -> Images:
+    pixels = _read_numbers(root / f"{part}-images-idx3-ubyte.gz", 3)[:, None]
     labels = root / f"{part}-labels-idx1-ubyte.gz"
-    values = _read(labels, 1).long()
-    with reading(labels, HOW):
+    values = _read_numbers(labels, 1).long()
+    with explain_errors(labels, HOW):
         return Images(pixels, values, 10)
 
 
-def _read(path: Path, dimensions: int) -> Tensor:
-    need(path, HOW)
-    with reading(path, HOW), gzip.open(path) as file:
+def _read_numbers(path: Path, dimensions: int) -> Tensor:
+    required_path(path, HOW)
+    with explain_errors(path, HOW), gzip.open(path) as file:
         array = read_idx(file.read())
         if array.dim() != dimensions:
             raise ValueError(f"{array.dim()} dimensions where {dimensions} are expected")

@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .errors import DataError, need
-from .jpeg import decode
+from .errors import DataError, required_path
+from .jpeg import decode_image
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ImageFolder", "Shuffled"]
 
@@ -40,7 +40,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, root: str | Path, *, side: int = 224) -> None:
         """List the files; nothing is decoded yet."""
-        folders = sorted(p for p in need(Path(root), HOW).iterdir() if p.is_dir())
+        folders = sorted(p for p in required_path(Path(root), HOW).iterdir() if p.is_dir())
         if not folders:
             raise DataError(f"{root}: there are no class folders in it. {HOW}")
         self.side, self.classes = side, len(folders)
@@ -61,7 +61,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         index, draw = key if isinstance(key, tuple) else (key, None)
         generator = None if draw is None else Generator().manual_seed(draw)
         path, label = self.files[index]
-        return decode(path, HOW, self.side, generator), label
+        return decode_image(path, HOW, self.side, generator), label
 
 
 class Shuffled(Sampler[tuple[int, int]]):

@@ -50,7 +50,7 @@ class Images:
         """Return the same on a device."""
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
-    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation of each channel, of values in [0, 1]."""
         # By value counts: exact sums without a float copy of all pixels.
         values = torch.arange(256, dtype=torch.float64) / 255

@@ -6,7 +6,7 @@ import html
 import re
 from pathlib import Path
 
-from .errors import need, reading
+from .errors import explain_errors, required_path
 from .pairs import Pair, Pairs, parallel_lines
 
 __all__ = ["iwslt14_raw", "iwslt14_tokenised"]
@@ -56,13 +56,13 @@ def iwslt14_raw(root: str | Path) -> Pairs:
         DataError: a file is missing or damaged; says which and how to get it.
     """
     root = Path(root)
-    lines = _lines(root / "train.tags.de-en.de", root / "train.tags.de-en.en")
-    fitting = [pair for pair in lines if _fits(pair)]
+    lines = _parallel_pairs(root / "train.tags.de-en.de", root / "train.tags.de-en.en")
+    fitting = [pair for pair in lines if _length_fits(pair)]
     test: list[Pair] = []
     for name in TESTS:
         files = [root / f"IWSLT14.{name}.de-en.{language}.xml" for language in ("de", "en")]
-        sides = [_segments(file) for file in files]
-        with reading(files[1], RAW):
+        sides = [_read_segments(file) for file in files]
+        with explain_errors(files[1], RAW):
             test += [(a, b) for a, b in zip(*sides, strict=True) if a and b]
     return Pairs(
         train=[pair for i, pair in enumerate(fitting) if i % 23],
@@ -71,7 +71,7 @@ def iwslt14_raw(root: str | Path) -> Pairs:
     )
 
 
-def _lines(source: Path, target: Path) -> list[Pair]:
+def _parallel_pairs(source: Path, target: Path) -> list[Pair]:
     pairs = parallel_lines(source, target, RAW)
     clean = [
         (TAG.sub("", a).strip().lower(), TAG.sub("", b).strip().lower())
@@ -81,13 +81,13 @@ def _lines(source: Path, target: Path) -> list[Pair]:
     return [(a, b) for a, b in clean if a and b]
 
 
-def _fits(pair: Pair) -> bool:
+def _length_fits(pair: Pair) -> bool:
     a, b = (len(side.split()) for side in pair)
     return 1 <= a <= 175 and 1 <= b <= 175 and max(a, b) <= 1.5 * min(a, b)
 
 
-def _segments(path: Path) -> list[str]:
-    with reading(need(path, RAW), RAW):
+def _read_segments(path: Path) -> list[str]:
+    with explain_errors(required_path(path, RAW), RAW):
         found = SEGMENT.findall(path.read_text(encoding="utf-8"))
         if not found:
             raise ValueError("there is no <seg> in it")

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from .errors import reading
+from .errors import explain_errors
 
-__all__ = ["Box", "central_box", "decode", "random_box"]
+__all__ = ["Box", "central_box", "decode_image", "random_box"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -45,7 +45,7 @@ def central_box(width: int, height: int, share: float = 224 / 256) -> Box:
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
-def decode(
+def decode_image(
     path: Path, how: str, side: int | None = None, generator: Generator | None = None
 ) -> Tensor:
     """Return a picture as uint8 (3, height, width); grey ones get three equal channels.
@@ -59,7 +59,7 @@ def decode(
     Raises:
         DataError: the file is damaged.
     """
-    with reading(path, how), Image.open(path) as picture:
+    with explain_errors(path, how), Image.open(path) as picture:
         if side is not None:
             width, height = picture.size
             box = (

@@ -11,10 +11,10 @@ import html
 import re
 from pathlib import Path
 
-from .errors import DataError, need, reading
+from .errors import DataError, explain_errors, required_path
 from .pairs import Pair, Pairs
 
-__all__ = ["DEBIAN", "libreoffice_help", "paragraphs"]
+__all__ = ["DEBIAN", "libreoffice_help", "paragraphs_by_id"]
 
 DEBIAN = Path("/usr/share/libreoffice/help")
 HOW = (
@@ -44,25 +44,25 @@ def libreoffice_help(root: str | Path = DEBIAN) -> Pairs:
         DataError: the folders are missing, or hold no pairs.
     """
     root = Path(root)
-    german, english = (need(root / language / "text", HOW) for language in ("de", "en-US"))
+    german, english = (required_path(root / language / "text", HOW) for language in ("de", "en-US"))
     pages: dict[str, list[Pair]] = {"test": [], "valid": [], "train": []}
     for page in sorted(german.rglob("*.html")):
         name = page.relative_to(german)
         if (english / name).exists():
-            pages[_part(name.as_posix())] += _pairs(page, english / name)
+            pages[_part_of(name.as_posix())] += _matching_pairs(page, english / name)
     if not any(pages.values()):
         raise DataError(f"{root}: no page has paragraphs in both languages. {HOW}")
     seen: tuple[set[str], set[str]] = (set(), set())
-    parts = {name: _distinct(pairs, seen) for name, pairs in pages.items()}
+    parts = {name: _distinct_pairs(pairs, seen) for name, pairs in pages.items()}
     return Pairs(**parts)
 
 
-def paragraphs(page: str) -> dict[str, str]:
+def paragraphs_by_id(page: str) -> dict[str, str]:
     """Return the text of each paragraph and heading of a page by its id; markup removed."""
-    return {name: _text(markup) for _, name, markup in PARAGRAPH.findall(page)}
+    return {name: _plain_text(markup) for _, name, markup in PARAGRAPH.findall(page)}
 
 
-def _text(markup: str) -> str:
+def _plain_text(markup: str) -> str:
     kept, spans = [], [False]  # for every open <span>: whether its text is left out
     for piece in TAGS.split(markup):
         if piece.startswith("<span"):
@@ -74,16 +74,16 @@ def _text(markup: str) -> str:
     return " ".join(html.unescape("".join(kept)).split())
 
 
-def _pairs(german: Path, english: Path) -> list[Pair]:
+def _matching_pairs(german: Path, english: Path) -> list[Pair]:
     texts = []
     for page in (german, english):
-        with reading(page, HOW):
-            texts.append(paragraphs(page.read_text(encoding="utf-8")))
+        with explain_errors(page, HOW):
+            texts.append(paragraphs_by_id(page.read_text(encoding="utf-8")))
     both = ((text, texts[1].get(name, "")) for name, text in texts[0].items())
     return [(a, b) for a, b in both if a and b and a != b]
 
 
-def _part(name: str) -> str:
+def _part_of(name: str) -> str:
     # Stable over machines, Python versions and the set of pages, unlike a shuffle.
     u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
     if u < SHARES["test"]:
@@ -91,7 +91,7 @@ def _part(name: str) -> str:
     return "valid" if u < SHARES["test"] + SHARES["valid"] else "train"
 
 
-def _distinct(pairs: list[Pair], seen: tuple[set[str], set[str]]) -> list[Pair]:
+def _distinct_pairs(pairs: list[Pair], seen: tuple[set[str], set[str]]) -> list[Pair]:
     kept = []
     for pair in pairs:
         if not any(side in known for side, known in zip(pair, seen, strict=True)):

@@ -10,7 +10,7 @@ import torch
 
 from .pairs import Pair, Pairs
 
-__all__ = ["english", "german", "number_words"]
+__all__ = ["english_words", "german_words", "number_words"]
 
 LIMIT = 100_000
 UNITS = "null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf".split()
@@ -23,22 +23,22 @@ ONES = (
 TIES = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
-def german(number: int) -> str:
+def german_words(number: int) -> str:
     """Return the German words of a number, 0 to 99,999.
 
     Example:
-        >>> german(23), german(40_101)
+        >>> german_words(23), german_words(40_101)
         ('dreiundzwanzig', 'vierzigtausendeinhunderteins')
     """
     # Only a last "eins" has its s.
-    return _german(number) + ("s" if number % 100 == 1 else "")
+    return _german_below(number) + ("s" if number % 100 == 1 else "")
 
 
-def _german(number: int) -> str:
+def _german_below(number: int) -> str:
     for size, name in ((1000, "tausend"), (100, "hundert")):
         if number >= size:
             count, rest = divmod(number, size)
-            return _german(count) + name + (_german(rest) if rest else "")
+            return _german_below(count) + name + (_german_below(rest) if rest else "")
     if number < len(UNITS):
         return UNITS[number]
     if number < 20:
@@ -47,17 +47,17 @@ def _german(number: int) -> str:
     return (UNITS[unit] + "und" if unit else "") + TENS[ten - 2]
 
 
-def english(number: int) -> str:
+def english_words(number: int) -> str:
     """Return the English words of a number, 0 to 99,999.
 
     Example:
-        >>> english(23), english(40_101)
+        >>> english_words(23), english_words(40_101)
         ('twenty-three', 'forty thousand one hundred one')
     """
     for size, name in ((1000, "thousand"), (100, "hundred")):
         if number >= size:
             count, rest = divmod(number, size)
-            return f"{english(count)} {name}" + (f" {english(rest)}" if rest else "")
+            return f"{english_words(count)} {name}" + (f" {english_words(rest)}" if rest else "")
     if number < len(ONES):
         return ONES[number]
     ten, unit = divmod(number, 10)
@@ -68,5 +68,5 @@ def number_words(train: int = 6000, valid: int = 300, test: int = 300) -> Pairs:
     """Draw distinct numbers below 100,000, always the same, and say them in both languages."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(LIMIT, generator=generator)[: train + valid + test].tolist()
-    pairs: list[Pair] = [(german(n), english(n)) for n in order]
+    pairs: list[Pair] = [(german_words(n), english_words(n)) for n in order]
     return Pairs(pairs[:train], pairs[train : train + valid], pairs[train + valid :])

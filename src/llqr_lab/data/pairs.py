@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import DataError, need, reading
+from .errors import DataError, explain_errors, required_path
 
 __all__ = ["Pair", "Pairs", "parallel_lines"]
 
@@ -30,7 +30,7 @@ def parallel_lines(source: Path, target: Path, how: str) -> list[Pair]:
     """
     texts = []
     for path in (source, target):
-        with reading(need(path, how), how):
+        with explain_errors(required_path(path, how), how):
             # Not splitlines(): it also splits at separators that occur inside sentences.
             texts.append(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
     if len(texts[0]) != len(texts[1]):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .errors import DataError, need, reading
+from .errors import DataError, explain_errors, required_path
 from .images import Images, Split
-from .jpeg import decode
+from .jpeg import decode_image
 
 __all__ = ["tiny_imagenet"]
 
@@ -33,36 +33,38 @@ def tiny_imagenet(root: str | Path, *, threads: int = 4) -> Split:
         DataError: a file is missing or damaged; says which and where to get it.
     """
     root = Path(root)
-    listing = need(root / "wnids.txt", HOW)
+    listing = required_path(root / "wnids.txt", HOW)
     classes = {name: i for i, name in enumerate(sorted(listing.read_text().split()))}
     train = [
         (path, label)
         for name, label in classes.items()
-        for path in _pictures(root / "train" / name / "images")
+        for path in _list_pictures(root / "train" / name / "images")
     ]
-    annotations = need(root / "val" / "val_annotations.txt", HOW)
+    annotations = required_path(root / "val" / "val_annotations.txt", HOW)
     test = []
-    with reading(annotations, HOW):
+    with explain_errors(annotations, HOW):
         for line in annotations.read_text().splitlines():
             file, name = line.split("\t")[:2]
-            test.append((need(root / "val" / "images" / file, HOW), classes[name]))
+            test.append((required_path(root / "val" / "images" / file, HOW), classes[name]))
     with ThreadPoolExecutor(threads) as pool:
-        return Split(*(_decode(part, len(classes), pool) for part in (train, test)))
+        return Split(*(_decode_all(part, len(classes), pool) for part in (train, test)))
 
 
-def _pictures(folder: Path) -> list[Path]:
-    found = sorted(need(folder, HOW).glob("*.JPEG"))
+def _list_pictures(folder: Path) -> list[Path]:
+    found = sorted(required_path(folder, HOW).glob("*.JPEG"))
     if not found:
         raise DataError(f"{folder}: there are no *.JPEG files in it. {HOW}")
     return found
 
 
-def _decode(samples: Sequence[tuple[Path, int]], classes: int, pool: ThreadPoolExecutor) -> Images:
+def _decode_all(
+    samples: Sequence[tuple[Path, int]], classes: int, pool: ThreadPoolExecutor
+) -> Images:
     pixels = torch.empty(len(samples), 3, 64, 64, dtype=torch.uint8)
 
     def place(i: int) -> None:
         path = samples[i][0]
-        picture = decode(path, HOW)
+        picture = decode_image(path, HOW)
         if picture.shape != pixels.shape[1:]:
             raise DataError(f"{path}: expected 64 x 64, got {tuple(picture.shape[1:])}. {HOW}")
         pixels[i] = picture

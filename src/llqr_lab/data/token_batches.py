@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..tokens import EOS, PAD
 from .pairs import Pair
+from .tokens import EOS, PAD
 from .vocabulary import Vocabulary
 
 __all__ = ["Sentences", "TokenBatch", "token_batches"]
@@ -62,13 +62,13 @@ class Sentences:
         """Return the chosen pairs, padded to the longest."""
         targets = [self.target[i] for i in chosen]
         return TokenBatch(
-            _padded([self.source[i] for i in chosen]),
-            _padded([[EOS, *t[:-1]] for t in targets]),
-            _padded(targets),
+            _pad_rows([self.source[i] for i in chosen]),
+            _pad_rows([[EOS, *t[:-1]] for t in targets]),
+            _pad_rows(targets),
         )
 
 
-def _padded(rows: list[list[int]]) -> Tensor:
+def _pad_rows(rows: list[list[int]]) -> Tensor:
     return pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=PAD)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..tokens import EOS, SPECIAL, UNKNOWN
+from .tokens import EOS, SPECIAL, UNKNOWN
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["PooledHead", "conv3x3", "he_init", "norm_relu"]
+__all__ = ["PooledHead", "conv_3x3", "he_init", "norm_relu"]
 
 
-def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+def conv_3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """Return a 3 x 3 convolution that keeps the size (over stride), without bias."""
     return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
 

@@ -27,12 +27,12 @@ class Attention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def keys_values(self, memory: Tensor) -> KeysValues:
         """Return k and v (batch, heads, tokens, width / heads) of memory (batch, tokens, width)."""
-        return self._split(self.k(memory)), self._split(self.v(memory))
+        return self._split_heads(self.k(memory)), self._split_heads(self.v(memory))
 
     def attend(
         self, x: Tensor, memory: KeysValues, mask: Tensor | None = None, causal: bool = False
@@ -43,10 +43,10 @@ class Attention(nn.Module):
             x: who asks.
             memory: from :meth:`keys_values`.
             mask: True where attention is allowed, broadcast to (batch, heads, asking, asked).
-            causal: let token i see the tokens up to i alone.
+            causal: let token i see only the tokens up to i.
         """
         y = F.scaled_dot_product_attention(
-            self._split(self.q(x)), *memory, attn_mask=mask, is_causal=causal
+            self._split_heads(self.q(x)), *memory, attn_mask=mask, is_causal=causal
         )
         return self.out(y.transpose(1, 2).flatten(-2))
 

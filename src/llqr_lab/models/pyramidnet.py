@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._layers import PooledHead, conv3x3, he_init, norm_relu
+from ._layers import PooledHead, conv_3x3, he_init, norm_relu
 
 __all__ = ["pyramidnet"]
 
@@ -17,9 +17,9 @@ class Pyramid(nn.Module):
         super().__init__()
         self.branch = nn.Sequential(
             nn.BatchNorm2d(inputs),
-            conv3x3(inputs, outputs, stride),
+            conv_3x3(inputs, outputs, stride),
             norm_relu(outputs),
-            conv3x3(outputs, outputs),
+            conv_3x3(outputs, outputs),
             nn.BatchNorm2d(outputs),
         )
         self.stride, self.wider = stride, outputs - inputs
@@ -61,7 +61,7 @@ def pyramidnet(
     widths = [16, *(round(16 + k * alpha / (3 * blocks)) for k in range(1, 3 * blocks + 1))]
     halving = (blocks, 2 * blocks)
     model = nn.Sequential(
-        conv3x3(channels, widths[0]),
+        conv_3x3(channels, widths[0]),
         nn.BatchNorm2d(widths[0]),
         *(Pyramid(widths[k], widths[k + 1], 2 if k in halving else 1) for k in range(3 * blocks)),
         norm_relu(widths[-1]),

@@ -10,12 +10,13 @@ from torch import nn
 
 from .pyramidnet import pyramidnet
 from .resnet import resnet18, resnet50
-from .translation import translator
+from .small_cnn import small_cnn
+from .translation import translation_model
 from .vgg import vgg16_bn
 from .vit import vit
 from .wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "SMALL", "build"]
+__all__ = ["MODELS", "SMALL", "build_network"]
 
 # name -> builder(classes, **settings); the defaults of the settings are the paper's network
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -28,7 +29,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit-s16": partial(vit, size="S"),
     "vit-b16": partial(vit, size="B"),
     "vit-l16": partial(vit, size="L"),
-    "transformer-iwslt": translator,
+    "transformer-iwslt": translation_model,
+    "small-cnn": small_cnn,  # the demo's
 }
 
 # the settings of a network of the same kind that a CPU trains in minutes
@@ -44,10 +46,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "vit-b16": _SMALL_VIT,
     "vit-l16": {**_SMALL_VIT, "depth": 4},
     "transformer-iwslt": dict(width=64, hidden=128, heads=2, layers=2, dropout=0.1),
+    "small-cnn": {},
 }
 
 
-def build(name: str, classes: int, *, small: bool = False, **settings: Any) -> nn.Module:
+def build_network(name: str, classes: int, *, small: bool = False, **settings: Any) -> nn.Module:
     """Build a network.
 
     Args:
@@ -61,7 +64,7 @@ def build(name: str, classes: int, *, small: bool = False, **settings: Any) -> n
 
     Example:
         >>> import torch
-        >>> model = build("resnet18", 10, small=True, channels=1)
+        >>> model = build_network("resnet18", 10, small=True, channels=1)
         >>> model(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """

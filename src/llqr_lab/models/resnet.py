@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from ._layers import PooledHead, conv3x3, he_init, norm_relu
+from ._layers import PooledHead, conv_3x3, he_init, norm_relu
 
 __all__ = ["ResNet", "resnet18", "resnet50"]
 
@@ -30,23 +30,23 @@ class Residual(nn.Module):
         return self.relu(self.shortcut(x) + self.branch(x))
 
 
-def basic(inputs: int, width: int, stride: int) -> Residual:
+def basic_block(inputs: int, width: int, stride: int) -> Residual:
     """Return a block of two 3 x 3 convolutions with ``width`` outputs."""
     branch = nn.Sequential(
-        conv3x3(inputs, width, stride),
+        conv_3x3(inputs, width, stride),
         norm_relu(width),
-        conv3x3(width, width),
+        conv_3x3(width, width),
         nn.BatchNorm2d(width),
     )
     return Residual(inputs, width, stride, branch)
 
 
-def bottleneck(inputs: int, width: int, stride: int) -> Residual:
+def bottleneck_block(inputs: int, width: int, stride: int) -> Residual:
     """Return a block 1 x 1, 3 x 3 (with the stride), 1 x 1, of 4 ``width`` outputs."""
     branch = nn.Sequential(
         nn.Conv2d(inputs, width, 1, bias=False),
         norm_relu(width),
-        conv3x3(width, width, stride),
+        conv_3x3(width, width, stride),
         norm_relu(width),
         nn.Conv2d(width, 4 * width, 1, bias=False),
         nn.BatchNorm2d(4 * width),
@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     ) -> None:
         """Make the layers; convolutions drawn as He et al. do."""
         super().__init__()
-        make, expansion = {"basic": (basic, 1), "bottleneck": (bottleneck, 4)}[block]
+        make, expansion = {"basic": (basic_block, 1), "bottleneck": (bottleneck_block, 4)}[block]
         widths = [width * 2**stage for stage in range(len(blocks))]
         outputs = [width, *(expansion * w for w in widths)]
         self.stem = stem
@@ -108,7 +108,7 @@ def resnet18(
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    stem = nn.Sequential(conv3x3(channels, width), norm_relu(width))
+    stem = nn.Sequential(conv_3x3(channels, width), norm_relu(width))
     return ResNet(stem, block="basic", blocks=blocks, width=width, classes=classes)
 
 

@@ -9,20 +9,24 @@ from torch import nn
 __all__ = ["small_cnn"]
 
 
-def small_cnn(width: int = 16, classes: int = 10) -> nn.Sequential:
-    """Return three 3 x 3 convolutions and a linear layer for (n, 1, 8, 8) pictures.
+def small_cnn(
+    classes: int = 10, *, width: int = 16, channels: int = 1, image: int = 8
+) -> nn.Sequential:
+    """Return three 3 x 3 convolutions and a linear layer for square pictures.
 
     Group norm lets it train at large learning rates and radii, and needs no running statistics.
 
     Args:
-        width: channels of the first convolution, a multiple of 4; the others have twice as many
-            (16: 15,418 parameters).
         classes: outputs.
+        width: channels of the first convolution, a multiple of 4; the others have twice as many
+            (16: 15,418 parameters for the digits).
+        channels: of the pictures.
+        image: their side.
     """
-    wide = 2 * width
+    wide, side = 2 * width, -(-image // 4)  # two strides of 2
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(1, width, 3, padding=1, bias=False),
+            conv1=nn.Conv2d(channels, width, 3, padding=1, bias=False),
             norm1=nn.GroupNorm(4, width),
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(width, wide, 3, stride=2, padding=1, bias=False),
@@ -32,6 +36,6 @@ def small_cnn(width: int = 16, classes: int = 10) -> nn.Sequential:
             norm3=nn.GroupNorm(4, wide),
             relu3=nn.ReLU(),
             flatten=nn.Flatten(),
-            head=nn.Linear(4 * wide, classes),
+            head=nn.Linear(side * side * wide, classes),
         )
     )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..tokens import PAD
+from ..data.tokens import PAD
 from .attention import Attention, KeysValues
 
-__all__ = ["Cache", "Translator", "translator"]
+__all__ = ["Cache", "Translator", "translation_model"]
 
 # One entry a layer: its keys and values of the encoder's output, and of the tokens so far.
 Cache = list[tuple[KeysValues, KeysValues | None]]
@@ -112,9 +112,9 @@ class Translator(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
         self.drop = nn.Dropout(dropout)
-        self._initialise()
+        self._initialise_weights()
 
-    def _initialise(self) -> None:
+    def _initialise_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,10 +127,10 @@ class Translator(nn.Module):
                 for layer in (module.q, module.k, module.v):
                     nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2))
 
-    def _embed(self, embedding: nn.Embedding, tokens: Tensor, start: int = 0) -> Tensor:
+    def _embed_tokens(self, embedding: nn.Embedding, tokens: Tensor, start: int = 0) -> Tensor:
         width = embedding.embedding_dim
         x = math.sqrt(width) * embedding(tokens)
-        return self.drop(x + positions(start, tokens.shape[1], width, x))
+        return self.drop(x + sine_positions(start, tokens.shape[1], width, x))
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """Return the encoder's output (batch, tokens, width), and a mask that is False at padding.
@@ -139,7 +139,7 @@ class Translator(nn.Module):
             source: tokens (batch, tokens), each row ended by ``</s>`` and then padded.
         """
         mask = (source != PAD)[:, None, None, :]
-        x = self._embed(self.embed_source, source)
+        x = self._embed_tokens(self.embed_source, source)
         for layer in self.encoder:
             x = layer(x, mask)
         return x, mask
@@ -152,9 +152,9 @@ class Translator(nn.Module):
             prefix: the target's tokens (batch, tokens), shifted: it starts with ``</s>``.
         """
         memory, mask = self.encode(source)
-        return self.decode(prefix, self.start(memory), mask)[0]
+        return self.decode(prefix, self.empty_cache(memory), mask)[0]
 
-    def start(self, memory: Tensor) -> Cache:
+    def empty_cache(self, memory: Tensor) -> Cache:
         """Return the cache of an empty target."""
         return [(layer.cross.keys_values(memory), None) for layer in self.decoder]
 
@@ -164,13 +164,13 @@ class Translator(nn.Module):
         """Return the logits after each of ``tokens``, and the cache with them in it.
 
         Args:
-            tokens: the first tokens of the target (batch, tokens); or, where the cache holds
+            tokens: the first tokens of the target (batch, tokens); or, if the cache holds
                 earlier ones, one more (batch, 1).
-            cache: from :meth:`start` or from the call before.
+            cache: from :meth:`empty_cache` or from the call before.
             mask: False where the source is padding.
             start: how many tokens came before.
         """
-        x = self._embed(self.embed_target, tokens, start)
+        x = self._embed_tokens(self.embed_target, tokens, start)
         grown: Cache = []
         for layer, (memory, past) in zip(self.decoder, cache, strict=True):
             x, so_far = layer(x, memory, mask, past)
@@ -178,7 +178,7 @@ class Translator(nn.Module):
         return F.linear(x, self.embed_target.weight), grown
 
 
-def positions(start: int, count: int, width: int, like: Tensor) -> Tensor:
+def sine_positions(start: int, count: int, width: int, like: Tensor) -> Tensor:
     """Return sines and cosines (count, width) of the positions from ``start`` on.
 
     Frequencies fall geometrically from 1 to 1 / 10000; sines fill the first half of the width.
@@ -190,7 +190,7 @@ def positions(start: int, count: int, width: int, like: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(like.dtype)
 
 
-def translator(classes: int, *, source: int, **settings: float) -> Translator:
+def translation_model(classes: int, *, source: int, **settings: float) -> Translator:
     """Return the translation model; ``classes`` is the size of the target vocabulary.
 
     Args:

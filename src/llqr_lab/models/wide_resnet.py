@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ._layers import PooledHead, conv3x3, he_init, norm_relu
+from ._layers import PooledHead, conv_3x3, he_init, norm_relu
 
 __all__ = ["wide_resnet"]
 
@@ -16,7 +16,7 @@ class PreActivation(nn.Module):
         super().__init__()
         self.first = norm_relu(inputs)
         self.branch = nn.Sequential(
-            conv3x3(inputs, outputs, stride), norm_relu(outputs), conv3x3(outputs, outputs)
+            conv_3x3(inputs, outputs, stride), norm_relu(outputs), conv_3x3(outputs, outputs)
         )
         self.shortcut = (
             None
@@ -54,7 +54,7 @@ def wide_resnet(
     blocks, rest = divmod(depth - 4, 6)
     if rest or blocks < 1:
         raise ValueError(f"depth: expected 6 n + 4 with n >= 1 (10, 16, 28), got {depth}")
-    layers: list[nn.Module] = [conv3x3(channels, 16)]
+    layers: list[nn.Module] = [conv_3x3(channels, 16)]
     inputs = 16
     for stage in range(3):
         outputs = 16 * widen * 2**stage

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .own import FASHION, HELP_TEXTS, tuned
+from .demo import DEMO, DEMO_KEYS, DEMO_METHODS
+from .own import FASHION, HELP_TEXTS, tuned_settings
 from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .scaling import ADAMW, CADENCE
 from .settings import METHODS, Group, Setting, Source
 from .translation import IWSLT14
 from .vision import CIFAR, IMAGENET, LABEL_NOISE, LLQR, PROBES, SUPERVISED, TINY
 
-__all__ = ["EXPERIMENTS", "OWN", "Experiment", "resolve"]
+__all__ = ["EXPERIMENTS", "Experiment", "OWN", "resolve_settings"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
 IMAGES = (SUPERVISED, CIFAR, LLQR, PROBES)
@@ -40,7 +41,7 @@ class Experiment:
         models: names in :data:`llqr_lab.models.registry.MODELS`.
         methods: names in :data:`METHODS`.
         groups: shared settings; a later group goes before an earlier one.
-        own: settings of this experiment alone; they go before those of the groups.
+        own: settings of this experiment only; they go before those of the groups.
         small: what changes at the scales "small" and "smoke".
     """
 
@@ -187,7 +188,7 @@ EXPERIMENTS |= {
         ["vgg16-bn"],
         FASHION_METHODS,
         (SUPERVISED, LLQR, PROBES, FASHION),
-        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned(name)],
+        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned_settings(name)],
         small=NOTHING,
     )
     for name, title in (("fashion", ""), ("fashion-noise", ", 40 % of the training labels wrong"))
@@ -198,13 +199,25 @@ EXPERIMENTS["help-texts"] = Experiment(
     ["transformer-iwslt"],
     HELP_METHODS,
     (LLQR, IWSLT14, HELP_TEXTS),
-    list(tuned("help-texts")),
+    list(tuned_settings("help-texts")),
     small=NOTHING,
 )
-OWN = ("fashion", "fashion-noise", "help-texts")
+OWN = ("fashion", "fashion-noise", "help-texts")  # of docs/results.md
+EXPERIMENTS["demo"] = Experiment(
+    "The demo, 40 % of the training labels wrong",
+    ["digits"],
+    ["small-cnn"],
+    list(DEMO_METHODS.values()),
+    (SUPERVISED, LLQR, PROBES, DEMO),
+    [
+        Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
+        *tuned_settings("demo", DEMO_METHODS, DEMO_KEYS),
+    ],
+    small=NOTHING,
+)
 
 
-def resolve(
+def resolve_settings(
     name: str, dataset: str, model: str, method: str, scale: str = "paper"
 ) -> dict[str, Setting]:
     """Return the settings of one run by their keys.
@@ -220,7 +233,7 @@ def resolve(
         ValueError: the experiment has no such run.
 
     Example:
-        >>> run = resolve("table2", "CIFAR-100", "resnet18", "LLQR+SAM (NGD)")
+        >>> run = resolve_settings("table2", "CIFAR-100", "resnet18", "LLQR+SAM (NGD)")
         >>> run["probe.rho"].value, run["probe.rho"].source.value
         (0.2, 'paper')
     """
@@ -237,11 +250,13 @@ def resolve(
             raise ValueError(f"{argument}: {name} has {', '.join(allowed)}, got {value!r}")
     kind = METHODS[method]
     candidates = [s for group in experiment.groups for s in group]
-    candidates += [*experiment.own, *kind.settings()]
+    candidates += [*experiment.own, *kind.own_settings()]
     candidates += experiment.small if scale != "paper" else ()
+    # From the general to the particular: a later setting replaces an earlier one of its key.
     chosen: dict[str, Setting] = {}
     for setting in candidates:
-        if kind.needs(setting.key) and setting.holds(dataset, model, method):
+        if kind.uses_setting(setting.key) and setting.holds_for(dataset, model, method):
             chosen[setting.key] = setting
+    # Only what the run has anyway: a smoke run of images gets no setting of translation.
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
     return chosen | smoke

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .scales import SMALL_TRANSLATOR
 from .settings import METHODS, Group, Setting, Some, Source
 
-__all__ = ["FASHION", "HELP_TEXTS", "SETTINGS", "tuned"]
+__all__ = ["FASHION", "HELP_TEXTS", "LEARNED", "TUNED", "tuned_settings"]
 
 SCALE = Source.SCALE
-SETTINGS = Path(__file__).parents[1] / "settings"
+TUNED = Path(__file__).parent / "tuned"  # what the searches found, a file per experiment
 
 LEARNED = [
     Setting("llqr.scale", "mean", SCALE, "llqr's default"),
@@ -65,11 +65,21 @@ HELP_TEXTS = Group(
 )
 
 
-def tuned(experiment: str) -> Iterator[Setting]:
-    """Yield what the search of an experiment found, if there was one."""
-    path = SETTINGS / f"{experiment}.json"
+def tuned_settings(
+    experiment: str, names: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None
+) -> Iterator[Setting]:
+    """Yield what the search of an experiment found, if there was one.
+
+    Args:
+        experiment: its name.
+        names: of the methods, from the file's to those of :data:`METHODS`; None: they are the same.
+        keys: of the settings, from the file's to the protocols'; None: they are the same.
+    """
+    path = TUNED / f"{experiment}.json"
     if path.exists():
-        for method, found in json.loads(path.read_text())["methods"].items():
+        for name, found in json.loads(path.read_text())["methods"].items():
+            method = names[name] if names else name
             assert method in METHODS
             for key, value in found["settings"].items():
-                yield Setting(key, value, Source.TUNED, method=Some(method, [method]))
+                dotted = keys[key] if keys else key
+                yield Setting(dotted, value, Source.TUNED, method=Some(method, [method]))

@@ -11,7 +11,7 @@ from .experiments import EXPERIMENTS, OWN, Experiment
 from .scales import SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
 from .settings import METHODS, Group, Setting
 
-__all__ = ["page"]
+__all__ = ["protocols_page"]
 
 HEAD = """\
 # Protocols
@@ -29,13 +29,14 @@ none: it counts the parameters of modules. Each value says where it comes from:
 - **assumed**: neither says; chosen here. A result that differs from the paper's may be due to it;
 - **scale**: of runs that are smaller than the paper's (`scale=small`, `scale=smoke`), and of the
   experiments of this project at the end of the page;
-- **tuned here**: found by `python -m llqr_lab.recipes.search`.
+- **tuned here**: found by `python -m llqr_lab.recipes.search`, the demo's by
+  `python -m llqr_lab.search_demo`.
 
-The values live in `llqr_lab.protocols`; `resolve(experiment, dataset, model, method, scale)`
-returns those of one run, and `llqr run` takes them from there. What follows `base.`, `llqr.`,
-`probe.` and `optimizer.` are arguments of the base optimizer, `llqr.LLQR`, the perturbation and
-`llqr.Optimizer`; `model.` those of the network. Within a table, and from the shared tables to those
-of an experiment, a later value of a key replaces an earlier one.
+The values live in `llqr_lab.protocols`. `resolve_settings(experiment, dataset, model, method,
+scale)` returns those of one run, and `llqr run` takes them from there. What follows `base.`,
+`llqr.`, `probe.` and `optimizer.` are arguments of the base optimizer, `llqr.LLQR`, the
+perturbation and `llqr.Optimizer`; `model.` those of the network. Within a table, and from the
+shared tables to those of an experiment, a later value of a key replaces an earlier one.
 
 The order of the training data and their augmentation, the label noise, the initialisation and the
 refresh minibatches each take a generator of their own, so that the methods of a row see identical
@@ -43,32 +44,32 @@ batches.
 """
 
 
-def page() -> str:
+def protocols_page() -> str:
     """Return the whole page."""
     groups: dict[str, Group] = {}
     for experiment in EXPERIMENTS.values():
         groups.update({group.title: group for group in experiment.groups})
     smaller = (SMALL_IMAGES, SMALL_TEXT, SMALL_CADENCE, SMOKE)
     groups.update({group.title: group for group in smaller})
-    parts = [HEAD, "## Methods\n", _methods(), "## Shared settings\n"]
+    parts = [HEAD, "## Methods\n", _methods_table(), "## Shared settings\n"]
     for title, group in groups.items():
-        parts += [f"### {title}\n", _table(group)]
+        parts += [f"### {title}\n", _settings_table(group)]
     parts.append("## Tables and figures\n")
     for name, experiment in EXPERIMENTS.items():
         if name == OWN[0]:
             parts.append("## Experiments of this project\n")
-        parts += [f"### {_name(name)}{experiment.title}\n", _runs(experiment)]
+        parts += [f"### {_heading_prefix(name)}{experiment.title}\n", _runs_list(experiment)]
         if experiment.own:
-            parts.append(_table(experiment.own))
+            parts.append(_settings_table(experiment.own))
     return "\n".join(parts)
 
 
-def _name(key: str) -> str:
+def _heading_prefix(key: str) -> str:
     word = key.rstrip("0123456789")
-    return "" if key in OWN else f"{word.capitalize()} {key.removeprefix(word)}: "
+    return "" if key in (*OWN, "demo") else f"{word.capitalize()} {key.removeprefix(word)}: "
 
 
-def _methods() -> str:
+def _methods_table() -> str:
     rows = [
         (
             name,
@@ -78,10 +79,12 @@ def _methods() -> str:
         )
         for name, m in METHODS.items()
     ]
-    return _rows(("Method", "Curvature of LLQR", "Perturbation", "U acts on the step"), rows)
+    return _markdown_table(
+        ("Method", "Curvature of LLQR", "Perturbation", "U acts on the step"), rows
+    )
 
 
-def _runs(experiment: Experiment) -> str:
+def _runs_list(experiment: Experiment) -> str:
     lines = {
         "Data": experiment.datasets,
         "Networks": experiment.models,
@@ -91,28 +94,30 @@ def _runs(experiment: Experiment) -> str:
     return "".join(f"- {what}: {', '.join(which)}\n" for what, which in lines.items())
 
 
-def _table(settings: Iterable[Setting]) -> str:
+def _settings_table(settings: Iterable[Setting]) -> str:
     rows = []
     for s in settings:
-        rows.append((f"`{s.key}`", _value(s.value), s.source.value, s.condition(), s.note))
-    return _rows(("Setting", "Value", "Source", "For", "Note"), rows)
+        rows.append(
+            (f"`{s.key}`", _value_text(s.value), s.source.value, s.condition_text(), s.note)
+        )
+    return _markdown_table(("Setting", "Value", "Source", "For", "Note"), rows)
 
 
-def _value(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
-        return ", ".join(map(_value, value))
+        return ", ".join(map(_value_text, value))
     if isinstance(value, int):
         return f"{value:,}"
     return "none" if value is None else str(value)
 
 
-def _rows(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(protocols_page(), encoding="utf-8")

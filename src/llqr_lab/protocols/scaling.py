@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .settings import Group, Setting, Source, some
+from .settings import Group, Setting, Source, methods_where
 
 __all__ = ["CADENCE"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
-ADAMW = some("AdamW", lambda name, _: name == "AdamW")
-SGD = some("SGD", lambda name, _: not name.startswith("Adam"))
+ADAMW = methods_where("AdamW", lambda name, _: name == "AdamW")
+SGD = methods_where("SGD", lambda name, _: not name.startswith("Adam"))
 
 CADENCE = Group(
     "Cadence and scaling",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-__all__ = ["METHODS", "Group", "Method", "Setting", "Some", "Source", "slug", "some"]
+__all__ = ["Group", "METHODS", "Method", "Setting", "Some", "Source", "methods_where", "slug"]
 
 
 class Source(str, Enum):
@@ -44,9 +44,9 @@ class Setting:
         value: plain data.
         source: where it comes from.
         note: in what sense, or what speaks against it.
-        dataset: it holds for these alone; none: for all.
+        dataset: the data sets it holds for; none: for all.
         model: the same.
-        method: it holds for these alone; None: for all.
+        method: the methods it holds for; None: for all.
     """
 
     key: str
@@ -57,13 +57,13 @@ class Setting:
     model: Sequence[str] = ()
     method: Some | None = None
 
-    def holds(self, dataset: str, model: str, method: str) -> bool:
+    def holds_for(self, dataset: str, model: str, method: str) -> bool:
         """Tell whether it holds for a run."""
         methods = self.method.names if self.method else ()
         asked = ((self.dataset, dataset), (self.model, model), (methods, method))
         return all(not allowed or one in allowed for allowed, one in asked)
 
-    def condition(self) -> str:
+    def condition_text(self) -> str:
         """Say for what it holds."""
         parts = [" or ".join(self.dataset), " or ".join(self.model)]
         return ", ".join(filter(None, [*parts, self.method.label if self.method else ""]))
@@ -95,7 +95,7 @@ class Method:
     probe: str | None = None
     transport: bool = True
 
-    def settings(self) -> list[Setting]:
+    def own_settings(self) -> list[Setting]:
         """Return what follows from the method itself."""
         found = []
         if self.curvature:
@@ -105,7 +105,7 @@ class Method:
             found.append(Setting("probe.kind", self.probe, Source.PAPER))
         return found
 
-    def needs(self, key: str) -> bool:
+    def uses_setting(self, key: str) -> bool:
         """Tell whether a setting means anything to the method."""
         part = key.partition(".")[0]
         if part in ("llqr", "refresh"):
@@ -131,7 +131,7 @@ METHODS = {
 }
 
 
-def some(label: str, chosen: Callable[[str, Method], bool]) -> Some:
+def methods_where(label: str, chosen: Callable[[str, Method], bool]) -> Some:
     """Return the methods for which ``chosen(name, method)`` is true."""
     return Some(label, [name for name, method in METHODS.items() if chosen(name, method)])
 

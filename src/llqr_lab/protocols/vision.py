@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from .settings import Group, Setting, Source, some
+from .settings import Group, Setting, Source, methods_where
 
 __all__ = ["CIFAR", "IMAGENET", "LABEL_NOISE", "LLQR", "PROBES", "SUPERVISED", "TINY"]
 
 PAPER, RECIPE, ASSUMED = Source.PAPER, Source.RECIPE, Source.ASSUMED
-SGD = some("SGD", lambda name, _: not name.startswith("Adam"))
-ADAM = some("Adam", lambda name, _: name == "Adam")
-NEWTON = some("LLQR (Newton), alone and with SAM", lambda _, m: m.curvature == "newton")
-FRIENDLY = some("F-SAM, alone and with LLQR", lambda _, m: m.probe == "FriendlySAM")
-METRIC = some("SAM and F-SAM", lambda _, m: m.probe in ("SAM", "FriendlySAM"))
-FISHER_SAM = some("FisherSAM", lambda _, m: m.probe == "FisherSAM")
+SGD = methods_where("SGD", lambda name, _: not name.startswith("Adam"))
+ADAM = methods_where("Adam", lambda name, _: name == "Adam")
+NEWTON = methods_where("LLQR (Newton), alone and with SAM", lambda _, m: m.curvature == "newton")
+FRIENDLY = methods_where("F-SAM, alone and with LLQR", lambda _, m: m.probe == "FriendlySAM")
+METRIC = methods_where("SAM and F-SAM", lambda _, m: m.probe in ("SAM", "FriendlySAM"))
+FISHER_SAM = methods_where("FisherSAM", lambda _, m: m.probe == "FisherSAM")
 FSAM = "Li et al. (2024)"
 
 SUPERVISED = Group(

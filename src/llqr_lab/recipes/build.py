@@ -11,28 +11,36 @@ from torch import nn
 
 import llqr
 
-from ..models.registry import build
-from .config import given
+from ..models.registry import build_network
+from .config import given_values
 from .draws import seed_of
 
 __all__ = ["network_of", "optimizer_of", "schedule_of"]
 
 
 def network_of(
-    config: DictConfig, device: torch.device, classes: int, **settings: Any
+    config: DictConfig,
+    device: torch.device,
+    classes: int,
+    *,
+    weights_seed: int | None = None,
+    **settings: Any,
 ) -> nn.Module:
-    """Return the run's network; its weights depend on the seed alone.
+    """Return the run's network; its weights depend only on the seed.
 
     Args:
         config: of the run.
         device: where it is.
         classes: number of classes, or size of the target vocabulary.
+        weights_seed: of the initial weights; None: drawn from the seed of the run.
         **settings: what the data say of it, beside the group ``network``.
     """
-    torch.manual_seed(seed_of(config.seed, "initialisation"))
-    own = given(config.network, "small", "classes")
+    if weights_seed is None:
+        weights_seed = seed_of(config.seed, "initialisation")
+    torch.manual_seed(weights_seed)
+    own = given_values(config.network, "small", "classes")
     small = bool(config.network.small)
-    return build(config.model.lower(), classes, small=small, **settings, **own).to(device)
+    return build_network(config.model.lower(), classes, small=small, **settings, **own).to(device)
 
 
 def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
@@ -44,16 +52,17 @@ def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
     geometry: llqr.LLQR | None = None
     if config.llqr.curvature is not None:
         settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
+        # LLQR stops after some refusals in a row; here they are results.
         geometry = llqr.LLQR(settings.pop("structure"), **settings, max_failures=10**9)
     probe = None
     if config.probe.kind is not None:
-        probe = getattr(llqr, config.probe.kind)(**given(config.probe, "kind"))
+        probe = getattr(llqr, config.probe.kind)(**given_values(config.probe, "kind"))
     return llqr.Optimizer(
-        base(model.parameters(), **given(config.base, "optimizer")),
+        base(model.parameters(), **given_values(config.base, "optimizer")),
         model,
         geometry=geometry,
         perturbation=probe,
-        **given(config.optimizer),
+        **given_values(config.optimizer),
     )
 
 
@@ -74,6 +83,7 @@ def schedule_of(
             optimizer, T_max=steps, eta_min=config.train.final_lr
         )
     if kind == "inverse square root":
+        # Both branches are 1 at k + 1 = warm: base.lr is the peak (fairseq's inverse_sqrt).
         warm = config.train.warmup_steps
         return torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: min((k + 1) / warm, math.sqrt(warm / (k + 1)))

@@ -13,75 +13,69 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .build import network_of, optimizer_of
-from .draws import generator
+from .draws import generator_for
 from .workers import Workers
 
-__all__ = ["cadence"]
+__all__ = ["measure_cadence"]
 
 
-def cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
+def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
     """Time every step and every refresh of the epochs on random pictures.
 
     Two steps go before, with the compilation in them. The first refresh is timed apart: it can
     take longer than the later ones.
 
     Returns:
-        ``timing``: seconds an epoch as measured, and without what the first refresh took above the
+        ``timing``: seconds per epoch as measured, and without what the first refresh took above the
         median of the later ones (or in all, if it is the only one); medians of a step and of a
         later refresh.
     """
-    classes = config.network.classes
-    network = network_of(config, workers.device, classes)
-    model = workers.wrap(network)
+    network = network_of(config, workers.device, config.network.classes)
+    model = workers.wrap_model(network)
     optimizer = optimizer_of(config, model)
     compiled = torch.compile(model) if config.train.compile else model
     mixed = torch.autocast(
         workers.device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"
     )
+    x, y = _random_pictures(config, workers, config.train.batch, "pictures")
+    refresh_x, refresh_y = _random_pictures(config, workers, config.refresh.batch or 1, "refresh")
 
-    def pictures(count: int, purpose: str) -> tuple[Tensor, Tensor]:
-        draws = generator(config.seed, purpose, workers.rank)
-        side = config.network.image
-        x = torch.randn(count // workers.size, 3, side, side, generator=draws)
-        y = torch.randint(classes, (len(x),), generator=draws)
-        return x.to(workers.device), y.to(workers.device)
-
-    x, y = pictures(config.train.batch, "pictures")
-
-    def forward() -> tuple[Tensor, Tensor]:
+    def forward_step() -> tuple[Tensor, Tensor]:
         with mixed:
             logits = compiled(x)
             return F.cross_entropy(logits, y), logits
 
-    steps = -(-config.train.images // config.train.batch)
-    total = config.train.epochs * steps
-    refresh_x, refresh_y = pictures(config.refresh.batch or 1, "refresh")
-
-    def refresh() -> tuple[Tensor, Tensor]:
+    def forward_refresh() -> tuple[Tensor, Tensor]:
+        # As in training: in the parameters' own precision, and not compiled.
         logits = model(refresh_x)
         return F.cross_entropy(logits, refresh_y), logits
 
     for _ in range(2):  # the warm-up; it refreshes nothing
         for _ in optimizer.passes():
-            forward()[0].backward()
+            forward_step()[0].backward()
     optimizer.zero_grad()
     workers.synchronize()
+    steps = -(-config.train.images // config.train.batch)
+    bar = tqdm(
+        range(config.train.epochs * steps),
+        desc=config.model,
+        disable=None if workers.is_first else True,
+        leave=False,
+    )
     times: list[float] = []
     refreshes: list[float] = []
-    bar = tqdm(
-        range(total), desc=config.model, disable=None if workers.first else True, leave=False
-    )
+    # Each time ends with a wait for the device, whose work is asynchronous.
     for _ in bar:
-        began = time.perf_counter()
         if optimizer.refresh_due:
-            optimizer.refresh(refresh)
+            began = time.perf_counter()
+            optimizer.refresh(forward_refresh)
             workers.synchronize()
             refreshes.append(time.perf_counter() - began)
-            began = time.perf_counter()
-        optimizer.minimize(forward)
+        began = time.perf_counter()
+        optimizer.minimize(forward_step)
         workers.synchronize()
         times.append(time.perf_counter() - began)
-    return _timing(config, times, refreshes, steps) | {
+    return _summarise_times(config, times, refreshes, steps) | {
         "refreshes": [],
         "skipped_steps": optimizer.skipped_steps,
         "parameters": sum(p.numel() for p in network.parameters()),
@@ -90,10 +84,22 @@ def cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
     }
 
 
-def _timing(
+def _random_pictures(
+    config: DictConfig, workers: Workers, count: int, purpose: str
+) -> tuple[Tensor, Tensor]:
+    """Return this process's part of a batch of pictures and labels."""
+    draws = generator_for(config.seed, purpose, workers.rank)
+    side = config.network.image
+    x = torch.randn(count // workers.size, 3, side, side, generator=draws)
+    y = torch.randint(config.network.classes, (len(x),), generator=draws)
+    return x.to(workers.device), y.to(workers.device)
+
+
+def _summarise_times(
     config: DictConfig, times: list[float], refreshes: list[float], steps: int
 ) -> dict[str, Any]:
     epochs = config.train.epochs
+    # The paper leaves out what only the first refresh costs (allocation, kernel choice).
     measured = (sum(times) + sum(refreshes)) / epochs
     later = statistics.median(refreshes[1:]) if len(refreshes) > 1 else None
     excess = refreshes[0] - (later or 0.0) if refreshes else 0.0

@@ -11,17 +11,17 @@ from hydra import compose as _compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ..protocols import EXPERIMENTS, METHODS, resolve, slug
+from ..protocols import EXPERIMENTS, METHODS, resolve_settings, slug
 
 __all__ = [
     "CONF",
     "RECIPES",
-    "changed",
-    "chosen",
-    "compose",
-    "flat",
-    "given",
-    "resolved",
+    "changed_keys",
+    "chosen_names",
+    "compose_config",
+    "flat_settings",
+    "given_values",
+    "resolve_config",
     "source_of",
 ]
 
@@ -41,14 +41,14 @@ GROUPS = {
 }
 
 
-def _named(what: str, text: str, names: Any) -> str:
+def _match_name(what: str, text: str, names: Any) -> str:
     for name in names:
         if text.lower() in (name.lower(), slug(name)):
             return name
     raise ValueError(f"{what}: expected one of {', '.join(map(slug, names))}, got {text!r}")
 
 
-def chosen(config: DictConfig) -> dict[str, str]:
+def chosen_names(config: DictConfig) -> dict[str, str]:
     """Return the recipe's name and the run's dataset, model, method and scale.
 
     Raises:
@@ -57,41 +57,42 @@ def chosen(config: DictConfig) -> dict[str, str]:
     experiment = EXPERIMENTS[config.recipe]
     return {
         "name": config.recipe,
-        "dataset": _named("dataset", config.dataset, experiment.datasets),
-        "model": _named("model", config.model, experiment.models),
-        "method": _named("method", config.method, experiment.methods),
+        "dataset": _match_name("dataset", config.dataset, experiment.datasets),
+        "model": _match_name("model", config.model, experiment.models),
+        "method": _match_name("method", config.method, experiment.methods),
         "scale": config.scale,
     }
 
 
-_resolved = cache(resolve)  # a configuration asks for every key by itself
+_resolved = cache(resolve_settings)  # a configuration asks for every key by itself
 
 
-def _protocol(key: str, *, _root_: DictConfig) -> Any:
-    found = _resolved(**chosen(_root_))
+def _resolve_protocol(key: str, *, _root_: DictConfig) -> Any:
+    found = _resolved(**chosen_names(_root_))
     if key not in found:
         return None
-    return _lists(found[key].value)
+    return _as_lists(found[key].value)
 
 
-def _lists(value: Any) -> Any:
+def _as_lists(value: Any) -> Any:
     """Return tuples as lists, which is what the configuration knows."""
-    return [_lists(v) for v in value] if isinstance(value, tuple) else value
+    return [_as_lists(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _first(attribute: str, *, _root_: DictConfig) -> str:
+def _resolve_first(attribute: str, *, _root_: DictConfig) -> str:
     return slug(getattr(EXPERIMENTS[_root_.recipe], attribute)[0])
 
 
-OmegaConf.register_new_resolver("protocol", _protocol, replace=True)
-OmegaConf.register_new_resolver("first", _first, replace=True)
+# replace: a module may be imported again, by another name or in a notebook.
+OmegaConf.register_new_resolver("protocol", _resolve_protocol, replace=True)
+OmegaConf.register_new_resolver("first", _resolve_first, replace=True)
 
 
-def compose(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
+def compose_config(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Return the configuration of a recipe, as the command line makes it.
 
     Example:
-        >>> config = compose("table1", ["method=llqr-sam", "model=resnet18"])
+        >>> config = compose_config("table1", ["method=llqr-sam", "model=resnet18"])
         >>> config.probe.rho, config.llqr.every, config.llqr.curvature
         (0.1, 500, 'fisher')
     """
@@ -99,7 +100,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
         return _compose(recipe, list(overrides))
 
 
-def resolved(config: DictConfig) -> DictConfig:
+def resolve_config(config: DictConfig) -> DictConfig:
     """Return the configuration with every value in its place.
 
     A value of the protocols costs a millisecond each time it is asked for; a step asks for several.
@@ -107,7 +108,7 @@ def resolved(config: DictConfig) -> DictConfig:
     Raises:
         ValueError: the recipe has no such dataset, model or method.
     """
-    chosen(config)
+    chosen_names(config)
     # Not OmegaConf.resolve: it has no place for a list that a resolver returns.
     whole = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     OmegaConf.set_struct(whole, True)
@@ -119,16 +120,16 @@ def source_of(config: DictConfig) -> str:
     return config.read or config.dataset
 
 
-def given(group: DictConfig, *without: str) -> dict[str, Any]:
+def given_values(group: DictConfig, *without: str) -> dict[str, Any]:
     """Return what a group of the configuration says: its values that are not null."""
     values = OmegaConf.to_container(group, resolve=True)
     assert isinstance(values, dict)
     return {str(k): v for k, v in values.items() if v is not None and k not in without}
 
 
-def flat(config: DictConfig) -> dict[str, Any]:
+def flat_settings(config: DictConfig) -> dict[str, Any]:
     """Return the run's settings by the keys of the protocols, without those it has no use for."""
-    method = METHODS[chosen(config)["method"]]
+    method = METHODS[chosen_names(config)["method"]]
     values = {
         f"{word}.{key}": config[group][key]
         for group, word in GROUPS.items()
@@ -136,20 +137,21 @@ def flat(config: DictConfig) -> dict[str, Any]:
     }
     values = {k: OmegaConf.to_object(v) if OmegaConf.is_list(v) else v for k, v in values.items()}
     return {"noise": config.noise, "read": source_of(config)} | {
-        k: v for k, v in values.items() if v is not None and method.needs(k)
+        k: v for k, v in values.items() if v is not None and method.uses_setting(k)
     }
 
 
-def changed(config: DictConfig) -> list[str]:
+def changed_keys(config: DictConfig) -> list[str]:
     """Return the keys whose values are not the protocol's at this scale."""
-    protocol = _resolved(**chosen(config))
+    protocol = _resolved(**chosen_names(config))
     read = protocol.get("data.read")
     defaults = {"llqr.shard": False, "data.holdout": 0, "read": read and read.value}
     found = []
-    for key, value in flat(config).items():
+    for key, value in flat_settings(config).items():
         expected = protocol[key].value if key in protocol else defaults.get(key)
+        # The share of wrong labels belongs to the cell, as a table has a column for each.
         if key == "noise" or (key == "read" and expected is None):
             continue
-        if value != _lists(expected):
+        if value != _as_lists(expected):
             found.append(key)
     return found

@@ -1,6 +1,6 @@
 """A generator of its own for each purpose and moment: nothing about a run's past is needed.
 
-The numbers that are drawn for step k depend on the seed, the purpose and k alone. So all methods of
+The numbers that are drawn for step k depend only on the seed, the purpose and k. So all methods of
 a seed see the same batches, pictures and masks, and a run that is resumed draws what it would have.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 
 import torch
 
-__all__ = ["generator", "seed_of"]
+__all__ = ["generator_for", "seed_of"]
 
 
 def seed_of(seed: int, purpose: str, *moment: int) -> int:
@@ -26,7 +26,7 @@ def seed_of(seed: int, purpose: str, *moment: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(
+def generator_for(
     seed: int, purpose: str, *moment: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """Return a generator for one purpose, at one moment (a step, an epoch)."""

@@ -23,7 +23,7 @@ from ..data.noise import flip_labels
 from ..data.tiny_imagenet import tiny_imagenet
 from .build import network_of
 from .config import source_of
-from .draws import generator
+from .draws import generator_for
 from .task import Forward
 from .workers import Workers
 
@@ -58,25 +58,28 @@ def in_memory(config: DictConfig) -> Split:
     if held := config.input.holdout:
         if not 0 < held < len(split.train):
             raise ValueError(f"input.holdout: expected 1 .. {len(split.train) - 1}, got {held}")
-        order = torch.randperm(len(split.train), generator=generator(0, "holdout"))
-        split = Split(_part(split.train, order[held:]), _part(split.train, order[:held]))
+        # Not the run's seed: all seeds are evaluated on the same pictures.
+        order = torch.randperm(len(split.train), generator=generator_for(0, "holdout"))
+        split = Split(_images_at(split.train, order[held:]), _images_at(split.train, order[:held]))
     if config.input.limit:
-        split = Split(*(_limited(part, config.input.limit) for part in (split.train, split.test)))
+        split = Split(
+            *(_limit_images(part, config.input.limit) for part in (split.train, split.test))
+        )
     train = split.train
     if config.noise:
-        draws = generator(config.seed, "noise")
+        draws = generator_for(config.seed, "noise")
         labels = flip_labels(train.labels, config.noise, train.classes, draws)
         train = Images(train.pixels, labels, train.classes)
     return Split(train, split.test)
 
 
-def _part(images: Images, chosen: Tensor) -> Images:
+def _images_at(images: Images, chosen: Tensor) -> Images:
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
 
 
-def _limited(images: Images, limit: int) -> Images:
-    order = torch.randperm(len(images), generator=generator(0, "limit"))
-    return _part(images, order[:limit])
+def _limit_images(images: Images, limit: int) -> Images:
+    order = torch.randperm(len(images), generator=generator_for(0, "limit"))
+    return _images_at(images, order[:limit])
 
 
 class Classification:
@@ -106,43 +109,45 @@ class Classification:
         self.data = Split(*(part.to(self.workers.device) for part in (split.train, split.test)))
         self.count, self.classes = len(split.train), split.train.classes
         _, self.channels, self.side, _ = split.train.pixels.shape
-        mean, std = split.train.statistics()
+        mean, std = split.train.channel_statistics()
         hole = self.config.input.cutout_side
         self.augment = Augment(
             mean, std, self.config.input.padding, self.config.input.flip, hole or 0
         )
 
-    def keys(self, epoch: int, first: int) -> Iterator[Sequence[int]]:
+    def index_batches(self, epoch: int, first: int) -> Iterator[Sequence[int]]:
         """Yield this process's indices of every batch."""
-        order = torch.randperm(self.count, generator=generator(self.config.seed, "order", epoch))
+        order = torch.randperm(
+            self.count, generator=generator_for(self.config.seed, "order", epoch)
+        )
         for chosen in order.split(self.config.train.batch)[first : self.steps]:
-            yield self.workers.share(chosen.tolist())
+            yield self.workers.own_part(chosen.tolist())
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch of an epoch, from number ``first`` on."""
         train = self.data.train
-        for chosen in self.keys(epoch, first):
+        for chosen in self.index_batches(epoch, first):
             yield train.pixels[chosen], train.labels[chosen]
 
     def forward(self, model: nn.Module, batch: Batch, step: int) -> Forward:
         """Return the pass of an augmented batch."""
-        return self._pass(model, batch, "augmentation", step)
+        return self._augmented_pass(model, batch, "augmentation", step)
 
     def refresh(self, model: nn.Module, step: int) -> Forward:
         """Return the pass of an augmented minibatch of its own."""
-        draws = generator(self.config.seed, "refresh", step)
+        draws = generator_for(self.config.seed, "refresh", step)
         chosen = torch.randperm(self.count, generator=draws)[: self.config.refresh.batch]
-        batch = self.fetch(self.workers.share(chosen.tolist()), step)
-        return self._pass(model, batch, "refresh augmentation", step)
+        batch = self.fetch(self.workers.own_part(chosen.tolist()), step)
+        return self._augmented_pass(model, batch, "refresh augmentation", step)
 
     def fetch(self, chosen: Sequence[int], step: int) -> Batch:
         """Return the training pictures of these indices."""
         return self.data.train.pixels[chosen], self.data.train.labels[chosen]
 
-    def _pass(self, model: nn.Module, batch: Batch, purpose: str, step: int) -> Forward:
+    def _augmented_pass(self, model: nn.Module, batch: Batch, purpose: str, step: int) -> Forward:
         pixels, labels = batch
         moment = (step, self.workers.rank)
-        draws = generator(self.config.seed, purpose, *moment, device=pixels.device)
+        draws = generator_for(self.config.seed, purpose, *moment, device=pixels.device)
         x = self.augment(pixels, draws)
 
         def forward() -> tuple[Tensor, Tensor]:
@@ -151,10 +156,11 @@ class Classification:
 
         return forward
 
-    def evaluated(self) -> Iterator[Batch]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """Yield this process's part of the pictures to evaluate on."""
         test = self.data.test
         mine = torch.arange(len(test), device=test.labels.device)
+        # Parts may differ by one picture: sums are taken over the processes, not means.
         for chosen in mine[self.workers.rank :: self.workers.size].split(EVALUATED):
             yield test.pixels[chosen], test.labels[chosen]
 
@@ -164,12 +170,12 @@ class Classification:
         self.network.eval()
         loss = right = 0.0
         count = 0
-        for pixels, labels in self.evaluated():
-            logits = self.network(self.augment.plain(pixels)).float()
+        for pixels, labels in self.evaluation_batches():
+            logits = self.network(self.augment.without_augmentation(pixels)).float()
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += float((logits.argmax(1) == labels).sum())
             count += len(labels)
-        loss, right, total = self.workers.total([loss, right, count])
+        loss, right, total = self.workers.sum_over_processes([loss, right, count])
         return {"test_loss": loss / total, "test_accuracy": 100 * right / total}
 
     def finish(self) -> dict[str, float]:
@@ -191,14 +197,14 @@ class FolderClassification(Classification):
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch, decoded by worker processes."""
-        draws = generator(self.config.seed, "crops", epoch)
+        draws = generator_for(self.config.seed, "crops", epoch)
         crops = torch.randint(2**62, (self.count,), generator=draws).tolist()
-        keys = [[(i, crops[i]) for i in chosen] for chosen in self.keys(epoch, first)]
-        yield from self._decoded(self.folders[0], keys)
+        keys = [[(i, crops[i]) for i in chosen] for chosen in self.index_batches(epoch, first)]
+        yield from self._decoded_batches(self.folders[0], keys)
 
     def fetch(self, chosen: Sequence[int], step: int) -> Batch:
         """Return the training pictures of these indices, randomly cropped."""
-        draws = generator(self.config.seed, "refresh crops", step, self.workers.rank)
+        draws = generator_for(self.config.seed, "refresh crops", step, self.workers.rank)
         crops = torch.randint(2**62, (len(chosen),), generator=draws).tolist()
         pictures, labels = zip(
             *(self.folders[0][i, c] for i, c in zip(chosen, crops, strict=True)), strict=True
@@ -206,14 +212,14 @@ class FolderClassification(Classification):
         device = self.workers.device
         return torch.stack(pictures).to(device), torch.tensor(labels, device=device)
 
-    def evaluated(self) -> Iterator[Batch]:
+    def evaluation_batches(self) -> Iterator[Batch]:
         """Yield this process's part of the pictures to evaluate on, the middle of each."""
         mine = range(self.workers.rank, len(self.folders[1]), self.workers.size)
-        yield from self._decoded(
+        yield from self._decoded_batches(
             self.folders[1], [mine[i : i + EVALUATED] for i in range(0, len(mine), EVALUATED)]
         )
 
-    def _decoded(self, folder: ImageFolder, keys: Sequence[Any]) -> Iterator[Batch]:
+    def _decoded_batches(self, folder: ImageFolder, keys: Sequence[Any]) -> Iterator[Batch]:
         device = self.workers.device
         loader = torch.utils.data.DataLoader(
             folder,

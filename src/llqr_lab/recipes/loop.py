@@ -1,4 +1,4 @@
-"""The training loop of every recipe that trains to the end; it can be killed and gone on with."""
+"""The training loop of every recipe that trains, the demo included; resumable."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import llqr
 
-from ..output import plain
+from ..common.output import without_nan
 from .build import optimizer_of, schedule_of
-from .config import flat
+from .config import flat_settings
 from .draws import seed_of
 from .records import Records
 from .task import Forward, Task
@@ -30,7 +30,7 @@ class Training:
     """A run in progress.
 
     All that is random is a function of the seed and the step, so a checkpoint holds the network,
-    the optimizer, the schedule and the place in the data, and a run that is gone on with ends with
+    the optimizer, the schedule and the place in the data, and a resumed run ends with
     the weights, bit for bit, of one that was never interrupted.
 
     Args:
@@ -43,9 +43,9 @@ class Training:
     def __init__(self, config: DictConfig, task: Task, workers: Workers, records: Records) -> None:
         """Build the optimizer and the schedule."""
         self.config, self.task, self.workers, self.records = config, task, workers, records
-        self.model = workers.wrap(task.network)
+        self.model = workers.wrap_model(task.network)
         self.optimizer = optimizer_of(config, self.model)
-        self.optimizer.register_refresh_hook(self._note)
+        self.optimizer.register_refresh_hook(self._note_refresh)
         self.steps = config.train.epochs * task.steps
         self.schedule = schedule_of(config, self.optimizer, self.steps)
         self.compiled = torch.compile(self.model) if config.train.compile else self.model
@@ -62,9 +62,9 @@ class Training:
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; return the steps that were done."""
-        state = self.records.load(self.workers.device)
+        state = self.records.load_checkpoint(self.workers.device)
         if state is not None:
-            self._check(state["settings"])
+            self._refuse_other_settings(state["settings"])
             self.task.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -73,8 +73,8 @@ class Training:
             self.loss, self.lines = state["loss"], state["lines"]
         return self.step
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        own = flat(self.config)
+    def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
+        own = flat_settings(self.config)
         other = sorted(k for k in settings | own if settings.get(k) != own.get(k))
         if other:
             raise ValueError(
@@ -82,10 +82,10 @@ class Training:
                 "differ; give another out=DIR, or force=true to start anew"
             )
 
-    def state(self) -> dict[str, Any]:
+    def checkpoint_state(self) -> dict[str, Any]:
         """Return what :meth:`resume` needs."""
         return {
-            "settings": flat(self.config),
+            "settings": flat_settings(self.config),
             "network": self.task.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -98,15 +98,16 @@ class Training:
             "lines": self.records.lines,
         }
 
-    def run(self) -> dict[str, Any]:
+    def train_to_end(self) -> dict[str, Any]:
         """Train to the end and return what was measured."""
         shown = {"desc": self.config.method, "unit": "step", "leave": False}
-        # disable=None: no bar where nobody watches, such as in a log file.
-        silent = None if self.workers.first else True
+        # disable=None: no bar where nobody watches, such as in a log file. A run without a folder
+        # is one of many, whose bar stands for all of them.
+        silent = None if self.workers.is_first and self.records.folder else True
         with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
             while self.epoch < self.config.train.epochs:
-                self._epoch(bar)
-        self.records.keep(self.task.network.state_dict())
+                self._train_epoch(bar)
+        self.records.keep_network(self.task.network.state_dict())
         return {
             "metric": self.task.metric,
             "epochs": self.epochs,
@@ -120,44 +121,46 @@ class Training:
             "seconds": self.seconds,
         }
 
-    def _epoch(self, bar: tqdm) -> None:
+    def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()
         every = self.config.checkpoint_every
         for batch in self.task.batches(self.epoch, self.batch):
-            with self._timed():
-                loss = self._step(batch)
+            with self._time_step():
+                loss = self._train_step(batch)
             self.loss += loss.detach()
             self.batch += 1
             bar.update()
             if self.step % self.config.log_every == 0:
                 values = {"loss": float(loss), "lr": self.optimizer.param_groups[0]["lr"]}
-                self.records.write("step", self.step, values)
+                self.records.write_measurement("step", self.step, values)
                 bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
             # Not at the end of an epoch: there it is written when the epoch has been evaluated.
             if every and self.step % every == 0 and self.batch < self.task.steps:
-                self.records.save(self.state())
-        mean = float(self.workers.mean(self.loss)) / self.task.steps
+                self.records.save_checkpoint(self.checkpoint_state())
+        mean = float(self.workers.mean_over_processes(self.loss)) / self.task.steps
         measured = {"train_loss": mean, **self.task.evaluate()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss = torch.zeros_like(self.loss)
-        values = plain({"seconds": self.seconds, **measured})
+        values = without_nan({"seconds": self.seconds, **measured})
         self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
-        self.records.write("epoch", self.step, {"epoch": self.epoch, **values})
+        self.records.write_measurement("epoch", self.step, {"epoch": self.epoch, **values})
         bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.2f}"}, refresh=False)
-        self.records.save(self.state())
+        self.records.save_checkpoint(self.checkpoint_state())
 
-    def _step(self, batch: Any) -> Tensor:
+    def _train_step(self, batch: Any) -> Tensor:
         step, rank = self.step, self.workers.rank
         torch.manual_seed(seed_of(self.config.seed, "dropout", step, rank))
         if self.optimizer.refresh_due:
             # In the parameters' own precision, and not compiled: it differentiates twice.
             self.optimizer.refresh(self.task.refresh(self.model, step))
         forward = self.task.forward(self.compiled, batch, step)
-        loss = self.optimizer.minimize(self._in_precision(forward), before_step=self._clip)
+        loss = self.optimizer.minimize(
+            self._in_precision(forward), before_step=self._clip_gradients
+        )
         self.schedule.step()
         return loss
 
-    def _clip(self) -> None:
+    def _clip_gradients(self) -> None:
         if (norm := self.config.train.clip_norm) is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), norm)
 
@@ -170,21 +173,24 @@ class Training:
                 f"{self.config.train.precision!r}"
             )
 
-        def mixed() -> tuple[Tensor, Tensor]:
+        def mixed_forward() -> tuple[Tensor, Tensor]:
             with torch.autocast(self.workers.device.type, torch.bfloat16):
                 return forward()
 
-        return mixed
+        return mixed_forward
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _time_step(self) -> Iterator[None]:
         began = time.perf_counter()
         yield
+        # A wait in every step would keep the device idle; one per epoch makes its time right.
         if self.batch + 1 == self.task.steps:
             self.workers.synchronize()
         self.seconds += time.perf_counter() - began
 
-    def _note(self, optimizer: llqr.Optimizer, report: llqr.RefreshReport) -> None:
+    def _note_refresh(self, optimizer: llqr.Optimizer, report: llqr.RefreshReport) -> None:
         values: Mapping[str, Any] = asdict(report)
-        self.refreshes.append(plain(values))
-        self.records.write("refresh", report.step, {k: v for k, v in values.items() if k != "step"})
+        self.refreshes.append(without_nan(values))
+        self.records.write_measurement(
+            "refresh", report.step, {k: v for k, v in values.items() if k != "step"}
+        )

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: settings, a line a measurement, checkpoints, the result."""
+"""What a run leaves in its folder: settings, one line per measurement, checkpoints, the result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..collect.runs import FORMAT
-from ..output import plain, write_json, write_whole
+from ..common.output import without_nan, write_json, write_whole
 
 __all__ = ["Records"]
 
 
 class Records:
-    """The folder of a run; with several processes the first one alone writes.
+    """The folder of a run; with several processes only the first one writes.
 
     Args:
         folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and,
@@ -38,8 +38,8 @@ class Records:
         if self._written is not None:
             self._written.mkdir(parents=True, exist_ok=True)
 
-    def begin(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
-        """Write the settings; forget what was measured after the checkpoint that is gone on from.
+    def begin_files(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
+        """Write the settings; forget what was measured after the checkpoint to resume from.
 
         Args:
             config: of the run.
@@ -50,6 +50,7 @@ class Records:
             return
         write_json(folder / "config.json", config)
         metrics = folder / "metrics.jsonl"
+        # What came after the checkpoint is measured again.
         kept = metrics.read_text().splitlines(keepends=True)[:lines] if lines else []
         write_whole(metrics, "".join(kept))
         self.lines = len(kept)
@@ -58,11 +59,11 @@ class Records:
 
             self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def write_measurement(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a measurement: a line of metrics.jsonl, and a point of TensorBoard's curves."""
         if (folder := self._written) is None:
             return
-        line = json.dumps({"kind": kind, "step": step, **plain(values)}, allow_nan=False)
+        line = json.dumps({"kind": kind, "step": step, **without_nan(values)}, allow_nan=False)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.lines += 1
@@ -71,26 +72,26 @@ class Records:
                 if isinstance(value, (int, float)):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; an old one stays whole until the new one is."""
         if (folder := self._written) is not None:
             new = folder / "checkpoint.pt.new"
             torch.save(dict(state), new)
             os.replace(new, folder / "checkpoint.pt")
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """Return the checkpoint, if there is one."""
         path = self.folder and self.folder / "checkpoint.pt"
         if path is None or not path.exists():
             return None
         return torch.load(path, map_location=device, weights_only=True)
 
-    def keep(self, weights: Mapping[str, Any]) -> None:
+    def keep_network(self, weights: Mapping[str, Any]) -> None:
         """Write the trained network."""
         if (folder := self._written) is not None:
             torch.save(dict(weights), folder / "network.pt")
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result; the checkpoint is no longer needed."""
         if (folder := self._written) is None:
             return

@@ -4,7 +4,8 @@ Every method gets the same number of runs: a Latin hypercube of its space, and r
 best so far run on further seeds. What counts is the metric after the last epoch on examples that
 are held out of the training set (images) or on the validation pairs (text), at seeds that the
 experiments do not use. Methods share draws: configuration i of LLQR+SAM has the learning rate and
-the rho of configuration i of SAM.
+the rho of configuration i of SAM. A search that was killed goes on when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..environment import environment
-from ..halving import FIRST_SEED, Space, halving
-from ..output import write_json
+from ..common.environment import describe_environment
+from ..common.output import write_json
+from ..common.processes import available_workers
+from ..data.digits import VALIDATION
 from ..protocols import EXPERIMENTS, slug
-from ..protocols.own import SETTINGS
-from ..runs import available_workers
-from .config import compose, resolved
+from ..protocols.own import TUNED
+from .config import compose_config, resolve_config
+from .halving import FIRST_SEED, Journal, Rungs, Space, run_rungs
 
-__all__ = ["SPACES", "Trial", "main", "search"]
+__all__ = ["SPACES", "Trial", "journal_beside", "main", "run_trial", "search_settings"]
 
 SGD: Space = {"base.lr": {"log": [0.01, 0.5]}, "base.weight_decay": {"log": [1e-4, 1e-2]}}
 ADAMW: Space = {"base.lr": {"log": [3e-4, 3e-2]}, "base.weight_decay": {"log": [1e-3, 1.0]}}
@@ -67,33 +69,48 @@ SPACES: dict[str, dict[str, Space]] = {
         "LLQR+SAM (NGD)": TEXT | TEXT_RHO | LEARNED,
     },
 }
-HELD_OUT = {"fashion": 2000, "fashion-noise": 2000, "help-texts": 0}  # its pairs have three parts
+# Text has three parts: its search looks at the validation pairs.
+HELD_OUT = {"fashion": 2000, "fashion-noise": 2000, "help-texts": 0, "demo": VALIDATION}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search."""
+    """One run of a search.
+
+    Attributes:
+        experiment: its recipe.
+        method: as in the protocols.
+        settings: by the protocols' keys.
+        seed: of the run.
+        overrides: what all runs of the search have besides, as ``key: value``.
+    """
 
     experiment: str
     method: str
     settings: Mapping[str, Any]
     seed: int
-    data: str | None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def trial(task: Trial) -> dict[str, Any]:
+def run_trial(trial: Trial) -> dict[str, Any]:
     """Run without a trace on disk; a failure is a result, and the worst."""
     from .records import Records
-    from .run import describe, measure
+    from .run import describe_run, measure_run
     from .workers import Workers
 
-    overrides = [f"method={slug(task.method)}", f"seed={task.seed}", "scale=small"]
-    overrides += [f"{k}={v}" for k, v in task.settings.items()]
-    overrides += [f"input.holdout={HELD_OUT[task.experiment]}"]
-    overrides += [f"data={task.data}"] if task.data else []
+    values = {
+        "method": slug(trial.method),
+        "seed": trial.seed,
+        "scale": "small",  # these experiments have one size
+        **trial.settings,
+        "input.holdout": HELD_OUT[trial.experiment],
+        **trial.overrides,
+    }
     try:
-        config = resolved(compose(task.experiment, overrides))
-        measured = measure(config, Workers("cpu"), Records(), describe(config))
+        config = resolve_config(
+            compose_config(trial.experiment, [f"{k}={v}" for k, v in values.items()])
+        )
+        measured = measure_run(config, Workers("cpu"), Records(), describe_run(config))
     except (RuntimeError, ValueError) as error:
         return {"metric": 0.0, "error": f"{type(error).__name__}: {error}"}
     found = {"metric": round(measured["last"], 3)}
@@ -103,18 +120,21 @@ def trial(task: Trial) -> dict[str, Any]:
     return found
 
 
-def search(
-    experiment: str, rungs: Sequence[tuple[int, int]], workers: int, data: str | None
+def search_settings(
+    experiment: str, rungs: Rungs, workers: int, data: str | None, journal: Path | None = None
 ) -> dict[str, Any]:
     """Search all methods of an experiment and return all that was tried, the best first."""
     spaces = SPACES[experiment]
-    trials, seed = halving(
+    overrides = {"data": data} if data else {}
+    record = Journal(journal, {"experiment": experiment, **overrides})
+    trials, seed = run_rungs(
         spaces,
         rungs,
-        lambda name, settings, seed: Trial(experiment, name, settings, seed, data),
-        trial,
+        lambda name, settings, seed: Trial(experiment, name, settings, seed, overrides),
+        run_trial,
         workers,
         "metric",
+        record,
     )
     return {
         "search": {
@@ -124,7 +144,7 @@ def search(
             "seeds": [FIRST_SEED, seed - 1],
             "held_out": HELD_OUT[experiment],
         },
-        "environment": environment(),
+        "environment": describe_environment(),
         "methods": {
             name: {
                 "settings": found[0]["settings"],
@@ -135,6 +155,11 @@ def search(
             for name, found in trials.items()
         },
     }
+
+
+def journal_beside(out: Path) -> Path:
+    """Return the file in which the finished runs stand until ``out`` is written."""
+    return out.with_name(out.name + ".journal")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,9 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
     rungs = [(arguments.configurations, 1), (arguments.best, 2)][: 1 + bool(arguments.best)]
-    found = search(arguments.experiment, rungs, arguments.workers, arguments.data)
-    out = arguments.out or SETTINGS / f"{arguments.experiment}.json"
+    out = arguments.out or TUNED / f"{arguments.experiment}.json"
+    journal = journal_beside(out)
+    found = search_settings(arguments.experiment, rungs, arguments.workers, arguments.data, journal)
     write_json(out, found)
+    journal.unlink()
     for name, entry in found["methods"].items():
         print(f"{name:18} {entry['metric']:6.2f}  {entry['settings']}")
     print(f"{EXPERIMENTS[arguments.experiment].title}: {time.perf_counter() - began:.0f} s; {out}")

@@ -18,19 +18,19 @@ from ..data.libreoffice import libreoffice_help
 from ..data.number_words import number_words
 from ..data.pairs import Pairs
 from ..data.token_batches import Sentences, TokenBatch, token_batches
+from ..data.tokens import PAD
 from ..data.vocabulary import Bpe, Vocabulary, Words
-from ..tokens import PAD
-from ..translate import bleu, token_error, translate
 from .build import network_of
 from .config import source_of
-from .draws import generator
+from .draws import generator_for
 from .task import Forward
+from .translate import corpus_bleu, token_error, translate_all
 from .workers import Workers
 
-__all__ = ["Translation", "read"]
+__all__ = ["Translation", "read_pairs"]
 
 
-def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
+def read_pairs(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
     """Load the pairs and the vocabularies of both languages.
 
     Raises:
@@ -55,12 +55,12 @@ def read(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
         pairs = iwslt14_tokenised(config.data)
         sides = ([pair[side] for pair in pairs.train] for side in (0, 1))
         source, target = (Words(side) for side in sides)
-        return _limited(pairs, config), source, target
+        return _limit_pairs(pairs, config), source, target
     bpe = Bpe.learn(chain.from_iterable(pairs.train), config.input.bpe)
-    return _limited(pairs, config), bpe, bpe
+    return _limit_pairs(pairs, config), bpe, bpe
 
 
-def _limited(pairs: Pairs, config: DictConfig) -> Pairs:
+def _limit_pairs(pairs: Pairs, config: DictConfig) -> Pairs:
     """Return the first pairs of each part; a tenth of the limit to validate and to test."""
     limit = config.input.limit
     few = limit and -(-limit // 10)
@@ -80,27 +80,28 @@ class Translation:
     def __init__(self, config: DictConfig, workers: Workers) -> None:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
-        pairs, source, self.target = read(config)
+        pairs, source, self.target = read_pairs(config)
+        # Search and BLEU take long: each process translates its part.
         mine = slice(workers.rank, None, workers.size)  # of what is evaluated
         parts = (pairs.train, pairs.valid[mine], pairs.test[mine])
         self.train, self.valid, self.test = (Sentences(p, source, self.target) for p in parts)
         self.lengths = self.train.lengths()
         sizes = {"classes": len(self.target), "source": len(source)}
         self.network = network_of(config, workers.device, **sizes)
-        self.steps = len(self.chosen(0))
+        self.steps = len(self.epoch_batches(0))
 
-    def chosen(self, epoch: int) -> list[list[int]]:
+    def epoch_batches(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch; those that have no pair for some process are left out."""
-        draws = generator(self.config.seed, "order", epoch)
+        draws = generator_for(self.config.seed, "order", epoch)
         found = token_batches(self.lengths, self.config.train.tokens, draws)
         return [batch for batch in found if len(batch) >= self.workers.size]
 
     def batches(self, epoch: int, first: int) -> Iterator[tuple[TokenBatch, float]]:
         """Yield this process's part of every batch of an epoch, from number ``first`` on."""
-        for batch in self.chosen(epoch)[first:]:
-            yield self._mine(batch)
+        for batch in self.epoch_batches(epoch)[first:]:
+            yield self._weighted_part(batch)
 
-    def _mine(self, batch: Sequence[int]) -> tuple[TokenBatch, float]:
+    def _weighted_part(self, batch: Sequence[int]) -> tuple[TokenBatch, float]:
         """Return a part, and its share of the batch's tokens times the number of processes."""
         rank, size = self.workers.rank, self.workers.size
         mine = batch[rank::size]
@@ -126,9 +127,9 @@ class Translation:
 
     def refresh(self, model: nn.Module, step: int) -> Forward:
         """Return the pass of a minibatch of sentences of its own."""
-        draws = generator(self.config.seed, "refresh", step)
+        draws = generator_for(self.config.seed, "refresh", step)
         chosen = torch.randperm(len(self.train), generator=draws)[: self.config.refresh.batch]
-        return self.forward(model, self._mine(chosen.tolist()), step)
+        return self.forward(model, self._weighted_part(chosen.tolist()), step)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -145,20 +146,20 @@ class Translation:
             )
             errors, tokens = token_error(logits, batch.target)
             wrong, count = wrong + errors, count + tokens
-        loss, wrong, count = self.workers.total([loss, wrong, count])
+        loss, wrong, count = self.workers.sum_over_processes([loss, wrong, count])
         return {
             "validation_loss": loss / count,
             "token_error": 100 * wrong / count,
-            "bleu": self.bleu(self.valid),
+            "bleu": self.bleu_of(self.valid),
         }
 
     def finish(self) -> dict[str, float]:
         """Return the BLEU of the test pairs, of the last epoch's network."""
-        return {"test_bleu": self.bleu(self.test)}
+        return {"test_bleu": self.bleu_of(self.test)}
 
-    def bleu(self, sentences: Sentences) -> float:
+    def bleu_of(self, sentences: Sentences) -> float:
         """Return the BLEU of the beam's best translations."""
-        texts = translate(
+        texts = translate_all(
             self.network,
             sentences,
             self.target,
@@ -166,4 +167,4 @@ class Translation:
             tokens=self.config.train.tokens,
         )
         references = [b for _, b in sentences.pairs]
-        return bleu(self.workers.gather(texts), self.workers.gather(references))
+        return corpus_bleu(self.workers.gather_lists(texts), self.workers.gather_lists(references))

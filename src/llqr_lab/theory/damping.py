@@ -6,20 +6,20 @@ import numpy as np
 
 from .findings import HOLDS, LIMITS, Finding
 
-__all__ = ["findings", "motion", "simulate", "variance"]
+__all__ = ["check_damping", "mean_squared_step", "simulate_chains", "stationary_variance"]
 
 
-def variance(eta: float, curvature: float, d: float, tau: float) -> float:
+def stationary_variance(eta: float, curvature: float, d: float, tau: float) -> float:
     """Return the stationary variance of Proposition B.4; d is the metric's denominator."""
     return eta * tau**2 / (curvature * (2 * d - eta * curvature))
 
 
-def motion(eta: float, curvature: float, d: float, tau: float) -> float:
+def mean_squared_step(eta: float, curvature: float, d: float, tau: float) -> float:
     """Return the stationary mean of the squared step."""
     return 2 * eta**2 * tau**2 / (d * (2 * d - eta * curvature))
 
 
-def simulate(
+def simulate_chains(
     eta: float, curvature: float, d: float, tau: float, chains: int = 4000, steps: int = 1000
 ) -> tuple[float, float]:
     """Return (variance, mean squared step) of many chains after they have settled."""
@@ -37,20 +37,20 @@ def simulate(
     return squares / steps, moves / steps
 
 
-def findings() -> list[Finding]:
+def check_damping() -> list[Finding]:
     """Check the two formulas, what follows for two metrics, and its direction."""
-    return [formulas(), direction()]
+    return [check_formulas(), check_direction()]
 
 
 CASES = ((0.1, 2.0, 1.0, 0.5), (0.3, 1.0, 0.4, 1.0), (0.5, 3.0, 0.8, 0.2), (0.2, 5.0, 4.0, 2.0))
 
 
-def formulas() -> Finding:
+def check_formulas() -> Finding:
     """Divide the simulated moments by the formulas'."""
     ratios = []
     for case in CASES:
-        spread, moved = simulate(*case)
-        ratios += [spread / variance(*case), moved / motion(*case)]
+        spread, moved = simulate_chains(*case)
+        ratios += [spread / stationary_variance(*case), moved / mean_squared_step(*case)]
     return Finding(
         "Proposition B.4",
         "variance and one-step motion of a noisy mode",
@@ -66,11 +66,11 @@ def formulas() -> Finding:
     )
 
 
-def direction() -> Finding:
+def check_direction() -> Finding:
     """Compare the denominators of LLQR (avg) and SGD (1) on both sides of 1."""
     measured, agree = {}, True
     for average in (0.5, 2.0):
-        ratio = simulate(0.1, 1.0, average, 1.0)[1] / simulate(0.1, 1.0, 1.0, 1.0)[1]
+        ratio = simulate_chains(0.1, 1.0, average, 1.0)[1] / simulate_chains(0.1, 1.0, 1.0, 1.0)[1]
         measured[f"motion of LLQR / SGD at avg {average:g}"] = ratio
         measured[f"amplification of Corollary 4.2 at avg {average:g}"] = average**-0.5
         agree &= (ratio < 1) == (average > 1)

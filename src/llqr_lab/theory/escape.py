@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from .findings import LIMITS, Finding
 
-__all__ = ["exit_time", "findings"]
+__all__ = ["check_escape", "exit_time"]
 
 Array = NDArray[np.float64]
 
@@ -30,12 +30,12 @@ def exit_time(contraction: Array, reach: Array, starts: Array, steps: int) -> Ar
     return when
 
 
-def findings() -> list[Finding]:
+def check_escape() -> list[Finding]:
     """Check that the kick, not the envelope, decides."""
-    return [criterion(), exact_condition()]
+    return [check_criterion(), exact_condition()]
 
 
-def criterion() -> Finding:
+def check_criterion() -> Finding:
     """Take envelopes of 1.5 R and 2.5 R at eta mu = 1/2, so kicks of .75 R and 1.25 R."""
     steps = 100_000
     half = np.array([0.5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ERRATUM", "HOLDS", "LIMITS", "Finding"]
+__all__ = ["ERRATUM", "Finding", "HOLDS", "LIMITS"]
 
 HOLDS = "holds"
 LIMITS = "holds with limits"
@@ -41,9 +41,11 @@ class Finding:
         """What is said, if the numbers show it."""
         return self.says if self.confirmed else REFUTED
 
-    def row(self) -> dict[str, Any]:
+    def plain_row(self) -> dict[str, Any]:
         """Return plain data for CSV and print."""
-        numbers = "; ".join(f"{name}: {_shown(value)}" for name, value in self.measured.items())
+        numbers = "; ".join(
+            f"{name}: {_number_text(value)}" for name, value in self.measured.items()
+        )
         return {
             "source": self.source,
             "statement": self.statement,
@@ -53,5 +55,5 @@ class Finding:
         }
 
 
-def _shown(value: float) -> str:
+def _number_text(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -9,22 +9,22 @@ from numpy.typing import NDArray
 from .findings import HOLDS, LIMITS, Finding
 from .two_scale import coordinate_step, optimizer_path
 
-__all__ = ["amplitude", "envelope", "findings", "hovering"]
+__all__ = ["check_hovering", "hovering_envelope", "iterate_hovering", "two_cycle_amplitude"]
 
 Array = NDArray[np.float64]
 
 
-def amplitude(eta: Array, rho: float, mu: Array, average: Array) -> Array:
+def two_cycle_amplitude(eta: Array, rho: float, mu: Array, average: Array) -> Array:
     """Return the two-cycle's amplitude, equation (16)."""
     return eta * rho * mu / ((2 - eta * mu) * np.sqrt(average))
 
 
-def envelope(rho: float, average: Array) -> Array:
+def hovering_envelope(rho: float, average: Array) -> Array:
     """Return the hovering envelope, equations (5) and (17)."""
     return rho / np.sqrt(average)
 
 
-def hovering(a: Array, b: Array, start: float = 1.0, steps: int = 4000) -> Array:
+def iterate_hovering(a: Array, b: Array, start: float = 1.0, steps: int = 4000) -> Array:
     """Iterate z <- a z - b sign(z), equation (14); return |z| at the end."""
     z = np.full(np.broadcast(a, b).shape, start)
     for _ in range(steps):
@@ -32,9 +32,16 @@ def hovering(a: Array, b: Array, start: float = 1.0, steps: int = 4000) -> Array
     return np.abs(z)
 
 
-def findings() -> list[Finding]:
+def check_hovering() -> list[Finding]:
     """Check amplitude, envelope and the directions they hold in."""
-    return [two_cycle(), no_fixed_point(), bound(), sharpness(), largest_mu(), tied_mu()]
+    return [
+        two_cycle(),
+        no_fixed_point(),
+        check_bound(),
+        check_sharpness(),
+        largest_mu(),
+        tied_mu(),
+    ]
 
 
 RHO, AVERAGE = 0.1, 0.25
@@ -44,18 +51,20 @@ def two_cycle() -> Finding:
     """Compare the end of the map with (16) for eta mu over (0, 2), and look at 2."""
     mu = np.linspace(0.02, 1.98, 50)
     one = np.ones_like(mu)
-    exact = amplitude(one, RHO, mu, AVERAGE * one)
-    measured = hovering(1 - mu, RHO * mu / np.sqrt(AVERAGE))
+    exact = two_cycle_amplitude(one, RHO, mu, AVERAGE * one)
+    measured = iterate_hovering(1 - mu, RHO * mu / np.sqrt(AVERAGE))
     error = np.max(np.abs(measured / exact - 1))
     by_optimizer = 0.0
     for value in (0.5, 1.0, 1.5):
         H, U = torch.tensor([[value * AVERAGE]]).double(), torch.tensor([[1 / AVERAGE]]).double()
         # The map scales with rho; at 100 the 1e-12 in the optimizer's root is below rounding.
         path = optimizer_path(torch.ones(1, dtype=torch.float64), H, U, 1.0, 100.0, steps=100)
-        expected = float(amplitude(1.0, 100.0, value, AVERAGE))
+        expected = float(two_cycle_amplitude(1.0, 100.0, value, AVERAGE))
         by_optimizer = max(by_optimizer, abs(float(path[-1].abs()) / expected - 1))
     b = RHO * 2 / np.sqrt(AVERAGE)
-    growth = (hovering(-1.0, b, steps=2000) - hovering(-1.0, b, steps=1000)) / (1000 * b)
+    growth = (iterate_hovering(-1.0, b, steps=2000) - iterate_hovering(-1.0, b, steps=1000)) / (
+        1000 * b
+    )
     return Finding(
         "(14), (16)",
         "limsup |z| = eta rho mu / ((2 - eta mu) sqrt(avg))",
@@ -72,7 +81,7 @@ def two_cycle() -> Finding:
             "eta mu": mu.tolist(),
             "measured amplitude": measured.tolist(),
             "two-cycle (16)": exact.tolist(),
-            "envelope (17)": envelope(RHO, AVERAGE * one).tolist(),
+            "envelope (17)": hovering_envelope(RHO, AVERAGE * one).tolist(),
         },
     )
 
@@ -92,11 +101,11 @@ def no_fixed_point() -> Finding:
     )
 
 
-def bound() -> Finding:
+def check_bound() -> Finding:
     """Divide the amplitude by the envelope: eta mu / (2 - eta mu)."""
     mu = np.array([0.5, 1.0, 1.2, 1.5, 1.9])
-    end = hovering(1 - mu, RHO * mu / np.sqrt(AVERAGE))
-    ratio = end / envelope(RHO, np.full_like(mu, AVERAGE))
+    end = iterate_hovering(1 - mu, RHO * mu / np.sqrt(AVERAGE))
+    ratio = end / hovering_envelope(RHO, np.full_like(mu, AVERAGE))
     exact = np.max(np.abs(ratio - mu / (2 - mu)))
     return Finding(
         "(5), (17)",
@@ -111,13 +120,13 @@ def bound() -> Finding:
     )
 
 
-def sharpness() -> Finding:
+def check_sharpness() -> Finding:
     """Let the sharp curvature grow at a fixed learning rate."""
     eta, average = 0.05, 0.1
     sharp = np.array([0.1, 0.5, 1.5, 3.0])
     mu = 1 + sharp / average
-    end = hovering(1 - eta * mu, eta * RHO * mu / np.sqrt(average))
-    over = end / envelope(RHO, np.full_like(mu, average))
+    end = iterate_hovering(1 - eta * mu, eta * RHO * mu / np.sqrt(average))
+    over = end / hovering_envelope(RHO, np.full_like(mu, average))
     return Finding(
         "(5), (18)",
         "the hovering scale does not depend on the sharp curvature",
@@ -139,7 +148,7 @@ def largest_mu() -> Finding:
     eta, z = 0.05, torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)
     for _ in range(600):
         z = coordinate_step(z, mu, average, eta, RHO)
-    expected = amplitude(np.array(eta), RHO, mu.numpy(), average.numpy())
+    expected = two_cycle_amplitude(np.array(eta), RHO, mu.numpy(), average.numpy())
     ratio = z.abs().numpy() / expected
     return Finding(
         "(5), (16)",
@@ -161,7 +170,7 @@ def tied_mu() -> Finding:
         z = torch.randn(3, dtype=torch.float64, generator=generator)
         for _ in range(400):
             z = coordinate_step(z, mu, average, 0.03, RHO)
-        expected = amplitude(np.array(0.03), RHO, mu.numpy(), average.numpy())
+        expected = two_cycle_amplitude(np.array(0.03), RHO, mu.numpy(), average.numpy())
         sums.append(float(((z.numpy() / expected) ** 2).sum()))
     off = max(abs(s - 1) for s in sums)
     return Finding(

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.drawing import new_figure
 from .findings import Finding
 from .sharp_well import SharpWell
 from .swarm import INSIDE, METHODS
 from .toys import DRAWN, VERDICTS, Toy, Window
 
-__all__ = ["new_figure", "picture2", "picture3", "picture_findings", "picture_window", "save"]
+__all__ = ["picture_figure2", "picture_figure3", "picture_findings", "picture_window"]
 
 COLOURS = {"GD": "#555555", "LLQR": "#0072b2", "SAM": "#d55e00", "LLQR+SAM": "#009e73"}
 STYLES = {"GD": "-", "LLQR": "--", "SAM": "-", "LLQR+SAM": "-"}
 MARKS = {"GD": "s", "LLQR": "D", "SAM": "o", "LLQR+SAM": "^"}
 
 
-def new_figure(grid: tuple[int, int], size: tuple[float, float], **ratios: Any) -> Any:
-    """Return a figure and its axes, rows by columns; no display is needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(*grid, figsize=size, layout="constrained", **ratios)
-
-
-def save(figure: Any, path: Path, caption: str) -> Path:
-    """Write a figure with its caption below it; return the path."""
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    width = int(14.5 * figure.get_size_inches()[0])
-    figure.supxlabel(textwrap.fill(caption, width), fontsize=8.5, x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def picture2(toy: Toy) -> Any:
+def picture_figure2(toy: Toy) -> Any:
     """Draw the profile, paths over the contours, r and the loss by step."""
     figure, axes = new_figure((2, 2), (12.5, 9.6), width_ratios=(1, 1.1))
     (profile, plane), (radius, curves) = axes
@@ -77,7 +55,7 @@ def picture2(toy: Toy) -> Any:
     return figure
 
 
-def picture3(toy: Toy) -> Any:
+def picture_figure3(toy: Toy) -> Any:
     """Draw r by step for some schedules, then length against number of steps for every one."""
     figure, (radius, scatter) = new_figure((1, 2), (12.5, 5.4))
     draw_radius(radius, toy, {m: toy.paths[m][:5, : DRAWN + 1] for m in METHODS})

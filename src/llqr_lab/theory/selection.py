@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .findings import LIMITS, Finding
 
-__all__ = ["exit_steps", "findings", "flat", "hovering_well", "unstable"]
+__all__ = ["check_selection", "exit_steps", "flat_step", "hovering_well", "unstable_step"]
 
 Array = NDArray[np.float64]
 Well = Callable[[Array], Array]
@@ -17,12 +17,12 @@ SIGMAS = (0.2, 0.1, 0.05, 0.025, 0.0125)
 GROWTH = 1.2  # |1 - eta lambda| of the unstable well
 
 
-def flat(z: Array) -> Array:
-    """Stay where you are: the noise alone moves, so the exit takes R^2 / sigma^2 steps."""
+def flat_step(z: Array) -> Array:
+    """Stay where you are: only the noise moves, so the exit takes R^2 / sigma^2 steps."""
     return z
 
 
-def unstable(z: Array) -> Array:
+def unstable_step(z: Array) -> Array:
     """Step past the minimum by more than came in: eta lambda = 2.2."""
     return -GROWTH * z
 
@@ -47,16 +47,16 @@ def exit_steps(well: Well, sigma: float, chains: int = 5000, limit: int = 200_00
     return float("inf")
 
 
-def findings() -> list[Finding]:
+def check_selection() -> list[Finding]:
     """Check the scaling with unstable sharp wells, and what hovering wells do instead."""
-    return [scaling(), hypothesis()]
+    return [check_scaling(), check_hypothesis()]
 
 
-def scaling() -> Finding:
+def check_scaling() -> Finding:
     """Divide the share of the sharp well by sigma^2 log(R / sigma), at equal nu."""
     ratios, flat_steps, shares = {}, [], []
     for sigma in SIGMAS:
-        slow, fast = exit_steps(flat, sigma), exit_steps(unstable, sigma)
+        slow, fast = exit_steps(flat_step, sigma), exit_steps(unstable_step, sigma)
         flat_steps.append(slow * sigma**2)
         share = fast / (fast + slow)
         shares.append(share)
@@ -79,7 +79,7 @@ def scaling() -> Finding:
     )
 
 
-def hypothesis() -> Finding:
+def check_hypothesis() -> Finding:
     """Let a hovering well's kick be below R: its exit time is exponential, not logarithmic."""
     sigmas = np.array([0.25, 0.2, 0.17, 0.14])
     below = np.array([exit_steps(hovering_well(0.75), s, 2000) for s in sigmas])

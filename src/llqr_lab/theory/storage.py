@@ -11,7 +11,7 @@ from llqr_lab.models.vit import SIZES, VisionTransformer
 
 from .findings import ERRATUM, Finding
 
-__all__ = ["MODELS", "Storage", "findings", "model_on_meta", "storage_table", "stored_numbers"]
+__all__ = ["MODELS", "Storage", "check_storage", "model_on_meta", "storage_table", "stored_numbers"]
 
 STRUCTURES = ("e-kfac", "diag-kfac")
 SHARDS = (1, 4)
@@ -51,7 +51,7 @@ class Storage:
         """The part of U and all parameters."""
         return self.preconditioner_mib + FP32 * self.params / MEBIBYTE
 
-    def row(self) -> dict[str, str | int | float]:
+    def plain_row(self) -> dict[str, str | int | float]:
         """Return the row as the paper prints it, MiB to two decimals."""
         return {
             **vars(self),
@@ -85,7 +85,7 @@ def storage_table() -> list[Storage]:
     return rows
 
 
-def findings() -> list[Finding]:
+def check_storage() -> list[Finding]:
     """Compare the table's first row with ViT-Ti/16 on ImageNet."""
     rows = {(row.model, row.structure, row.shards): row for row in storage_table()}
     named, real = (

@@ -17,7 +17,7 @@ import llqr
 
 from .sharp_well import SharpWell
 
-__all__ = ["INSIDE", "METHODS", "arrivals", "trajectories"]
+__all__ = ["INSIDE", "METHODS", "first_arrivals", "train_paths"]
 
 INSIDE = 1.0  # arrived in the basin: r < 1. Distance from the well would not do: shadow traps.
 
@@ -73,7 +73,7 @@ def make_optimizer(
     )
 
 
-def trajectories(
+def train_paths(
     well: SharpWell,
     method: str,
     starts: Tensor,
@@ -116,7 +116,7 @@ def trajectories(
     return torch.stack(path, dim=1)
 
 
-def arrivals(paths: Tensor) -> Tensor:
+def first_arrivals(paths: Tensor) -> Tensor:
     """Return the first step at which each path (n, steps, 2) is in the basin; -1 for never."""
     inside = paths.norm(dim=-1) < INSIDE
     return torch.where(inside.any(1), inside.int().argmax(1), -1)

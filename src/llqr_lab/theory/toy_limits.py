@@ -9,21 +9,21 @@ from torch import Tensor
 
 from .findings import LIMITS, Finding
 from .sharp_well import SharpWell
-from .swarm import arrivals, trajectories
+from .swarm import first_arrivals, train_paths
 from .toys import ETA, OFFSETS, RHO, at_angles
 
-__all__ = ["findings"]
+__all__ = ["check_toys"]
 
 F64 = torch.float64
 
 
-def findings() -> list[Finding]:
+def check_toys() -> list[Finding]:
     """Check that the metric is nearly a number, and that leaving the well is not arriving."""
     well = SharpWell()
-    return [criterion(well), isotropy(well), shadow_trap(well)]
+    return [check_criterion(well), check_isotropy(well), shadow_trap(well)]
 
 
-def criterion(well: SharpWell) -> Finding:
+def check_criterion(well: SharpWell) -> Finding:
     """Hold the well's inner side against the envelope (17) and the amplitude (16)."""
     U = well.average_inverse()
     across = well.bottom - well.barrier
@@ -35,8 +35,8 @@ def criterion(well: SharpWell) -> Finding:
         reach = RHO * u**0.5
         contraction = ETA * curvature * u
         hovers = reach * contraction / (2 - contraction)
-        paths = trajectories(well, method, starts, U, ETA, RHO, range(100))
-        agree &= reach < across < hovers and bool((arrivals(paths) >= 0).all())
+        paths = train_paths(well, method, starts, U, ETA, RHO, range(100))
+        agree &= reach < across < hovers and bool((first_arrivals(paths) >= 0).all())
         measured |= {f"envelope of {method}": reach, f"amplitude of {method}": hovers}
     return Finding(
         "Figures 2, 3, (6)",
@@ -50,7 +50,7 @@ def criterion(well: SharpWell) -> Finding:
     )
 
 
-def isotropy(well: SharpWell) -> Finding:
+def check_isotropy(well: SharpWell) -> Finding:
     """Give SAM the step and radius that the mean of U stands for."""
     U = well.average_inverse()
     c = float(U.trace()) / 2
@@ -58,14 +58,14 @@ def isotropy(well: SharpWell) -> Finding:
     starts = at_angles(well.bottom + OFFSETS * well.w, angles)
 
     def paths(method: str, metric: Tensor, eta: float, rho: float) -> Tensor:
-        return trajectories(well, method, starts, metric, eta, rho, range(40))
+        return train_paths(well, method, starts, metric, eta, rho, range(40))
 
     number = c * torch.eye(2, dtype=F64)
     exact = paths("LLQR+SAM", number, ETA, RHO)
     retuned = paths("SAM", U, c * ETA, c**0.5 * RHO)
     gap = float((exact - retuned).abs()[:, :10].max())
-    ours = arrivals(paths("LLQR+SAM", U, ETA, RHO)).double().mean()
-    theirs = arrivals(retuned).double().mean()
+    ours = first_arrivals(paths("LLQR+SAM", U, ETA, RHO)).double().mean()
+    theirs = first_arrivals(retuned).double().mean()
     return Finding(
         "Figures 2, 3",
         "LLQR+SAM leaves faster than SAM at the same settings",
@@ -86,7 +86,7 @@ def isotropy(well: SharpWell) -> Finding:
 def shadow_trap(well: SharpWell) -> Finding:
     """Take a radius wider than the well's inner side: SAM stops with its probe on the bottom."""
     start, rho = torch.tensor([[4.7, 0.0]], dtype=F64), 0.25
-    path = trajectories(well, "SAM", start, torch.eye(2, dtype=F64), 0.05, rho, range(300))
+    path = train_paths(well, "SAM", start, torch.eye(2, dtype=F64), 0.05, rho, range(300))
     r = float(path[0, -1].norm())
     return Finding(
         "Figures 2, 3",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llqr_lab.output import progress
+from llqr_lab.common.output import progress_bar
 
 from .sharp_well import SharpWell
-from .swarm import METHODS, arrivals, trajectories
+from .swarm import METHODS, first_arrivals, train_paths
 
 __all__ = ["DRAWN", "ETA", "RHO", "Toy", "Window", "escape_window", "gradient_noise", "many_starts"]
 
@@ -46,7 +46,7 @@ class Toy:
 
     def arrivals(self, method: str) -> Tensor:
         """Return the first step inside r < 1, -1 for never (starts,)."""
-        return arrivals(self.paths[method])
+        return first_arrivals(self.paths[method])
 
     def lengths(self, method: str) -> Tensor:
         """Return the path length up to the arrival, or of the whole path (starts,)."""
@@ -83,8 +83,8 @@ def train_all(well: SharpWell, starts: Tensor, noise: Tensor | None, about: dict
     U = well.average_inverse()
     paths = {}
     for method in METHODS:
-        steps = progress(range(STEPS), method)
-        paths[method] = trajectories(well, method, starts, U, ETA, RHO, steps, noise, DRAWN)
+        steps = progress_bar(range(STEPS), method)
+        paths[method] = train_paths(well, method, starts, U, ETA, RHO, steps, noise, DRAWN)
     known = {"eta": ETA, "rho": RHO, "steps": STEPS, "well": vars(well), "U": U.tolist()}
     known |= {"bottom": well.bottom, "barrier": well.barrier}
     return Toy(well, U, paths, known | about)
@@ -128,7 +128,7 @@ class Window:
         share = {method: values.tolist() for method, values in self.arrived.items()}
         return [
             [
-                verdict({method: values[i][j] for method, values in share.items()})
+                verdict_of({method: values[i][j] for method, values in share.items()})
                 for j in range(len(self.rhos))
             ]
             for i in range(len(self.etas))
@@ -143,7 +143,7 @@ VERDICTS = (
 )
 
 
-def verdict(share: dict[str, float]) -> str:
+def verdict_of(share: dict[str, float]) -> str:
     """Return one of ``VERDICTS`` from the share of starts that arrive, method by method."""
     if share["GD"] > 0 or share["LLQR"] > 0:
         return VERDICTS[2]
@@ -172,13 +172,13 @@ def escape_window(etas: tuple[float, ...], rhos: tuple[float, ...]) -> Window:
         radii = rhos if probes else rhos[:1]
         grid = torch.cartesian_prod(*(torch.tensor(x, dtype=torch.float64) for x in (etas, radii)))
         eta, rho = grid.repeat_interleave(len(starts), 0).unbind(-1)
-        inside = arrive(well, method, starts.repeat(len(grid), 1), U, eta, rho)
+        inside = which_arrive(well, method, starts.repeat(len(grid), 1), U, eta, rho)
         share = inside.double().view(len(etas), len(radii), -1).mean(-1)
         arrived[method] = share.expand(-1, len(rhos))
     return Window(torch.tensor(etas), torch.tensor(rhos), arrived)
 
 
-def arrive(
+def which_arrive(
     well: SharpWell, method: str, starts: Tensor, U: Tensor, eta: Tensor, rho: Tensor
 ) -> Tensor:
     """Return which starts (n,) arrive; those that did are trained no further.
@@ -187,9 +187,9 @@ def arrive(
     """
     inside = torch.zeros(len(starts), dtype=torch.bool)
     where, left, chunk = starts, torch.arange(len(starts)), 20
-    for _ in progress(range(STEPS // chunk), method):
-        paths = trajectories(well, method, where, U, eta[left], rho[left], range(chunk))
-        there = arrivals(paths) >= 0
+    for _ in progress_bar(range(STEPS // chunk), method):
+        paths = train_paths(well, method, where, U, eta[left], rho[left], range(chunk))
+        there = first_arrivals(paths) >= 0
         inside[left[there]] = True
         where, left = paths[~there, -1], left[~there]
         if not len(left):

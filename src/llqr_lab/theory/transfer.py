@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
-from llqr_lab.output import progress
+from llqr_lab.common.output import progress_bar
 
 from .findings import HOLDS, LIMITS, Finding
 
-__all__ = ["HORIZONS", "Run", "findings", "run", "slope"]
+__all__ = ["HORIZONS", "Run", "check_transfer", "fitted_slope", "train_run"]
 
 F64 = torch.float64
 HORIZONS = (2**8, 2**10, 2**12, 2**14)
@@ -48,7 +48,7 @@ class Run:
         return torch.linalg.eigvalsh(self.metrics - self.metrics[-1]).abs().amax(-1)
 
 
-def data(seed: int) -> tuple[Tensor, Tensor]:
+def random_data(seed: int) -> tuple[Tensor, Tensor]:
     """Return features of different scales and labels of which a fifth is flipped."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(ROWS, FEATURES, dtype=F64, generator=generator)
@@ -58,9 +58,9 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
     return x, ((x @ truth > 0) ^ flipped).to(F64)
 
 
-def run(steps: int, seed: int = 0) -> Run:
+def train_run(steps: int, seed: int = 0) -> Run:
     """Train LLQR+SAM with alpha and rho ~ 1/sqrt(T) and 16 refreshes on their own minibatches."""
-    x, y = data(seed)
+    x, y = random_data(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     model = nn.Linear(FEATURES, 1, bias=False, dtype=F64)
     model.weight.data = 3 * torch.randn(1, FEATURES, dtype=F64, generator=generator)
@@ -92,7 +92,7 @@ def run(steps: int, seed: int = 0) -> Run:
 
     batches = torch.randint(ROWS, (steps, BATCH), generator=generator)
     weights, metrics = [], []
-    for batch in progress(batches, f"T = {steps}"):
+    for batch in progress_bar(batches, f"T = {steps}"):
         if optimizer.refresh_due:
             optimizer.refresh(forward_on(torch.randint(ROWS, (64,), generator=generator)))
         weights.append(model.weight.detach()[0].clone())
@@ -102,44 +102,76 @@ def run(steps: int, seed: int = 0) -> Run:
     return Run(residuals @ x / ROWS, torch.stack(metrics), max(changes))
 
 
-def slope(horizons: list[int], means: list[float]) -> float:
+def fitted_slope(horizons: list[int], means: list[float]) -> float:
     """Fit d log(mean) / d log(T)."""
     return float(np.polyfit(np.log(horizons), np.log(means), 1)[0])
 
 
-def findings(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
-    """Check the rate in U_t, in the Euclidean norm and in U_f, and the two inequalities."""
-    rates: dict[str, list[float]] = {"U_t": [], "Euclidean": [], "U_f": []}
-    floor, excess, average_excess, drift, change = np.inf, -np.inf, -np.inf, [], np.inf
+@dataclass
+class Measured:
+    """What the runs of all horizons show.
+
+    Attributes:
+        rates: of each norm, the mean over a run's steps, a value per horizon.
+        drift: mean |U_t - U_f|, a value per horizon.
+        floor: smallest g'U_t g / (u_min |g|^2); 1 or more by definition of u_min.
+        excess: largest left minus right side of the inequality for U_f, of all steps.
+        average_excess: the same, of the means over a run.
+        change: the smallest of the runs' largest |Ug - g| / |g|: whether U acts at all.
+    """
+
+    rates: dict[str, list[float]]
+    drift: list[float]
+    floor: float = np.inf
+    excess: float = -np.inf
+    average_excess: float = -np.inf
+    change: float = np.inf
+
+    def add_run(self, one: Run) -> None:
+        """Take a run into the extremes."""
+        exact = one.in_metric(one.metrics)
+        final = one.in_metric(one.metrics[-1])
+        squares = one.gradients.square().sum(-1)
+        lowest = torch.linalg.eigvalsh(one.metrics)[:, 0]
+        self.floor = min(self.floor, float((exact / (lowest * squares)).min()))
+        bound = float(squares.max()) * one.discrepancy
+        self.excess = max(self.excess, float(((exact - final).abs() - bound).max()))
+        means = float(final.mean() - exact.mean() - bound.mean())
+        self.average_excess = max(self.average_excess, means)
+        self.change = min(self.change, one.change)
+
+
+def measure_runs(horizons: Sequence[int]) -> Measured:
+    """Train runs of every length."""
+    found = Measured({"U_t": [], "Euclidean": [], "U_f": []}, [])
     for steps in horizons:
         # Short runs are cheap and noisy: average over more of them.
         seeds = range(max(1, min(4, 2**10 // steps * 2)))
-        runs = [run(steps, seed) for seed in seeds]
+        runs = [train_run(steps, seed) for seed in seeds]
         for one in runs:
-            exact = one.in_metric(one.metrics)
-            final = one.in_metric(one.metrics[-1])
-            squares = one.gradients.square().sum(-1)
-            lowest = torch.linalg.eigvalsh(one.metrics)[:, 0]
-            floor = min(floor, float((exact / (lowest * squares)).min()))
-            bound = float(squares.max()) * one.discrepancy
-            excess = max(excess, float(((exact - final).abs() - bound).max()))
-            average_excess = max(average_excess, float(final.mean() - exact.mean() - bound.mean()))
-            change = min(change, one.change)
-        for name in rates:
-            rates[name].append(float(np.mean([mean_of(name, one) for one in runs])))
-        drift.append(float(np.mean([float(one.discrepancy.mean()) for one in runs])))
-    slopes = {name: slope(list(horizons), values) for name, values in rates.items()}
+            found.add_run(one)
+        for name, values in found.rates.items():
+            values.append(float(np.mean([mean_of(name, one) for one in runs])))
+        found.drift.append(float(np.mean([float(one.discrepancy.mean()) for one in runs])))
+    return found
+
+
+def check_transfer(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
+    """Check the rate in U_t, in the Euclidean norm and in U_f, and the two inequalities."""
+    found = measure_runs(horizons)
+    rates, drift = found.rates, found.drift
+    slopes = {name: fitted_slope(list(horizons), values) for name, values in rates.items()}
     by_horizon = {f"mean g'Ug at T = {t}": v for t, v in zip(horizons, rates["U_t"], strict=True)}
     return [
         Finding(
             "Proposition B.1",
             "mean of g'U_t g is O(T^-1/2)",
             HOLDS,
-            slopes["U_t"] <= -0.4 and change > 0.1,
+            slopes["U_t"] <= -0.4 and found.change > 0.1,
             {
                 "fitted slope": slopes["U_t"],
                 **by_horizon,
-                "smallest of the largest changes": change,
+                "smallest of the largest changes": found.change,
             },
             "Logistic regression with flipped labels, dense U learned by 16 refreshes a run.",
             {
@@ -155,18 +187,18 @@ def findings(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
             "Proposition B.1",
             "mean of |g|^2 is O(T^-1/2), since g'U_t g >= u_min |g|^2",
             HOLDS,
-            slopes["Euclidean"] <= -0.4 and floor >= 1 - 1e-9,
-            {"fitted slope": slopes["Euclidean"], "smallest g'U_t g / (u_min |g|^2)": floor},
+            slopes["Euclidean"] <= -0.4 and found.floor >= 1 - 1e-9,
+            {"fitted slope": slopes["Euclidean"], "smallest g'U_t g / (u_min |g|^2)": found.floor},
             "u_min is U_t's own smallest eigenvalue.",
         ),
         Finding(
             "Proposition B.1",
             "in the last metric U_f: up to G^2 mean |U_t - U_f|",
             LIMITS,
-            excess <= 1e-12 and average_excess <= 1e-12 and slopes["U_f"] <= -0.4,
+            found.excess <= 1e-12 and found.average_excess <= 1e-12 and slopes["U_f"] <= -0.4,
             {
-                "largest left minus right, every step": excess,
-                "the same of the means": average_excess,
+                "largest left minus right, every step": found.excess,
+                "the same of the means": found.average_excess,
                 "fitted slope of g'U_f g": slopes["U_f"],
                 "mean |U_t - U_f| at the smallest T": drift[0],
                 "mean |U_t - U_f| at the largest T": drift[-1],

@@ -12,7 +12,14 @@ import llqr
 
 from .findings import HOLDS, Finding
 
-__all__ = ["TwoScale", "coordinate_step", "findings", "full_step", "scalar_step", "whitened_step"]
+__all__ = [
+    "TwoScale",
+    "check_recursions",
+    "coordinate_step",
+    "full_step",
+    "scalar_step",
+    "whitened_step",
+]
 
 F64 = torch.float64
 
@@ -43,7 +50,7 @@ class TwoScale:
 
 
 class RandomCase(NamedTuple):
-    """A model with, where it commutes, its eigenvectors (columns), average curvatures and mu."""
+    """A model and, if its matrices commute, their eigenvectors (columns), averages and mu."""
 
     model: TwoScale
     vectors: Tensor
@@ -89,7 +96,7 @@ def coordinate_step(z: Tensor, mu: Tensor, average: Tensor, eta: float, rho: flo
 
 
 def scalar_step(z: Tensor, mu: Tensor, average: Tensor, eta: float, rho: float) -> Tensor:
-    """Return z_{t+1} of equations (4) and (13), elementwise: every entry is alone."""
+    """Return z_{t+1} of equations (4) and (13), elementwise: no entry sees another."""
     return (1 - eta * mu) * z - eta * rho * mu / average.sqrt() * z.sign()
 
 
@@ -125,7 +132,7 @@ def optimizer_path(
     return torch.stack(path)
 
 
-def findings(cases: int = 200) -> list[Finding]:
+def check_recursions(cases: int = 200) -> list[Finding]:
     """Compare one optimizer step with every recursion on random problems."""
     generator = torch.Generator().manual_seed(0)
     worst = dict.fromkeys(("full", "whitened", "coordinate", "scalar"), 0.0)

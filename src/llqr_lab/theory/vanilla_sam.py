@@ -7,32 +7,32 @@ import torch
 from numpy.typing import NDArray
 
 from .findings import ERRATUM, HOLDS, LIMITS, Finding
-from .hovering import hovering
+from .hovering import iterate_hovering
 from .two_scale import optimizer_path, scalar_step
 
-__all__ = ["findings", "llqr_sam", "vanilla"]
+__all__ = ["check_vanilla_sam", "llqr_sam", "vanilla_amplitude"]
 
 Array = NDArray[np.float64]
 RHO = 0.1
 
 
-def vanilla(eta: Array, curvature: Array) -> Array:
+def vanilla_amplitude(eta: Array, curvature: Array) -> Array:
     """Return the measured amplitude of vanilla SAM, by iterating (19)."""
-    return hovering(1 - eta * curvature, eta * RHO * curvature)
+    return iterate_hovering(1 - eta * curvature, eta * RHO * curvature)
 
 
 def llqr_sam(eta: Array, curvature: Array, average: Array) -> Array:
     """Return the measured amplitude of LLQR+SAM, by iterating (13)."""
     mu = curvature / average
-    return hovering(1 - eta * mu, eta * RHO * mu / np.sqrt(average))
+    return iterate_hovering(1 - eta * mu, eta * RHO * mu / np.sqrt(average))
 
 
-def findings() -> list[Finding]:
+def check_vanilla_sam() -> list[Finding]:
     """Check the recursion, the corollary as printed and as meant, and its limits."""
-    return [recursion(), envelope(), corollary(), same_step(), shrinks()]
+    return [check_recursion(), check_envelope(), check_corollary(), same_step(), check_above_one()]
 
 
-def recursion() -> Finding:
+def check_recursion() -> Finding:
     """Compare (19) with a step of llqr.Optimizer without a geometry."""
     worst, one = 0.0, torch.ones(1, dtype=torch.float64)
     for curvature in (0.3, 2.0, 11.0):
@@ -50,10 +50,10 @@ def recursion() -> Finding:
     )
 
 
-def envelope() -> Finding:
+def check_envelope() -> Finding:
     """Divide vanilla SAM's amplitude by rho: eta lambda / (2 - eta lambda), as in (17)."""
     step = np.array([0.5, 1.0, 1.5])
-    ratio = vanilla(1.0, step) / RHO
+    ratio = vanilla_amplitude(1.0, step) / RHO
     return Finding(
         "(20)",
         "vanilla SAM hovers at about rho in every direction",
@@ -67,14 +67,14 @@ def envelope() -> Finding:
     )
 
 
-def corollary() -> Finding:
+def check_corollary() -> Finding:
     """Match the contractions; the ratio is 1/sqrt(average), not 1/sqrt(sharp)."""
     rng = np.random.default_rng(0)
     average, sharp = 10 ** rng.uniform(-2, 1, (2, 200))
     average[0], sharp[0] = 0.1, 0.7
     curvature = average + sharp
     contraction = rng.uniform(0.1, 1.9, 200)
-    ratio = llqr_sam(contraction * average / curvature, curvature, average) / vanilla(
+    ratio = llqr_sam(contraction * average / curvature, curvature, average) / vanilla_amplitude(
         contraction / curvature, curvature
     )
     meant = np.max(np.abs(ratio * np.sqrt(average) - 1))
@@ -108,7 +108,7 @@ def same_step() -> Finding:
     curvature = average + 10 ** rng.uniform(-1.5, 0.5, 200)
     mu = curvature / average
     eta = rng.uniform(0.1, 1.9, 200) / np.maximum(mu, curvature)
-    ratio = llqr_sam(eta, curvature, average) / vanilla(eta, curvature)
+    ratio = llqr_sam(eta, curvature, average) / vanilla_amplitude(eta, curvature)
     exact = average**-1.5 * (2 - eta * curvature) / (2 - eta * mu)
     error = np.max(np.abs(ratio / exact - 1))
     corollary = np.median(np.abs(ratio * np.sqrt(average) - 1))
@@ -125,11 +125,11 @@ def same_step() -> Finding:
     )
 
 
-def shrinks() -> Finding:
+def check_above_one() -> Finding:
     """Take an average curvature above 1: LLQR+SAM hovers closer than SAM."""
     average = np.array([0.25, 1.0, 4.0])
     curvature = average + 2.0
-    ratio = llqr_sam(0.5 * average / curvature, curvature, average) / vanilla(
+    ratio = llqr_sam(0.5 * average / curvature, curvature, average) / vanilla_amplitude(
         0.5 / curvature, curvature
     )
     return Finding(

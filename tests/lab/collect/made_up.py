@@ -2,7 +2,7 @@
 
 import json
 
-from llqr_lab.protocols import resolve
+from llqr_lab.protocols import resolve_settings
 
 PROCESSOR = {"processor": "made up", "cores": 2, "python": "3.11", "torch": "2.13.0", "llqr": "0.1"}
 
@@ -27,7 +27,7 @@ def refresh(step, change=0.5, accepted=True):
 
 def settings_of(recipe, dataset, model, method, changes):
     found = {}
-    for key, setting in resolve(recipe, dataset, model, method).items():
+    for key, setting in resolve_settings(recipe, dataset, model, method).items():
         if key.partition(".")[0] not in ("search", "sweep", "report", "network"):
             value = setting.value
             found[key] = list(value) if isinstance(value, tuple) else value

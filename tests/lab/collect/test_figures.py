@@ -9,10 +9,10 @@ import pytest
 
 from lab.collect.made_up import run, timing
 from llqr_lab.cli import main
-from llqr_lab.collect.curves import figure1, figure4
-from llqr_lab.collect.drawing import COLOURS, spread
-from llqr_lab.collect.runs import find
-from llqr_lab.collect.timing import figure5, figure6, power_law
+from llqr_lab.collect.curves import collect_figure1, collect_figure4
+from llqr_lab.collect.runs import find_runs
+from llqr_lab.collect.timing import collect_figure5, collect_figure6, power_law
+from llqr_lab.common.drawing import COLOURS, spread_places
 from llqr_lab.protocols import METHODS
 
 matplotlib.use("Agg")
@@ -37,7 +37,7 @@ def curves(root, recipe, dataset, model, methods, seeds=(0, 1, 2)):
 def test_figure_1_has_mean_error_and_its_deviation_by_epoch(tmp_path):
     methods = ("SGDM", "LLQR (NGD)", "F-SAM", "LLQR+F-SAM (NGD)")
     curves(tmp_path, "table5", "ImageNet", "resnet50", methods)
-    figure = figure1(find(tmp_path))
+    figure = collect_figure1(find_runs(tmp_path))
     assert [r["epoch"] for r in figure.rows if r["method"] == "F-SAM"] == [1, 2, 3]
     second = next(r for r in figure.rows if (r["method"], r["epoch"]) == ("F-SAM", 2))
     errors = [100 - (32.0 + seed) for seed in (0, 1, 2)]
@@ -55,7 +55,7 @@ def test_figure_4_leaves_a_gap_where_a_seed_has_no_number(tmp_path):
     content = json.loads(path.read_text())
     content["epochs"][0]["bleu"] = None
     path.write_text(json.dumps(content))
-    figure = figure4(find(tmp_path))
+    figure = collect_figure4(find_runs(tmp_path))
     first, second, _ = figure.rows
     assert first["bleu"] is None and first["token_error"] == 60.0
     assert second["bleu"] == pytest.approx(31.0)
@@ -71,7 +71,7 @@ def test_the_fit_finds_the_exponent_of_a_power_law(exponent, tmp_path):
             seconds = factor * 3e-9 * size**exponent
             options = {"parameters": int(size), "recipe": "figure6"}
             timing(tmp_path, f"{model}-{method}", model, method, 500, 9.0, seconds, **options)
-    figure = figure6(find(tmp_path))
+    figure = collect_figure6(find_runs(tmp_path))
     for method, factor in (("LLQR (NGD)", 1.0), ("LLQR+SAM (NGD)", 1.5)):
         fit = figure.facts["fits"][method]
         assert fit["exponent"] == pytest.approx(exponent, rel=1e-12)
@@ -97,7 +97,7 @@ def test_figure_6_takes_the_interval_that_most_networks_have(tmp_path):
         recipe = "figure6" if model == "vit-ti16" else "table10"
         timing(tmp_path, str(i), *at, parameters=int(SIZES[model]), recipe=recipe)
     timing(tmp_path, "x", "vit-l16", "LLQR (NGD)", 500, 9.0, None)
-    figure = figure6(find(tmp_path))
+    figure = collect_figure6(find_runs(tmp_path))
     assert figure.facts["every"] == 500
     assert [(r["model"], r["update_seconds"]) for r in figure.rows] == [
         ("vit-b16", 2.0),
@@ -110,7 +110,7 @@ def test_figure_5_has_a_row_an_interval_and_one_a_baseline(tmp_path):
     for every in (50, 100):
         timing(tmp_path, f"{every}", "vit-b16", "LLQR (NGD)", every, 1000 / every)
     timing(tmp_path, "s", "vit-b16", "SAM", None, 5.0)
-    figure = figure5(find(tmp_path))
+    figure = collect_figure5(find_runs(tmp_path))
     assert [(r["method"], r["every"], r["epoch_seconds"]) for r in figure.rows] == [
         ("SAM", None, 5.0),
         ("LLQR (NGD)", 50, 20.0),
@@ -148,10 +148,10 @@ def test_without_runs_the_command_is_said(tmp_path, capsys):
 
 
 def test_labels_are_spread_in_order():
-    found = spread({"a": 0.9, "b": 0.1, "c": 0.11, "d": 0.12}, 0.05)
+    found = spread_places({"a": 0.9, "b": 0.1, "c": 0.11, "d": 0.12}, 0.05)
     assert found["a"] == 0.9
     assert [found[k] for k in "bcd"] == pytest.approx([0.06, 0.11, 0.16])
-    assert spread({}, 0.1) == {}
+    assert spread_places({}, 0.1) == {}
 
 
 def test_every_method_has_a_colour():

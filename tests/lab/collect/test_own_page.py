@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llqr_lab.collect.own_page import filled, main
-from llqr_lab.collect.runs import find
-from llqr_lab.protocols import EXPERIMENTS, resolve
+from llqr_lab.collect.own_page import fill_page, main
+from llqr_lab.collect.runs import find_runs
+from llqr_lab.protocols import EXPERIMENTS, resolve_settings
 from llqr_lab.protocols.experiments import OWN
 
 ROOT = Path(__file__).parents[3]
@@ -16,21 +16,23 @@ PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "results"
 
 @pytest.fixture(scope="module")
 def found():
-    return find(RESULTS)
+    return find_runs(RESULTS)
 
 
 def test_the_pages_tables_are_those_of_the_committed_runs(found):
     page = PAGE.read_text(encoding="utf-8")
     names = re.findall(r"<!-- table (\S+)", page)
     assert list(dict.fromkeys(names)) == [*OWN, "table7"]
-    assert filled(page, found) == page
+    assert fill_page(page, found) == page
     assert "| missing" not in page
 
 
 def test_committed_runs_have_the_settings_of_the_protocols(found):
     for run in found.runs:
         assert run["changed"] == [] and run["skipped_steps"] == 0
-        protocol = resolve(run["recipe"], run["dataset"], run["model"], run["method"], run["scale"])
+        protocol = resolve_settings(
+            run["recipe"], run["dataset"], run["model"], run["method"], run["scale"]
+        )
         for key in ("base.lr", "probe.rho", "llqr.structure", "llqr.every", "train.epochs"):
             if key in protocol:
                 assert run["settings"][key] == protocol[key].value, (run.folder, key)

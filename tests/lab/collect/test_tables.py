@@ -10,9 +10,9 @@ import pytest
 from lab.collect.made_up import run, timing
 from llqr_lab.cli import main
 from llqr_lab.collect.cadence import fill_cadence
-from llqr_lab.collect.cells import mean_std
-from llqr_lab.collect.runs import RunError, find
-from llqr_lab.collect.tables import fill
+from llqr_lab.collect.runs import RunError, find_runs
+from llqr_lab.collect.tables import fill_table
+from llqr_lab.common.statistics import mean_std
 from llqr_lab.paper import TABLES
 
 ROW = ("table1", "CIFAR-10", "resnet18")
@@ -42,7 +42,7 @@ def root(tmp_path):
 
 
 def test_a_cell_is_the_mean_and_std_over_its_seeds(root):
-    table = fill("1", find(root))
+    table = fill_table("1", find_runs(root))
     sgdm = one(table, "SGDM")
     assert sgdm["seeds"] == [0, 1, 2]
     assert sgdm["mean"] == pytest.approx(sum(SGDM.values()) / 3)
@@ -54,7 +54,7 @@ def test_a_cell_is_the_mean_and_std_over_its_seeds(root):
 
 
 def test_differences_are_paired_over_shared_seeds_alone(root):
-    table = fill("1", find(root))
+    table = fill_table("1", find_runs(root))
     sam, both = one(table, "SAM"), one(table, "LLQR+SAM (NGD)")
     paired = [SAM[s] - SGDM[s] for s in (0, 1)]
     assert sam["baseline"] == "SGDM" and sam["pairs"] == 2
@@ -70,14 +70,14 @@ def test_no_differences_without_shared_seeds_or_between_data(root):
     other = {"scale": "small", "changes": {"read": "other"}}
     run(root, "s", *ROW, "SAM", 0, 50.0, source="digits", **other)
     run(root, "t", *ROW, "LLQR+SAM (NGD)", 0, 60.0, source="other", **other)
-    assert one(fill("1", find(root)), "FisherSAM")["minus"] is None
-    both = one(fill("1", find(root), "small"), "LLQR+SAM (NGD)")
+    assert one(fill_table("1", find_runs(root)), "FisherSAM")["minus"] is None
+    both = one(fill_table("1", find_runs(root), "small"), "LLQR+SAM (NGD)")
     assert both["mean"] == 60.0 and both["minus"] is None and both["pairs"] == 0
 
 
 def test_what_is_missing_is_said_and_never_filled(root):
-    table = fill("1", find(root))
-    assert table.missing == 25
+    table = fill_table("1", find_runs(root))
+    assert table.missing_cells == 25
     gone = one(table, "LLQR (NGD)")
     assert gone["ours"] is None and gone["mean"] is None and gone["paper"] == "96.37 ± 0.11"
     assert gone["minus"] is None
@@ -86,27 +86,29 @@ def test_what_is_missing_is_said_and_never_filled(root):
 
 
 def test_tables_share_the_runs_of_a_cell(root):
-    found = find(root)
-    assert one(fill("4", found), "SAM")["mean"] == one(fill("1", found), "SAM")["mean"]
+    found = find_runs(root)
+    assert one(fill_table("4", found), "SAM")["mean"] == one(fill_table("1", found), "SAM")["mean"]
 
 
 def test_a_seed_twice_is_an_error_unless_one_is_of_the_recipe(root):
     again = run(root, "again", "table4", *ROW[1:], "SAM", 0, 90.0)
-    found = find(root)
-    assert one(fill("1", found), "SAM")["mean"] == pytest.approx(statistics.fmean(SAM.values()))
-    assert any(
-        "seed 0: of 2 equal runs that of table1 is used" in n for n in fill("1", found).notes
+    found = find_runs(root)
+    assert one(fill_table("1", found), "SAM")["mean"] == pytest.approx(
+        statistics.fmean(SAM.values())
     )
-    assert one(fill("4", found), "SAM")["mean"] == pytest.approx((90 + 96.25 + 97) / 3)
+    assert any(
+        "seed 0: of 2 equal runs that of table1 is used" in n for n in fill_table("1", found).notes
+    )
+    assert one(fill_table("4", found), "SAM")["mean"] == pytest.approx((90 + 96.25 + 97) / 3)
     run(root, "third", *ROW, "SAM", 0, 91.0)
     with pytest.raises(RunError, match="3 runs of seed 0: .*again.*delete all but one"):
-        fill("1", find(root))
+        fill_table("1", find_runs(root))
     assert again.exists()
 
 
 def test_runs_of_the_protocol_go_before_changed_ones_and_it_is_said(root):
     run(root, "changed", *ROW, "SAM", 5, 10.0, changes={"base.lr": 1.0})
-    table = fill("1", find(root))
+    table = fill_table("1", find_runs(root))
     assert one(table, "SAM")["seeds"] == [0, 1, 3] and one(table, "SAM")["changed"] == []
     assert any("1 runs with settings changed by hand are not used" in n for n in table.notes)
 
@@ -114,7 +116,7 @@ def test_runs_of_the_protocol_go_before_changed_ones_and_it_is_said(root):
 def test_changed_runs_alone_are_used_and_marked(root):
     for seed in (0, 1):
         run(root, f"w{seed}", *ROW, "LLQR (NGD)", seed, 95.0, changes={"base.weight_decay": 1e-3})
-    table = fill("1", find(root))
+    table = fill_table("1", find_runs(root))
     assert one(table, "LLQR (NGD)")["changed"] == ["base.weight_decay=0.001"]
     assert "* settings were changed by hand: base.weight_decay." in table.notes
 
@@ -124,18 +126,18 @@ def test_two_changes_of_a_cell_are_chosen_among_by_the_user(root, capsys):
         name = f"w{decay}"
         run(root, name, *ROW, "LLQR (NGD)", 0, 95.0, changes={"base.weight_decay": decay})
     with pytest.raises(RunError, match="base.weight_decay: 0.0001 or 0.001.*--where KEY=VALUE"):
-        fill("1", find(root))
+        fill_table("1", find_runs(root))
     assert main(["table", "1", "--runs", str(root)]) == 2
     assert "base.weight_decay: 0.0001 or 0.001" in capsys.readouterr().err
-    table = fill("1", find(root, ["base.weight_decay=0.001"]))
+    table = fill_table("1", find_runs(root, ["base.weight_decay=0.001"]))
     assert one(table, "LLQR (NGD)")["changed"] == ["base.weight_decay=0.001"]
 
 
 def test_scales_never_mix_and_small_is_not_comparable(root):
     for method, best in (("SAM", 50.0), ("SGDM", 40.0)):
         run(root, f"s-{method}", *ROW, method, 0, best, scale="small", source="digits")
-    found = find(root)
-    paper, small = fill("1", found), fill("1", found, "small")
+    found = find_runs(root)
+    paper, small = fill_table("1", found), fill_table("1", found, "small")
     assert paper.scale == "paper" and one(paper, "SAM")["n"] == 3
     assert "2 runs of scale small are not used: scales never mix." in paper.notes
     assert one(small, "SAM")["mean"] == 50 and one(small, "SAM")["n"] == 1
@@ -150,7 +152,7 @@ def test_a_run_without_a_finite_result_is_left_out_and_said(root):
     run(root, "nan", *ROW, "SAM", 7, 0.0)
     path = root / "nan" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "best": None}))
-    table = fill("1", find(root))
+    table = fill_table("1", find_runs(root))
     assert one(table, "SAM")["seeds"] == [0, 1, 3]
     assert any("seed 7: no finite result" in note for note in table.notes)
 
@@ -160,8 +162,8 @@ def test_label_noise_makes_cells_of_their_own(tmp_path):
         where = ("table8", "CIFAR-100", "resnet18", "SAM")
         run(tmp_path, f"{noise}", *where, 0, 100 * noise, noise=noise)
     run(tmp_path, "clean", "table2", "CIFAR-100", "resnet18", "SAM", 0, 1.0)
-    table = fill("8", find(tmp_path))
-    assert table.missing == 18
+    table = fill_table("8", find_runs(tmp_path))
+    assert table.missing_cells == 18
     assert one(table, "SAM", dataset="CIFAR-100", noise=0.8)["mean"] == 80.0
     command = one(table, "Adam", dataset="CIFAR-100", noise=0.6)["command"]
     assert "method=adam noise=0.6 seed=0" in command
@@ -169,7 +171,7 @@ def test_label_noise_makes_cells_of_their_own(tmp_path):
 
 def test_bleu_has_its_own_metric(tmp_path):
     run(tmp_path, "x", "table6", "IWSLT14", "transformer-iwslt", "SAM", 0, 34.0)
-    table = fill("6", find(tmp_path))
+    table = fill_table("6", find_runs(tmp_path))
     assert one(table, "SAM", "transformer-iwslt", "IWSLT14")["mean"] == 34.0
     run(
         tmp_path,
@@ -183,7 +185,7 @@ def test_bleu_has_its_own_metric(tmp_path):
         metric="test_accuracy",
     )
     with pytest.raises(RunError, match="metric: expected 'bleu', got 'test_accuracy'"):
-        fill("6", find(tmp_path))
+        fill_table("6", find_runs(tmp_path))
 
 
 @pytest.mark.parametrize("number", TABLES)
@@ -245,7 +247,7 @@ def test_table_10_has_times_ratios_and_updates(tmp_path):
         ("LLQR+SAM (NGD)", 1500, 90.0, None),
     ):
         timing(tmp_path, f"{method}-{every}", "vit-b16", method, every, epoch, update)
-    rows = by_row(fill_cadence(find(tmp_path)))
+    rows = by_row(fill_cadence(find_runs(tmp_path)))
     assert len(rows) == 30
     llqr = rows["ViT-B/16", "LLQR", "50"]
     assert [llqr[k]["ours"] for k in ("Updates", "Epoch time")] == ["32", "630.00"]
@@ -265,7 +267,7 @@ def test_table_10_warns_of_several_machines_and_shows_the_intervals_of_small_run
     other = {"processor": "another"}
     at = ("vit-b16", "LLQR (NGD)", 5, 4.0, 1.0)
     timing(tmp_path, "b", *at, scale="small", source="random", environment=other)
-    table = fill_cadence(find(tmp_path))
+    table = fill_cadence(find_runs(tmp_path))
     assert list(by_row(table)) == [("ViT-B/16", "SGD"), ("ViT-B/16", "LLQR", "5")]
     assert "NOT COMPARABLE" in table.notes[0]
     assert "NOT ONE MACHINE, so times do not compare: another; made up." in table.notes

@@ -70,5 +70,5 @@ def test_the_real_images():
     assert split.train.pixels.shape == (60_000, 1, 28, 28)
     assert split.train.labels.bincount().tolist() == [6000] * 10
     assert split.test.labels.bincount().tolist() == [1000] * 10
-    (mean,), (std,) = split.train.statistics()
+    (mean,), (std,) = split.train.channel_statistics()
     assert (round(mean, 4), round(std, 4)) == (0.2860, 0.3530)

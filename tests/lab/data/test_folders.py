@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from llqr_lab.data.errors import DataError
 from llqr_lab.data.image_folder import ImageFolder, Shuffled
-from llqr_lab.data.jpeg import central_box, decode, random_box
+from llqr_lab.data.jpeg import central_box, decode_image, random_box
 from llqr_lab.data.tiny_imagenet import tiny_imagenet
 
 
@@ -79,7 +79,7 @@ def test_image_folder(folder: Path):
     assert (len(data), data.classes, data.names) == (5, 2, ["n01", "n02"])
     assert [data[i][1] for i in range(5)] == [0, 0, 0, 1, 1]
     assert data[0][0].shape == (3, 16, 16) and data[0][0].dtype == torch.uint8
-    middle = decode(folder / "n01/0.JPEG", "", 16)
+    middle = decode_image(folder / "n01/0.JPEG", "", 16)
     assert torch.equal(data[0][0], middle)
     drawn = [data[0, draw][0] for draw in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])

@@ -9,7 +9,7 @@ from llqr_lab.data.images import Images
 def test_statistics_are_those_of_the_floats():
     torch.manual_seed(0)
     pixels = torch.randint(256, (7, 3, 4, 5), dtype=torch.uint8)
-    mean, std = Images(pixels, torch.zeros(7, dtype=torch.int64), 1).statistics()
+    mean, std = Images(pixels, torch.zeros(7, dtype=torch.int64), 1).channel_statistics()
     x = pixels.double().transpose(0, 1).flatten(1) / 255
     torch.testing.assert_close(torch.tensor(mean, dtype=torch.float64), x.mean(1))
     torch.testing.assert_close(torch.tensor(std, dtype=torch.float64), x.std(1, correction=0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llqr_lab.data.number_words import LIMIT, english, german, number_words
+from llqr_lab.data.number_words import LIMIT, english_words, german_words, number_words
 
 SAID = {
     0: ("null", "zero"),
@@ -25,12 +25,14 @@ SAID = {
 
 @pytest.mark.parametrize("number", SAID)
 def test_words(number):
-    assert (german(number), english(number)) == SAID[number]
+    assert (german_words(number), english_words(number)) == SAID[number]
 
 
 def test_no_two_numbers_have_the_same_words():
     assert (
-        len({german(n) for n in range(LIMIT)}) == len({english(n) for n in range(LIMIT)}) == LIMIT
+        len({german_words(n) for n in range(LIMIT)})
+        == len({english_words(n) for n in range(LIMIT)})
+        == LIMIT
     )
 
 

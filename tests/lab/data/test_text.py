@@ -7,7 +7,7 @@ import pytest
 
 from llqr_lab.data.errors import DataError
 from llqr_lab.data.iwslt14 import TESTS, iwslt14_raw, iwslt14_tokenised
-from llqr_lab.data.libreoffice import DEBIAN, libreoffice_help, paragraphs
+from llqr_lab.data.libreoffice import DEBIAN, libreoffice_help, paragraphs_by_id
 from llqr_lab.data.pairs import parallel_lines
 
 REAL = Path(os.environ.get("LLQR_LIBREOFFICE_HELP", DEBIAN))
@@ -88,7 +88,9 @@ def test_paragraphs_lose_their_markup():
         'class="MAC"><span class="keycode">Befehl+T</span></span><span hidden="true" '
         'id="default_1"><span class="keycode">F11</span></span></span>!'
     )
-    texts = paragraphs(page(par_1="a &lt; <a href='x'>b</a>\n  c", par_2=switch, par_3="x<br>y"))
+    texts = paragraphs_by_id(
+        page(par_1="a &lt; <a href='x'>b</a>\n  c", par_2=switch, par_3="x<br>y")
+    )
     assert texts == {
         "hd_1": "Titel",
         "par_1": "a < b c",

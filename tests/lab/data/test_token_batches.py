@@ -5,8 +5,8 @@ import torch
 from torch import Generator
 
 from llqr_lab.data.token_batches import Sentences, token_batches
+from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.data.vocabulary import Words
-from llqr_lab.tokens import EOS, PAD
 
 
 def lengths() -> list[tuple[int, int]]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from llqr_lab.data.tokens import EOS, PAD, SPECIAL, UNKNOWN
 from llqr_lab.data.vocabulary import Bpe, Words
-from llqr_lab.tokens import EOS, PAD, SPECIAL, UNKNOWN
 
 LINES = ["der kleine hund, der bellt", "die kleine katze", "the little dog", "Größe: 3 x 4!"] * 3
 

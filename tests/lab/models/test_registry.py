@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import llqr
-from llqr_lab.models.registry import MODELS, SMALL, build
-from llqr_lab.tokens import EOS
+from llqr_lab.data.tokens import EOS
+from llqr_lab.models.registry import MODELS, SMALL, build_network
 
 # name, classes, parameters
 COUNTS = [
@@ -27,13 +27,13 @@ COUNTS = [
     ("vit-l16", 1000, 304_326_632),
 ]
 SIDES = {"resnet50": 224, "vit-ti16": 224, "vit-s16": 224, "vit-b16": 224, "vit-l16": 224}
-SETTINGS = {"transformer-iwslt": dict(source=11)}
+SETTINGS = {"transformer-iwslt": dict(source=11), "small-cnn": dict(channels=3, image=32)}
 
 
 @pytest.mark.parametrize(("name", "classes", "count"), COUNTS)
 def test_parameters_and_logits_of_the_papers_network(name: str, classes: int, count: int):
     with torch.device("meta"):
-        model = build(name, classes)
+        model = build_network(name, classes)
         side = SIDES.get(name, 32)
         assert model(torch.empty(2, 3, side, side)).shape == (2, classes)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -42,18 +42,18 @@ def test_parameters_and_logits_of_the_papers_network(name: str, classes: int, co
 @pytest.mark.parametrize("name", ["resnet18", "wrn-28-10"])
 def test_tiny_imagenet_has_images_of_64(name: str):
     with torch.device("meta"):
-        assert build(name, 200)(torch.empty(2, 3, 64, 64)).shape == (2, 200)
+        assert build_network(name, 200)(torch.empty(2, 3, 64, 64)).shape == (2, 200)
 
 
 def test_alpha_widens_a_pyramid_in_equal_steps():
-    model = build("pyramidnet-110", 10, depth=20, alpha=48)
+    model = build_network("pyramidnet-110", 10, depth=20, alpha=48)
     widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert widths[1::2] == [round(16 + 48 * k / 9) for k in range(1, 10)]
 
 
 @pytest.mark.parametrize("name", ["wrn-28-10", "pyramidnet-110", "resnet18", "vgg16-bn"])
 def test_sides_that_are_no_power_of_two(name: str):
-    model = build(name, 10, small=True, channels=1)
+    model = build_network(name, 10, small=True, channels=1)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -68,7 +68,7 @@ def test_sides_that_are_no_power_of_two(name: str):
 )
 def test_settings_that_do_not_fit_are_refused(name: str, settings: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
-        build(name, 10, **settings)
+        build_network(name, 10, **settings)
 
 
 def loss_of(name: str, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def loss_of(name: str, model: nn.Module) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_small_network_trains_and_its_metric_can_be_learned(name: str):
-    model = build(name, 10, small=True, **SETTINGS.get(name, {}))
+    model = build_network(name, 10, small=True, **SETTINGS.get(name, {}))
     assert sum(p.numel() for p in model.parameters()) < 250_000
     optimizer = llqr.Optimizer(
         torch.optim.SGD(model.parameters(), lr=0.01), model, geometry=llqr.LLQR("diagonal", steps=5)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.models.attention import Attention
-from llqr_lab.models.registry import build
-from llqr_lab.models.translation import DecoderLayer, EncoderLayer, Translator, positions
-from llqr_lab.tokens import EOS, PAD
+from llqr_lab.models.registry import build_network
+from llqr_lab.models.translation import DecoderLayer, EncoderLayer, Translator, sine_positions
 
 F64 = torch.float64
 
@@ -55,7 +55,7 @@ def test_layers_are_torchs():
 
 
 def test_positions_are_sines_and_cosines():
-    table = positions(3, 2, 8, torch.zeros((), dtype=F64))
+    table = sine_positions(3, 2, 8, torch.zeros((), dtype=F64))
     for row, where in zip(table, (3, 4), strict=True):
         angles = [where / 10000 ** (k / 3) for k in range(4)]
         expected = [f(torch.tensor(a)) for f in (torch.sin, torch.cos) for a in angles]
@@ -74,7 +74,7 @@ def parameters(source: int, target: int, d: int, hidden: int, layers: int) -> in
 
 def test_parameters():
     with torch.device("meta"):
-        model = build("transformer-iwslt", 6632, source=8848)
+        model = build_network("transformer-iwslt", 6632, source=8848)
     count = sum(p.numel() for p in model.parameters())
     assert count == parameters(8848, 6632, 512, 1024, 6) == 39_469_056
     small = Translator(31, 37, width=6, hidden=10, heads=2, layers=2)
@@ -105,10 +105,10 @@ def tiny() -> Translator:
 def test_the_whole_is_its_parts():
     model = tiny()
     source, prefix = SOURCE[:1], PREFIX[:1]
-    x = 8**0.5 * model.embed_source.weight[source[0]] + positions(
+    x = 8**0.5 * model.embed_source.weight[source[0]] + sine_positions(
         0, 5, 8, model.embed_source.weight
     )
-    y = 8**0.5 * model.embed_target.weight[prefix[0]] + positions(
+    y = 8**0.5 * model.embed_target.weight[prefix[0]] + sine_positions(
         0, 4, 8, model.embed_source.weight
     )
     x, y = x[None], y[None]
@@ -135,7 +135,7 @@ def test_padding_and_the_future_change_nothing():
 def test_one_token_at_a_time_is_all_at_once():
     model = tiny()
     memory, mask = model.encode(SOURCE)
-    cache, logits = model.start(memory), []
+    cache, logits = model.empty_cache(memory), []
     for t in range(PREFIX.shape[1]):
         z, cache = model.decode(PREFIX[:, t : t + 1], cache, mask, start=t)
         logits.append(z)

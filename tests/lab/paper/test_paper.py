@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from llqr_lab.paper import FIGURES, TABLES, printed
-from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve
+from llqr_lab.paper import FIGURES, TABLES, parse_cell
+from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve_settings
 
 # rows x columns of numbers, as the paper prints them
 SHAPES = {"1": (4, 7), "2": (4, 7), "3": (2, 6), "4": (8, 4), "5": (1, 6), "6": (1, 4)}
@@ -55,8 +55,8 @@ def test_a_table_has_the_papers_shape_and_every_cell_a_number(number):
     for row in table["rows"]:
         assert len(row["cells"]) == columns
         for text in filter(None, row["cells"]):
-            assert printed(text).mean > 0
-            assert (printed(text).std is None) is (number == "10")
+            assert parse_cell(text).mean > 0
+            assert (parse_cell(text).std is None) is (number == "10")
 
 
 @pytest.mark.parametrize("number", LINES)
@@ -79,7 +79,7 @@ def test_every_cell_is_a_run_of_the_protocol_and_every_run_a_cell(number):
     for row, column in itertools.product(table["rows"], table["columns"]):
         run = {**table["run"], **row["run"], **column["run"]}
         shown.add((run["dataset"], run["model"], run["method"]))
-        assert resolve(f"table{number}", run["dataset"], run["model"], run["method"])
+        assert resolve_settings(f"table{number}", run["dataset"], run["model"], run["method"])
         baseline = row.get("minus") or column["minus"]
         assert baseline is None or baseline in about.methods
     assert shown == set(itertools.product(about.datasets, about.models, about.methods))
@@ -117,6 +117,8 @@ def test_the_ratios_of_table_10_are_those_of_its_times():
 
 def test_the_figures_numbers_are_those_of_the_protocols():
     run = ("figure6", "ImageNet-scale images", "vit-b16", "LLQR (NGD)")
-    assert tuple(FIGURES["figure6"]["exponents"]) == resolve(*run)["report.exponents"].value
+    assert (
+        tuple(FIGURES["figure6"]["exponents"]) == resolve_settings(*run)["report.exponents"].value
+    )
     run = ("figure1", "ImageNet", "resnet50", "LLQR (NGD)")
-    assert FIGURES["figure1"]["every"] == resolve(*run)["llqr.every"].value
+    assert FIGURES["figure1"]["every"] == resolve_settings(*run)["llqr.every"].value

@@ -9,9 +9,9 @@ import torch
 
 import llqr
 from llqr_lab.models.registry import MODELS
-from llqr_lab.protocols import EXPERIMENTS, METHODS, Source, resolve
+from llqr_lab.protocols import EXPERIMENTS, METHODS, Source, resolve_settings
 from llqr_lab.protocols.experiments import OWN
-from llqr_lab.protocols.page import page
+from llqr_lab.protocols.page import protocols_page
 
 ROOT = Path(__file__).parents[3]
 RUNS = [
@@ -23,18 +23,18 @@ RUNS = [
 
 def values(*run: str, part: str = "") -> dict[str, object]:
     """The values of a run, of one part under the names that follow it."""
-    found = {key: setting.value for key, setting in resolve(*run).items()}
+    found = {key: setting.value for key, setting in resolve_settings(*run).items()}
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
 
 def test_the_page_is_what_the_tables_give():
-    assert (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8") == page()
+    assert (ROOT / "docs" / "protocols.md").read_text(encoding="utf-8") == protocols_page()
 
 
 def test_every_table_and_figure_is_there():
     numbers = [f"table{i}" for i in (*range(1, 9), 10)] + [f"figure{i}" for i in (1, 4, 5, 6)]
-    assert list(EXPERIMENTS) == [*numbers, *OWN]
+    assert list(EXPERIMENTS) == [*numbers, *OWN, "demo"]
     # Cells of the tables as printed: networks x data sets x columns.
     sizes = {"table1": 28, "table2": 28, "table3": 12, "table4": 32, "table5": 6, "table6": 4}
     sizes |= {"table7": 3, "table8": 5}
@@ -120,7 +120,7 @@ IN_THE_TEXT = [
 
 @pytest.mark.parametrize(("run", "key", "value"), IN_THE_TEXT)
 def test_what_the_text_says_is_there_and_marked(run: tuple[str, ...], key: str, value: object):
-    setting = resolve(*run)[key]
+    setting = resolve_settings(*run)[key]
     assert (setting.value, setting.source) == (value, Source.PAPER)
 
 
@@ -137,7 +137,7 @@ def test_what_the_text_says_is_there_and_marked(run: tuple[str, ...], key: str, 
     ],
 )
 def test_what_the_text_lacks_is_marked_as_assumed(run: tuple[str, ...], key: str):
-    assert resolve(*run)[key].source is Source.ASSUMED
+    assert resolve_settings(*run)[key].source is Source.ASSUMED
 
 
 def test_methods_of_a_row_share_all_but_what_they_are():
@@ -147,7 +147,7 @@ def test_methods_of_a_row_share_all_but_what_they_are():
             shared = [
                 {
                     key: s.value
-                    for key, s in resolve(name, dataset, model, method).items()
+                    for key, s in resolve_settings(name, dataset, model, method).items()
                     if key.partition(".")[0] in ("data", "model", "train", "base", "report")
                 }
                 for method in e.methods
@@ -156,7 +156,7 @@ def test_methods_of_a_row_share_all_but_what_they_are():
 
 
 def test_the_steps_derived_from_table_10_give_its_column_of_updates():
-    run = resolve("table10", "ImageNet-scale images", "vit-b16", "LLQR (NGD)")
+    run = resolve_settings("table10", "ImageNet-scale images", "vit-b16", "LLQR (NGD)")
     images, batch, epochs = (run[f"train.{key}"].value for key in ("images", "batch", "epochs"))
     steps = epochs * -(-images // batch)
     counts = [len(range(0, steps, every)) for every in run["sweep.every"].value]
@@ -174,4 +174,4 @@ def test_the_steps_derived_from_table_10_give_its_column_of_updates():
 )
 def test_runs_that_are_not_in_the_paper_are_refused(run: tuple[str, ...], name: str):
     with pytest.raises(ValueError, match=f"{name}: "):
-        resolve(*run)
+        resolve_settings(*run)

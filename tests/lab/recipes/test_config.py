@@ -6,8 +6,15 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
-from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve, slug
-from llqr_lab.recipes.config import GROUPS, RECIPES, changed, chosen, compose, flat
+from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve_settings, slug
+from llqr_lab.recipes.config import (
+    GROUPS,
+    RECIPES,
+    changed_keys,
+    chosen_names,
+    compose_config,
+    flat_settings,
+)
 
 # What a protocol says beside the settings of a run: how things are reported, searched, swept,
 # and remarks whose value is the code's own behaviour.
@@ -41,7 +48,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def configurations():
-    return {recipe: compose(recipe) for recipe in RECIPES}
+    return {recipe: compose_config(recipe) for recipe in RECIPES}
 
 
 def test_every_experiment_that_runs_has_a_recipe():
@@ -53,7 +60,7 @@ def test_configurations_are_the_protocols(configurations, scale):
     for recipe, dataset, model, method in RUNS:
         config = configurations[recipe]
         config.update(dataset=slug(dataset), model=slug(model), method=slug(method), scale=scale)
-        protocol = resolve(recipe, dataset, model, method, scale)
+        protocol = resolve_settings(recipe, dataset, model, method, scale)
         expected = {
             key: OmegaConf.to_container(OmegaConf.create([setting.value]))[0]
             for key, setting in protocol.items()
@@ -61,24 +68,26 @@ def test_configurations_are_the_protocols(configurations, scale):
             and key not in REMARKS
             and setting.value is not None
         }
-        found = flat(config)
+        found = flat_settings(config)
         assert {k: found.get(k) for k in expected} == expected, (recipe, dataset, model, method)
         extra = set(found) - set(expected) - {"noise", "read", "llqr.shard", "data.holdout"}
         assert all(key.startswith("report.") for key in extra), extra
-        assert changed(config) == []
+        assert changed_keys(config) == []
 
 
 def test_what_is_given_replaces_the_protocol():
-    config = compose("table1", ["method=llqr-sam", "llqr.structure=diagonal", "base.lr=0.05"])
-    assert flat(config)["llqr.structure"] == "diagonal"
-    assert changed(config) == ["llqr.structure"]  # 0.05 is the protocol's
+    config = compose_config(
+        "table1", ["method=llqr-sam", "llqr.structure=diagonal", "base.lr=0.05"]
+    )
+    assert flat_settings(config)["llqr.structure"] == "diagonal"
+    assert changed_keys(config) == ["llqr.structure"]  # 0.05 is the protocol's
 
 
 def test_typing_errors_are_refused():
     with pytest.raises(Exception, match="lrr"):
-        compose("table1", ["base.lrr=1"])
+        compose_config("table1", ["base.lrr=1"])
     with pytest.raises(ConfigAttributeError):
-        _ = compose("table1").base.lrr
+        _ = compose_config("table1").base.lrr
 
 
 @pytest.mark.parametrize(
@@ -87,11 +96,11 @@ def test_typing_errors_are_refused():
 )
 def test_unknown_names_are_answered_with_the_known(key, value, known):
     with pytest.raises(ValueError, match=f"{key}: expected one of .*{known}.*, got '{value}'"):
-        chosen(compose("table1", [f"{key}={value}"]))
+        chosen_names(compose_config("table1", [f"{key}={value}"]))
 
 
 def test_names_are_typed_in_any_case_or_in_full():
-    config = compose("table1", ["method='LLQR+SAM (NGD)'", "dataset=CIFAR-10"])
-    assert chosen(config)["method"] == "LLQR+SAM (NGD)"
-    assert chosen(config)["dataset"] == "CIFAR-10"
+    config = compose_config("table1", ["method='LLQR+SAM (NGD)'", "dataset=CIFAR-10"])
+    assert chosen_names(config)["method"] == "LLQR+SAM (NGD)"
+    assert chosen_names(config)["dataset"] == "CIFAR-10"
     assert len({slug(name) for name in METHODS}) == len(METHODS)

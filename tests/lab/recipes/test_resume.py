@@ -33,7 +33,13 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "recipe, method", [("table1", "llqr-sam"), ("table4", "llqr-f-sam"), ("table6", "llqr-sam")]
+    "recipe, method",
+    [
+        ("table1", "llqr-sam"),
+        ("table4", "llqr-f-sam"),
+        ("table6", "llqr-sam"),
+        ("demo", "llqr-sam"),
+    ],
 )
 def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     from llqr_lab.recipes import loop
@@ -41,7 +47,7 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     settings = [recipe, f"method={method}", "scale=smoke", "tensorboard=false", "log_every=1"]
     monkeypatch.chdir(tmp_path)
     assert main(["run", *settings, "out=whole"]) == 0
-    real = loop.Training._step
+    real = loop.Training._train_step
 
     def failing_at(stop):
         def failing(self, batch):
@@ -52,10 +58,10 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
         return failing
 
     for stop in (1, 3):
-        monkeypatch.setattr(loop.Training, "_step", failing_at(stop))
+        monkeypatch.setattr(loop.Training, "_train_step", failing_at(stop))
         with pytest.raises(RuntimeError, match="stopped here"):
             main(["run", *settings, "out=broken", "checkpoint_every=1"])
-        monkeypatch.setattr(loop.Training, "_step", real)
+        monkeypatch.setattr(loop.Training, "_train_step", real)
         assert list((tmp_path / "broken").rglob("checkpoint.pt"))
     assert main(["run", *settings, "out=broken", "checkpoint_every=2"]) == 0
     equal(ended(tmp_path / "broken"), ended(tmp_path / "whole"))
@@ -91,15 +97,15 @@ def test_an_unfinished_run_with_other_settings_is_refused(tmp_path, monkeypatch,
     settings = ["table1", "method=sam", "scale=smoke", "tensorboard=false"]
 
     def stopping(self, bar):
-        self.records.save(self.state())
+        self.records.save_checkpoint(self.checkpoint_state())
         raise RuntimeError("stopped here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_epoch", stopping)
+        patch.setattr(loop.Training, "_train_epoch", stopping)
         with pytest.raises(RuntimeError, match="stopped here"):
             main(["run", *settings])
     # As if the protocol had changed since.
-    real = config.flat
-    monkeypatch.setattr(loop, "flat", lambda c: {**real(c), "base.lr": 7.0})
+    real = config.flat_settings
+    monkeypatch.setattr(loop, "flat_settings", lambda c: {**real(c), "base.lr": 7.0})
     assert main(["run", *settings]) != 0
     assert "unfinished run whose base.lr differ" in capfd.readouterr().err

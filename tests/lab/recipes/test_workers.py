@@ -6,24 +6,24 @@ import sys
 
 import pytest
 
-from llqr_lab.recipes.draws import generator, seed_of
+from llqr_lab.recipes.draws import generator_for, seed_of
 from llqr_lab.recipes.workers import Workers
 
 
 def test_shares_are_equal_and_leave_out_the_rest():
     workers = Workers("cpu")
-    assert workers.first and workers.share([1, 2, 3]) == [1, 2, 3]
+    assert workers.is_first and workers.own_part([1, 2, 3]) == [1, 2, 3]
     workers.size = 2
     shares = []
     for workers.rank in (0, 1):
-        shares.append(workers.share([1, 2, 3, 4, 5]))
+        shares.append(workers.own_part([1, 2, 3, 4, 5]))
     assert shares == [[1, 3], [2, 4]]
 
 
 def test_draws_differ_by_seed_purpose_and_moment():
     seeds = [seed_of(s, p, m) for s in (0, 1) for p in ("order", "noise") for m in (0, 1)]
     assert len(set(seeds)) == 8 and all(0 <= s < 2**63 for s in seeds)
-    assert generator(0, "order", 1).initial_seed() == seed_of(0, "order", 1)
+    assert generator_for(0, "order", 1).initial_seed() == seed_of(0, "order", 1)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def of(findings, part):
 
 @pytest.fixture(scope="module")
 def hover():
-    return hovering.findings()
+    return hovering.check_hovering()
 
 
 def test_the_two_cycle_is_exact_and_diverges_at_two(hover):
@@ -53,7 +53,7 @@ def test_tied_directions_share_the_amplitude(hover):
 
 @pytest.fixture(scope="module")
 def against_sam():
-    return vanilla_sam.findings()
+    return vanilla_sam.check_vanilla_sam()
 
 
 def test_corollary_b2_is_misprinted(against_sam):
@@ -81,7 +81,7 @@ def test_vanilla_sam_hovers_at_rho_up_to_the_same_factor(against_sam):
 
 
 def test_the_envelope_is_no_exit_condition():
-    criterion, exact = escape.findings()
+    criterion, exact = escape.check_escape()
     assert list(criterion.measured.values()) == [100_000, 1]
     settings, ours, papers = exact.measured.values()
     assert ours == 0 and papers > settings / 10
@@ -89,5 +89,7 @@ def test_the_envelope_is_no_exit_condition():
 
 
 def test_a_wrong_amplitude_is_noticed(monkeypatch):
-    monkeypatch.setattr(hovering, "amplitude", lambda eta, rho, mu, average: rho / average**0.5)
+    monkeypatch.setattr(
+        hovering, "two_cycle_amplitude", lambda eta, rho, mu, average: rho / average**0.5
+    )
     assert hovering.two_cycle().verdict == "NOT CONFIRMED"

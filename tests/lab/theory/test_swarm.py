@@ -6,7 +6,7 @@ from torch import nn
 
 import llqr
 from llqr_lab.theory.sharp_well import SharpWell
-from llqr_lab.theory.swarm import METHODS, arrivals, trajectories
+from llqr_lab.theory.swarm import METHODS, first_arrivals, train_paths
 
 F64 = torch.float64
 WELL = SharpWell()
@@ -61,7 +61,7 @@ def algorithm_1(method, start, eta, rho, noise):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("one", [alone, algorithm_1])
 def test_a_swarm_is_every_start_alone(method, one):
-    together = trajectories(WELL, method, STARTS, U, ETAS, RHOS, range(STEPS), NOISE)
+    together = train_paths(WELL, method, STARTS, U, ETAS, RHOS, range(STEPS), NOISE)
     for i, start in enumerate(STARTS):
         expected = one(method, start, float(ETAS[i]), float(RHOS[i]), NOISE[i])
         torch.testing.assert_close(together[i], expected, rtol=0, atol=1e-10)
@@ -69,18 +69,18 @@ def test_a_swarm_is_every_start_alone(method, one):
 
 def test_one_number_for_eta_and_rho_and_no_noise():
     rows = torch.full((4,), 0.132, dtype=F64), torch.full((4,), 0.12, dtype=F64)
-    same = trajectories(WELL, "LLQR+SAM", STARTS, U, *rows, range(3))
-    assert torch.equal(trajectories(WELL, "LLQR+SAM", STARTS, U, 0.132, 0.12, range(3)), same)
+    same = train_paths(WELL, "LLQR+SAM", STARTS, U, *rows, range(3))
+    assert torch.equal(train_paths(WELL, "LLQR+SAM", STARTS, U, 0.132, 0.12, range(3)), same)
 
 
 def test_arrivals_are_first_steps_inside():
     r = torch.tensor([[5.0, 4.0, 3.0], [2.0, 0.9, 3.0], [0.5, 2.0, 0.1]])
     paths = torch.stack([r, torch.zeros_like(r)], -1)
-    assert arrivals(paths).tolist() == [-1, 1, 0]
+    assert first_arrivals(paths).tolist() == [-1, 1, 0]
 
 
 def test_it_stops_once_all_have_arrived():
     starts = torch.tensor([[0.5, 0.0], [1.2, 0.0]], dtype=F64)
-    assert trajectories(WELL, "GD", starts, U, 0.1, 0.0, range(50), enough=10).shape == (2, 11, 2)
+    assert train_paths(WELL, "GD", starts, U, 0.1, 0.0, range(50), enough=10).shape == (2, 11, 2)
     far = torch.tensor([[0.5, 0.0], [4.85, 0.0]], dtype=F64)
-    assert trajectories(WELL, "GD", far, U, 0.1, 0.0, range(50), enough=10).shape == (2, 51, 2)
+    assert train_paths(WELL, "GD", far, U, 0.1, 0.0, range(50), enough=10).shape == (2, 51, 2)

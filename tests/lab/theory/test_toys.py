@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from llqr_lab import figures
 from llqr_lab.cli import main
-from llqr_lab.theory import toy_limits, toys
-from llqr_lab.theory.toys import VERDICTS, escape_window, verdict
+from llqr_lab.theory import figures, toy_limits, toys
+from llqr_lab.theory.toys import VERDICTS, escape_window, verdict_of
 
 
 def made(name, folder, number):
@@ -76,10 +75,10 @@ def test_the_window():
 
 def test_verdicts():
     share = {"GD": 0.0, "LLQR": 0.0, "SAM": 1.0, "LLQR+SAM": 1.0}
-    assert verdict(share) == VERDICTS[0]
-    assert verdict(share | {"SAM": 0.9}) == VERDICTS[1]
-    assert verdict(share | {"LLQR": 0.1}) == VERDICTS[2]
-    assert verdict(share | {"LLQR+SAM": 0.9}) == VERDICTS[3]
+    assert verdict_of(share) == VERDICTS[0]
+    assert verdict_of(share | {"SAM": 0.9}) == VERDICTS[1]
+    assert verdict_of(share | {"LLQR": 0.1}) == VERDICTS[2]
+    assert verdict_of(share | {"LLQR+SAM": 0.9}) == VERDICTS[3]
 
 
 def test_leaving_the_swarm_at_arrival_changes_nothing_for_the_rest():
@@ -88,14 +87,14 @@ def test_leaving_the_swarm_at_arrival_changes_nothing_for_the_rest():
     starts = toys.at_angles(well.bottom + toys.OFFSETS * well.w, ray)
     U = well.average_inverse()
     eta, rho = (torch.full((7,), x, dtype=torch.float64) for x in (0.118, 0.15))
-    inside = toys.arrive(well, "SAM", starts, U, eta, rho)
-    paths = toys.trajectories(well, "SAM", starts, U, 0.118, 0.15, range(toys.STEPS))
-    assert torch.equal(inside, toys.arrivals(paths) >= 0)
+    inside = toys.which_arrive(well, "SAM", starts, U, eta, rho)
+    paths = toys.train_paths(well, "SAM", starts, U, 0.118, 0.15, range(toys.STEPS))
+    assert torch.equal(inside, toys.first_arrivals(paths) >= 0)
     assert 0 < int(inside.sum()) < 7
 
 
 def test_amplitude_and_not_envelope_exceeds_the_well():
-    finding = toy_limits.criterion(toys.SharpWell())
+    finding = toy_limits.check_criterion(toys.SharpWell())
     assert finding.confirmed
     across, *reach = finding.measured.values()
     # distance .239; SAM: rho and rho eta lambda / (2 - eta lambda) with lambda 10.288
@@ -111,7 +110,7 @@ def test_the_shadow_trap():
 
 
 def test_sam_retuned_is_llqr_sam_with_a_number_for_u():
-    finding = toy_limits.isotropy(toys.SharpWell())
+    finding = toy_limits.check_isotropy(toys.SharpWell())
     assert finding.confirmed
     gap = [v for k, v in finding.measured.items() if k.startswith("largest gap")]
     assert gap[0] < 1e-9

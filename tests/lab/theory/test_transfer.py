@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from llqr_lab.theory import transfer
-from llqr_lab.theory.transfer import BOUNDS, Run, data, findings, run, slope
+from llqr_lab.theory.transfer import (
+    BOUNDS,
+    Run,
+    check_transfer,
+    fitted_slope,
+    random_data,
+    train_run,
+)
 
 
 @pytest.fixture(scope="module")
 def short() -> Run:
-    return run(64, seed=3)
+    return train_run(64, seed=3)
 
 
 def test_u_is_learned_within_its_bounds(short):
@@ -22,7 +29,7 @@ def test_u_is_learned_within_its_bounds(short):
 
 
 def test_the_gradient_is_that_of_the_whole_loss(short):
-    x, y = data(3)
+    x, y = random_data(3)
     generator = torch.Generator().manual_seed(4)
     w = 3 * torch.randn(1, x.shape[1], dtype=torch.float64, generator=generator)
     w.requires_grad_()
@@ -41,11 +48,11 @@ def test_norms_and_discrepancy():
 
 
 def test_the_slope_of_a_power():
-    assert slope([4, 16, 64], [3.0, 1.5, 0.75]) == pytest.approx(-0.5)
+    assert fitted_slope([4, 16, 64], [3.0, 1.5, 0.75]) == pytest.approx(-0.5)
 
 
 def test_no_decrease_is_noticed(monkeypatch):
     flat = Run(torch.ones(4, 2), torch.eye(2).expand(4, 2, 2), 1.0)
-    monkeypatch.setattr(transfer, "run", lambda steps, seed=0: flat)
-    rate, euclidean, last = findings((4, 8))
+    monkeypatch.setattr(transfer, "train_run", lambda steps, seed=0: flat)
+    rate, euclidean, last = check_transfer((4, 8))
     assert not (rate.confirmed or euclidean.confirmed or last.confirmed)

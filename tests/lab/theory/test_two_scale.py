@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from llqr_lab.theory import two_scale
-from llqr_lab.theory.two_scale import findings, full_step, optimizer_path, random_two_scale
+from llqr_lab.theory.two_scale import check_recursions, full_step, optimizer_path, random_two_scale
 
 
 def test_every_recursion_is_exact():
-    found = findings()
+    found = check_recursions()
     assert [f.source for f in found] == ["(3), (11)", "(10)", "(12)", "(4), (13)"]
     for finding in found:
         assert finding.verdict == "holds"
@@ -21,7 +21,7 @@ def test_another_formula_is_noticed(name, monkeypatch):
     right = getattr(two_scale, name)
     # The kick a tenth of a percent too large.
     monkeypatch.setattr(two_scale, name, lambda *a: right(*a[:-1], 1.001 * a[-1]))
-    verdicts = [f.verdict for f in findings(cases=5)]
+    verdicts = [f.verdict for f in check_recursions(cases=5)]
     assert sorted(verdicts) == ["NOT CONFIRMED", "holds", "holds", "holds"]
 
 

@@ -1,0 +1,1 @@
+"""The command line ``llqr``: one file per command."""

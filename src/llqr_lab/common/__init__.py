@@ -1,0 +1,1 @@
+"""What several rooms of the lab share: statistics, processes, output files, drawing."""

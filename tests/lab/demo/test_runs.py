@@ -1,0 +1,118 @@
+"""Runs of the demo's experiment: the same noise, weights and batches for every method."""
+
+import json
+
+import pytest
+import torch
+
+import llqr
+from llqr_lab.cli import main
+from llqr_lab.common.processes import run_all
+from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, configure_run, run_demo
+from llqr_lab.models.small_cnn import small_cnn
+from llqr_lab.protocols import DEMO_METHODS
+from llqr_lab.recipes.build import optimizer_of
+from llqr_lab.recipes.config import compose_config
+from llqr_lab.recipes.digits import NoisyDigits
+from llqr_lab.recipes.workers import Workers
+
+SETTINGS = {
+    "lr": 0.05,
+    "weight_decay": 1e-3,
+    "rho": 0.1,
+    "decay": 0.9,
+    "structure": "kfac",
+    "inner_lr": 0.1,
+    "ema": 0.5,
+    "every": 5,
+    "graft": False,
+}
+
+
+def curve(name, **changes):
+    history = run_demo(DemoRun(name, SETTINGS | changes, seed=0, epochs=2))
+    return history.loss, history.test_accuracy
+
+
+@pytest.mark.parametrize("name", DEMO_METHODS)
+def test_a_method_is_made_of_what_its_name_says(name):
+    optimizer = optimizer_of(configure_run(DemoRun(name, SETTINGS, seed=0)), small_cnn())
+    base = torch.optim.AdamW if name == "AdamW" else torch.optim.SGD
+    probe = llqr.FriendlySAM if "FriendlySAM" in name else llqr.SAM if "SAM" in name else None
+    assert type(optimizer.base) is base
+    assert type(optimizer.perturbation) is (probe or type(None))
+    assert isinstance(optimizer.geometry, llqr.LLQR) == ("LLQR" in name)
+    assert optimizer.transport
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 1e-3)
+    if probe is not None:
+        assert optimizer.perturbation.rho == 0.1
+    if optimizer.geometry is not None:
+        assert optimizer.geometry.settings.lr == 0.1
+
+
+def test_refreshes_disturb_nothing():
+    """With U the identity LLQR is SGDM bit for bit: same noise, weights, batches."""
+    assert curve("LLQR", structure="identity") == curve("SGDM")
+
+
+def test_no_probe_is_sgdm():
+    assert curve("SAM", rho=0.0) == curve("SGDM")
+
+
+def test_a_run_repeats_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    first = curve("LLQR+SAM")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert curve("LLQR+SAM") == first
+
+
+def test_the_history_has_what_the_demo_shows():
+    history = run_demo(DemoRun("LLQR", SETTINGS, seed=1, epochs=2))
+    assert len(history.loss) == len(history.test_accuracy) == 2
+    assert [r.step for r in history.reports] == [0, 5, 10, 15, 20]
+    assert len(history.spectra) == 5
+    layers = {name for name, m in small_cnn().named_modules() if [*m.parameters(recurse=False)]}
+    assert set(history.spectra[0]) == layers and len(layers) == 7
+    for report, spectrum in zip(history.reports, history.spectra, strict=True):
+        # The report's eigenvalues are estimates from inside the interval.
+        low, high = min(a for a, _ in spectrum.values()), max(b for _, b in spectrum.values())
+        assert low <= report.eigenvalue_min * 1.001
+        assert high >= report.eigenvalue_max * 0.999
+    assert 0 < history.train_accuracy < 100 and history.skipped_steps == 0
+
+
+def test_the_recipe_makes_the_demos_run(tmp_path, monkeypatch):
+    """With the settings of the search, which the protocol has, and the same numbers."""
+    monkeypatch.chdir(tmp_path)
+    options = ["scale=small", "train.epochs=2", "seed=1", "tensorboard=false", "out=o"]
+    assert main(["run", "demo", "method=llqr-f-sam", *options]) == 0
+    result = json.loads(next(tmp_path.rglob("result.json")).read_text())
+    settings = json.loads(SETTINGS_FILE.read_text())["methods"]["LLQR+FriendlySAM"]["settings"]
+    history = run_demo(DemoRun("LLQR+FriendlySAM", settings, seed=1, epochs=2))
+    assert result["changed"] == ["train.epochs"]
+    assert [e["test_accuracy"] for e in result["epochs"]] == history.test_accuracy
+    assert [e["train_loss"] for e in result["epochs"]] == history.loss
+    assert result["train_accuracy"] == history.train_accuracy
+    assert [r["change"] for r in result["refreshes"]] == [r.change for r in history.reports]
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValueError, match="SAM has unknown radius"):
+        configure_run(DemoRun("SAM", {"lr": 0.1, "radius": 0.1}, seed=0))
+
+
+def test_only_the_demos_validation_pictures_can_be_held_out():
+    config = compose_config("demo", ["input.holdout=100"])
+    with pytest.raises(ValueError, match="input.holdout: expected 0 or 297, got 100"):
+        NoisyDigits(config, Workers("cpu"))
+
+
+@pytest.mark.slow
+def test_processes_change_nothing():
+    runs = [DemoRun("SGDM", SETTINGS, 0, 1), DemoRun("LLQR+SAM", SETTINGS, 0, 1)]
+    alone, together = (run_all(run_demo, runs, workers, "test") for workers in (1, 2))
+    assert [h.test_accuracy for h in alone] == [h.test_accuracy for h in together]
+    assert [h.loss for h in alone] == [h.loss for h in together]
+    assert [h.spectra for h in alone] == [h.spectra for h in together]
