@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..common.output import RESULT_FORMAT
 from ..protocols import METHODS, SCALES
 
 __all__ = [
     "Cell",
-    "FORMAT",
     "Found",
     "Run",
     "RunError",
@@ -22,7 +22,6 @@ __all__ = [
     "read_result",
 ]
 
-FORMAT = 1
 NUMBER = (int, float)
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "recipe": str,
@@ -140,9 +139,9 @@ def read_result(path: Path) -> Run:
             f"{path}: {key}: expected {expected}, got {got!r}; delete the folder and run again"
         )
 
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != RESULT_FORMAT:
         got = content.get("format") if isinstance(content, dict) else content
-        raise refusal_of("format", f"{FORMAT}", got)
+        raise refusal_of("format", f"{RESULT_FORMAT}", got)
     for key, kind in REQUIRED.items():
         value = content.get(key)
         if not isinstance(value, kind) or isinstance(value, bool):

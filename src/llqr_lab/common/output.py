@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 __all__ = [
+    "RESULT_FORMAT",
     "plus_minus",
     "progress_bar",
     "table_lines",
@@ -23,6 +24,7 @@ __all__ = [
     "write_whole",
 ]
 
+RESULT_FORMAT = 1  # of a run's result.json: what recipes write and collect reads
 T = TypeVar("T")
 Rows = Sequence[Mapping[str, Any]]
 

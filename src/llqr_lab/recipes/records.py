@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from ..collect.runs import FORMAT
-from ..common.output import without_nan, write_json, write_whole
+from ..common.output import RESULT_FORMAT, without_nan, write_json, write_whole
 
 __all__ = ["Records"]
 
@@ -95,7 +94,7 @@ class Records:
         """Write the result; the checkpoint is no longer needed."""
         if (folder := self._written) is None:
             return
-        write_json(folder / "result.json", {"format": FORMAT, **result})
+        write_json(folder / "result.json", {"format": RESULT_FORMAT, **result})
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -5,15 +5,22 @@ import json
 import pytest
 
 from llqr_lab.protocols.own import TUNED
+from llqr_lab.recipes import run as recipe_run
 from llqr_lab.recipes import search
 from llqr_lab.recipes.halving import draw_configurations
 
 
-def test_a_run_that_fails_is_the_worst():
+def test_a_run_that_fails_is_the_worst(monkeypatch):
     trial = search.Trial("demo", "SGDM", {"base.lr": 0.1}, 1000, {"train.precision": "float16"})
     found = search.run_trial(trial)
     assert found["metric"] == 0.0
     assert found["error"].startswith("ValueError: train.precision: expected float32 or bfloat16")
+
+    def broken(*arguments):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(recipe_run, "measure_run", broken)
+    assert search.run_trial(trial) == {"metric": 0.0, "error": "RuntimeError: no"}
 
 
 @pytest.mark.parametrize("experiment", search.SPACES)
