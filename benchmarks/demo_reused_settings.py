@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> None:
         histories = run_all(run_demo, runs, available_workers(), probe)
         final = [h.test_accuracy[-1] for h in histories]
         alone, both = final[: options.seeds], final[options.seeds :]
-        changes = [r.change for h in histories for r in h.reports]
+        changes = [r.change for h in histories for r in h.reports if r.change is not None]
         difference = paired_difference(both, alone)
         rows.append(
             {

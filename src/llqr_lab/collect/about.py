@@ -58,11 +58,9 @@ def reports_of(runs: Iterable[Run]) -> list[llqr.RefreshReport]:
 
 
 def report_from_json(values: dict[str, Any]) -> llqr.RefreshReport:
-    """Return a report from a run's JSON, in which what was not finite is null."""
+    """Return a report from a run's JSON, in which what is not known or not finite is null."""
     names = [field.name for field in dataclasses.fields(llqr.RefreshReport)]
-    known = {n: values.get(n) for n in names}
-    missing = {n: float("nan") for n, v in known.items() if v is None and n != "reason"}
-    return llqr.RefreshReport(**{**known, **missing})  # type: ignore[arg-type]
+    return llqr.RefreshReport(**{name: values.get(name) for name in names})  # type: ignore[arg-type]
 
 
 def describe_skipped_steps(runs: Sequence[Run]) -> list[str]:

@@ -20,9 +20,13 @@ def summarise_refreshes(reports: Sequence[llqr.RefreshReport]) -> dict[str, Any]
         return None
     accepted = [r for r in reports if r.accepted]
 
+    def known_values(name: str, chosen: Sequence[llqr.RefreshReport] = reports) -> list[float]:
+        # A refused refresh has None, or what is not finite, in what it did not get to.
+        values = (getattr(r, name) for r in chosen)
+        return [v for v in values if v is not None and math.isfinite(v)]
+
     def median_of(name: str, chosen: Sequence[llqr.RefreshReport] = reports) -> float | None:
-        # A refused refresh has NaN in what it did not get to.
-        values = [v for r in chosen if math.isfinite(v := getattr(r, name))]
+        values = known_values(name, chosen)
         return statistics.median(values) if values else None
 
     change = median_of("change")
@@ -34,9 +38,9 @@ def summarise_refreshes(reports: Sequence[llqr.RefreshReport]) -> dict[str, Any]
         "ratio": median_of("ratio"),
         "change": change,
         "cosine": median_of("cosine"),
-        "smallest_eigenvalue": min(r.eigenvalue_min for r in reports),
-        "largest_eigenvalue": max(r.eigenvalue_max for r in reports),
+        "smallest_eigenvalue": min(known_values("eigenvalue_min"), default=None),
+        "largest_eigenvalue": max(known_values("eigenvalue_max"), default=None),
         "products": median_of("products"),
-        "seconds": sum(r.seconds for r in reports),
+        "seconds": sum(known_values("seconds")),
         "active": change is not None and change >= INACTIVE,
     }
