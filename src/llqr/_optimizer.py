@@ -190,7 +190,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped, since their gradients were not finite."""
+        """How many steps were skipped, since their gradients were not finite.
+
+        A step that a GradScaler leaves out never comes here and is not counted.
+        """
         return self._progress.skipped_steps
 
     @property
@@ -291,6 +294,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             ...     model(torch.ones(3, 2)).square().mean().backward()
             >>> optimizer.step()
         """
+        check_scaler(scaler)
         self._follow_groups()
         return self._passes.run_both(scaler)
 
@@ -405,10 +409,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._passes.refuse_if_displaced(
             "refresh", "refresh before the passes of a step, or after them"
         )
-        report = self._refresher.refresh(forward, weights)
-        for hook in list(self._refresher.hooks.values()):
-            hook(self, report)
-        return report
+        try:
+            return self._refresher.refresh(forward, weights)
+        finally:  # also when too many refusals in a row raise
+            self._refresher.call_hooks(self)
 
     def refresh_if_due(
         self,

@@ -180,7 +180,7 @@ class Passes:
         healthy = ranks.finite(clean)
         eps = self._find_displacement(clean, scaler) if healthy else {}
         # The clean gradients are as large as the model: only who combines both keeps them.
-        kept = widen_gradients(clean, scaler) if healthy and self.combines else None
+        kept = copy_gradients(clean, scaler) if healthy and self.combines else None
         del clean
         if self._keep_clean_buffers or start is None:
             record.buffers = Buffers(modules)
@@ -252,8 +252,8 @@ class Passes:
         wide = widen_gradients(clean, scaler)
         if self._perturbation is not None:
             self._perturbation.observe(wide)
-        if self.geometry_observes:  # copies: clipping changes p.grad in place
-            self.clean = {n: g.clone() if g is clean[n] else g for n, g in wide.items()}
+        if self.geometry_observes:
+            self.clean = copy_gradients(clean, scaler)
         self.observed = True
         return wide
 
@@ -338,6 +338,16 @@ def widen_gradients(gradients: dict[str, Tensor], scaler: Any) -> dict[str, Tens
     """Return gradients in at least float32, without the scale of the loss."""
     wide, scale = widen_to_float32(gradients), loss_scale(scaler)
     return wide if scale == 1.0 else {n: g / scale for n, g in wide.items()}
+
+
+def copy_gradients(gradients: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+    """Return :func:`widen_gradients` in memory of their own.
+
+    What follows writes into p.grad in place: clipping does, and so does a second backward of
+    DistributedDataParallel with ``gradient_as_bucket_view``.
+    """
+    wide = widen_gradients(gradients, scaler)
+    return {n: g.clone() if g is gradients[n] else g for n, g in wide.items()}
 
 
 def check_scaler(scaler: Any) -> None:

@@ -16,7 +16,7 @@ from ._module_state import autocast_off, evaluated_without_trace
 from ._parameters import NamedParameters
 from ._progress import Progress
 from .distributed import Ranks
-from .geometry import Geometry, RefreshReport
+from .geometry import Geometry, RefreshError, RefreshReport
 
 __all__ = ["Forward", "HookHandle", "RefreshHook", "Refresher", "as_forwards"]
 
@@ -60,6 +60,7 @@ class Refresher:
         self._ranks, self._progress = ranks, progress
         self.default_forward, self.autocast = default_forward, autocast
         self.last_report: RefreshReport | None = None
+        self._untold: RefreshReport | None = None
         self.hooks: OrderedDict[int, RefreshHook] = OrderedDict()
 
     @property
@@ -82,10 +83,22 @@ class Refresher:
         device = self._parameters.device
         precision = nullcontext() if self.autocast else autocast_off(device, self._warn_of_autocast)
         trace = evaluated_without_trace(self._parameters.model, device)
-        with trace, precision, self._ranks.bypassed():
-            report = self._geometry.refresh(forwards, step=self._progress.step, weights=weights)
-        self.last_report = report
+        try:
+            with trace, precision, self._ranks.bypassed():
+                report = self._geometry.refresh(forwards, step=self._progress.step, weights=weights)
+        except RefreshError as error:
+            self._untold = self.last_report = error.report
+            raise
+        self._untold = self.last_report = report
         return report
+
+    def call_hooks(self, optimizer: Any) -> None:
+        """Show the report of the refresh that just ran to the hooks, once."""
+        report, self._untold = self._untold, None
+        if report is None:  # the refresh did not get that far
+            return
+        for hook in list(self.hooks.values()):
+            hook(optimizer, report)
 
     def _warn_of_autocast(self) -> None:
         self._progress.warn_once(

@@ -80,13 +80,13 @@ class Update:
     def _step_along_metric(
         self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
     ) -> bool:
-        """Step the base along U g~, unless that is not finite (algorithm 1, line 8)."""
+        """Step the base along U g~ (algorithm 1, line 8); False: U g~ leaves half precision."""
         with without_autocast(self._parameters.device):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
             if graft:
                 moved = rescale_to_norm(moved, gradients)
-        coarse = any(g.dtype.itemsize < 4 for g in moved.values())
-        if coarse and not self._ranks.finite(moved):  # U may take float16 out of its range
+        half = any(g.dtype.itemsize < 4 for g in moved.values())
+        if half and not self._ranks.finite(moved):  # U may take float16 out of its range
             return False
         named = self._parameters.named
         try:

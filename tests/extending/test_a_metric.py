@@ -157,6 +157,33 @@ def test_the_slot_gives_it_the_rest(tmp_path):
     assert model(x).dtype == torch.float32
 
 
+def test_what_was_learned_says_one_thing():
+    with pytest.raises(ValueError, match="Learned: expected new states.*got new ones and reason"):
+        Learned([], reason="no")
+    with pytest.raises(ValueError, match="Learned: expected.*got none and reason=None"):
+        Learned(None)
+
+
+def test_the_last_report_and_the_hooks_know_of_the_refusal_that_raised():
+    class Refusing(llqr.StructuredGeometry):
+        def learn(self, forwards, parameters, *, step, weights):
+            return Learned(None, "it never works")
+
+    model, seen = network(), []
+    optimizer = llqr.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        geometry=Refusing("diagonal", MetricSettings(every=1, max_failures=1)),
+    )
+    optimizer.register_refresh_hook(lambda optimizer, report: seen.append(report.reason))
+    with pytest.warns(UserWarning, match="it never works"):
+        optimizer.minimize(forward_of(model)[0])
+    with pytest.raises(llqr.RefreshError, match="2 refreshes in a row") as error:
+        optimizer.minimize(forward_of(model)[0])
+    assert seen == ["it never works"] * 2
+    assert optimizer.last_report == error.value.report and optimizer.last_report.step == 1
+
+
 def run_sharded() -> None:
     """What each of two processes does in the test below."""
     import os

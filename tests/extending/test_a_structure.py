@@ -117,6 +117,109 @@ def test_it_gets_the_rest_for_nothing(tmp_path):
         assert all(torch.equal(fresh.state()[name][k], v) for k, v in entries.items())
 
 
+class Shift(Structure):
+    """Two trainable entries, U X = (b_i + c_j) X_ij: each is clipped by its own norm."""
+
+    name, trainable, cut, linear = "shift", ("b", "c"), "rectangles", True
+
+    def identity(self, device):
+        m, n = self.group.matrix_shape
+        return {
+            "b": self.batch_of_ones(m, device=device),
+            "c": torch.zeros_like(self.batch_of_ones(n, device=device)),
+        }
+
+    def apply(self, state, x):
+        return (state["b"][:, :, None] + state["c"][:, None, :]) * x
+
+    def project(self, state, bounds):
+        b, c = state["b"], state["c"].clamp(-0.1 * bounds[0], 0.1 * bounds[0])
+        return {"b": b.clamp(1.1 * bounds[0], bounds[1] - 0.1 * bounds[0]), "c": c}
+
+
+def test_several_entries_are_clipped_alike_at_every_tolerance():
+    model = network()
+    forward = forward_of(model, *batch())
+    found = []
+    for tolerance in (0, 1e-8):
+        geometry = llqr.LLQR(Shift, tolerance=tolerance, **{**SETTINGS, "clip": 1e-3, "lr": 1.0})
+        geometry.bind(model)
+        geometry.refresh([forward])
+        found.append(torch.cat([v for e in geometry.state().values() for v in e.values()]))
+    assert float((found[0] - found[1]).norm()) < 1e-7 * float(found[0].norm())
+    free = llqr.LLQR(Shift, **{**SETTINGS, "lr": 1.0})
+    free.bind(model)
+    free.refresh([forward])  # without a clip it would be another U
+    other = torch.cat([v for e in free.state().values() for v in e.values()])
+    assert float((found[0] - other).norm()) > 1e-3 * float(other.norm())
+
+
+class LayerScale(Structure):
+    """One number per layer: the three methods that have no default, and nothing else."""
+
+    name, trainable, cut, linear = "layer-scale", ("s",), "layer", True
+
+    def identity(self, device):
+        return {"s": self.batch_of_ones(device=device)}
+
+    def apply(self, state, x):
+        lengths = torch.tensor(self.group.lengths)
+        return torch.repeat_interleave(state["s"], lengths) * x
+
+    def project(self, state, bounds):
+        return {"s": state["s"].clamp(*bounds)}
+
+
+class EntryScale(Structure):
+    """One number per entry, as elementwise, with the same three methods."""
+
+    name, trainable, cut, linear, elementwise = "entry-scale", ("s",), "layer", True, True
+
+    def identity(self, device):
+        return {"s": torch.ones(self.group.numel, dtype=self.group.dtype, device=device)}
+
+    def apply(self, state, x):
+        return state["s"] * x
+
+    def project(self, state, bounds):
+        return {"s": state["s"].clamp(*bounds)}
+
+
+@pytest.mark.parametrize(("kind", "twin"), [(LayerScale, "scalar"), (EntryScale, "diagonal")])
+@pytest.mark.parametrize("tolerance", [0, 1e-6])
+def test_three_methods_are_enough_for_layers_and_entries(kind, twin, tolerance):
+    """And equal the structures of the library that they rebuild, checkpoint included."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(F64)
+    forward = forward_of(model, *batch())
+    made = []
+    for structure in (kind, twin):
+        geometry = llqr.LLQR(structure, tolerance=tolerance, **SETTINGS)
+        geometry.bind(model)
+        assert geometry.refresh([forward]).accepted
+        made.append(geometry)
+    own, theirs = made
+    g = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    for name, value in own.apply(g).items():
+        torch.testing.assert_close(value, theirs.apply(g)[name], rtol=1e-9, atol=0)
+    some = {"0.bias": g["0.bias"]}
+    torch.testing.assert_close(own.apply(some), theirs.apply(some), rtol=1e-9, atol=0)
+    for layer, ends in own.spectrum().items():
+        assert ends == pytest.approx(theirs.spectrum()[layer], rel=1e-9)
+    fresh = llqr.LLQR(kind, **SETTINGS)
+    fresh.bind(model)
+    fresh.load_state(own.state())
+    again = fresh.apply(g)
+    assert all(torch.equal(again[name], value) for name, value in own.apply(g).items())
+
+
+def test_a_subclass_of_a_structure_stays_what_it_is():
+    kind = llqr.geometry.structures.STRUCTURES["e-kfac"]
+    mine = type("Mine", (kind,), {"name": "mine"})
+    geometry = llqr.LLQR(mine)
+    geometry.bind(network())
+    assert {type(part) for part in geometry.blocks.parts} == {mine}
+
+
 class Unsymmetric(RowScaling):
     """Not a metric."""
 

@@ -132,7 +132,8 @@ class LLQR(StructuredGeometry):
         steps: inner steps T.
         lr: inner learning rate; a number or a function of the step.
         momentum: inner momentum, in [0, 1).
-        clip: the inner gradient of each block is clipped to this norm; None: not clipped.
+        clip: the inner gradient of each entry of each block (of each factor of kfac) is clipped to
+            this norm; None: not clipped.
         ema: beta, in [0, 1); a number or a function of the step. It averages the factors, which
             is not the average of the operators.
         damping: lambda, added to C.
@@ -304,12 +305,7 @@ class LLQR(StructuredGeometry):
             "J_after": outcome.J_after,
             "products": model.products,
         }
-        return Learned(
-            outcome.states if outcome.reason is None else None,
-            outcome.reason,
-            flat.gradient,
-            numbers,
-        )
+        return Learned(outcome.states, outcome.reason, flat.gradient, numbers)
 
     def _expand_loss(
         self,

@@ -55,7 +55,7 @@ class Learned:
 
     Attributes:
         states: the new states, or None if the old ones stay.
-        reason: why the old ones stay.
+        reason: why the old ones stay; None just if there are new ones.
         gradient: the flat gradient g that the report tells of U by, if there is one.
         numbers: further fields of :class:`llqr.RefreshReport`, such as ``products``.
         is_failure: whether a refusal is one that a setting can help, and so counts towards
@@ -67,3 +67,12 @@ class Learned:
     gradient: Tensor | None = None
     numbers: Mapping[str, Any] = field(default_factory=dict)
     is_failure: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse new states with a reason against them, and none without a reason."""
+        if (self.states is None) == (self.reason is None):
+            given = "none" if self.states is None else "new ones"
+            raise ValueError(
+                "Learned: expected new states, or states=None and a reason why the old ones stay; "
+                f"got {given} and reason={self.reason!r}"
+            )

@@ -9,7 +9,15 @@ __all__ = ["RefreshError", "RefreshHistory", "RefreshReport"]
 
 
 class RefreshError(RuntimeError):
-    """Too many refreshes in a row were refused."""
+    """Too many refreshes in a row were refused.
+
+    Attributes:
+        report: of the last one, if the geometry gave it.
+    """
+
+    def __init__(self, message: str, report: RefreshReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True, kw_only=True)

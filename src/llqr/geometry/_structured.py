@@ -297,8 +297,9 @@ class StructuredGeometry(Geometry):
         if report.accepted:
             if report.eigenvalue_min is not None and report.eigenvalue_min < 0:
                 self._warn_once(
+                    "indefinite",
                     f"U has a negative eigenvalue{self.explain_indefinite_U()}: g'Ug can be "
-                    "negative, and then the probe is skipped"
+                    "negative, and then the probe is skipped",
                 )
             return
         failures = self.history.failures
@@ -306,15 +307,16 @@ class StructuredGeometry(Geometry):
             raise RefreshError(
                 f"{failures} refreshes in a row were refused, the last one because "
                 f"{report.reason} ({report}). U is unchanged. "
-                f"{self.advise_on_failures(report.step)}"
+                f"{self.advise_on_failures(report.step)}",
+                report,
             )
         self._warn_once(
+            "refused",
             f"a refresh was refused because {report.reason}; U is kept as it was (see "
-            "optimizer.last_report; later refusals are only counted)"
+            "optimizer.last_report; later refusals are only counted)",
         )
 
-    def _warn_once(self, message: str) -> None:
-        key = message[:32]
+    def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=5)

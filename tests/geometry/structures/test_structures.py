@@ -453,6 +453,17 @@ def test_bases_turn_at_the_first_refresh_that_is_accepted():
     assert float(geometry.state()["weight"]["QA.0"].abs().amax(1).min()) < 0.9
 
 
+def test_renewed_bases_of_roots_carry_the_operator_over():
+    """psd-e-kfac stores roots of either sign; what goes over is the operator's diagonal."""
+    geometry = llqr.LLQR("e-kfac", bases="gradient", constraint="square")
+    geometry.bind(nn.Linear(3, 2, bias=False, dtype=F64))
+    (part,), (state,) = geometry.blocks.parts, geometry.states
+    state = {**state, "S": torch.tensor([[[1.0, -1, 2], [3, -0.5, 1]]], dtype=F64)}
+    new = part.renew_bases(state, torch.randn(1, 2, 3, dtype=F64), True, True)
+    before, after = (float(part.eigenvalues_from(s["S"]).sum()) for s in (state, new))
+    assert after == pytest.approx(before, rel=1e-10)
+
+
 def test_learned_bases_turn_too():
     torch.manual_seed(0)
     geometry, model = gradient_geometry(bases="learned", ema=0.0, lr=0.03)

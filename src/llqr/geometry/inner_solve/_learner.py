@@ -25,13 +25,13 @@ class Outcome:
     """What a refresh came to.
 
     Attributes:
-        states: the new states, or the old ones if it is refused.
+        states: the new states, or None if they are refused.
         J_before: J at the old U.
         J_after: J at the new U.
         reason: why it is refused, else None.
     """
 
-    states: States
+    states: States | None
     J_before: float
     J_after: float
     reason: str | None
@@ -73,7 +73,7 @@ class Learner:
         """
         g, agree_on = flat.gradient, blocks.space.agree_on
         if not agree_on(bool(torch.isfinite(g).all())):
-            return Outcome(old, NAN, NAN, "the gradient is not finite")
+            return Outcome(None, NAN, NAN, "the gradient is not finite")
         objective = Objective(blocks, g, flat.product, self.damping)
         # Bases that follow the gradient rotate first; U itself stays as near as they allow.
         start = old
@@ -85,15 +85,15 @@ class Learner:
         before = float(value)  # J at the old U, from the first product of the solve
         finite = all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values())
         if not agree_on(finite):
-            return Outcome(old, before, NAN, "the inner solve left entries that are not finite")
+            return Outcome(None, before, NAN, "the inner solve left entries that are not finite")
         # J is judged on what would be stored: after the average and the projection.
         new = self._constrain_and_average(blocks, start, solved)
         after, rounding = (float(v) for v in objective.value_and_rounding(new))
         if not (math.isfinite(before) and math.isfinite(after)):
-            return Outcome(old, before, after, "J is not finite")
-        # The authors' arithmetic ("none") refuses nothing.
+            return Outcome(None, before, after, "J is not finite")
+        # The authors' arithmetic ("none") takes any finite J.
         if self.constraint != "none" and after > before + rounding:
-            return Outcome(old, before, after, "J did not go down")
+            return Outcome(None, before, after, "J did not go down")
         return Outcome(new, before, after, None)
 
     def _constrain_and_average(

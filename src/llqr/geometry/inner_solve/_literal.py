@@ -18,7 +18,7 @@ def solve_literally(
     """Run the inner steps from ``states``; return the new states and J at the old ones.
 
     Algorithm 2 of the paper: T steps on dJ/dstate. The momentum starts at zero, and the gradient
-    of each block is clipped to norm ``clip``.
+    of each entry of each block (both factors of kfac) is clipped to norm ``clip``.
     """
     blocks = objective.blocks
     if not blocks.learns:
@@ -51,7 +51,7 @@ def solve_literally(
 
 
 def _clip_blocks_(blocks: BlockDiagonal, gradient: States, clip: float | None) -> None:
-    """Scale the gradient of each block to norm at most ``clip``, in place: g c / max(c, |g|)."""
+    """Scale the gradient of each entry of each block to norm at most c: g c / max(c, |g|)."""
     if clip is None:
         return
     factors = [clip / norm.clamp(min=clip) for norm in blocks.norms_by_block(gradient)]

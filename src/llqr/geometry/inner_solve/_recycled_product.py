@@ -80,12 +80,12 @@ class RecycledProduct:
         known = self._known.zero_()
         whole, c = self._dot(d, d), self._coefficients_in_basis(d)
         self._w.subtract_combination(-c, known)
-        length, *host = self._read_from_device(whole, c)
-        if not math.isfinite(length):  # nothing to be divided by, nor remembered
+        square, *host = self._read_from_device(whole, c)
+        if not math.isfinite(square):  # nothing to be divided by, nor remembered
             return known.copy_(self._product(d))
         # From the coefficients alone first: most directions lie in the span by far.
         # What the vectors' rounding may hide in that difference counts as outside.
-        outside = max(length - sum(x * x for x in host), 0.0) + 4 * self._eps * length
+        outside = max(square - sum(x * x for x in host), 0.0) + 4 * self._eps * square
         if self._q.count and math.sqrt(outside) <= self._allowed_outside(host):
             return known
         r = self._rest.copy_(d)
@@ -96,7 +96,7 @@ class RecycledProduct:
         self._q.subtract_combination(again, r)
         self._w.subtract_combination(-again, known)
         outside, *host = self._read_from_device(self._dot(r, r), c + again)
-        rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(length)
+        rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(square)
         if rest <= rounding or (self._q.count and rest <= self._allowed_outside(host)):
             return known
         r.div_(rest)

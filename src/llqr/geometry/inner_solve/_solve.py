@@ -46,8 +46,9 @@ def solve_inner_problem(
     blocks, g = objective.blocks, objective.gradient
     capacity = basis_capacity(blocks.layout, options.steps)
     # U linear in its state and steps linear in the gradients: every iterate is a combination of
-    # few known vectors, and the loop needs only their coefficients.
-    if blocks.linear and solver.heavy_ball:
+    # few known vectors, and the loop needs only their coefficients, one per block: so the blocks
+    # must have one entry each, which is what is clipped.
+    if blocks.linear and blocks.single_entries and solver.heavy_ball:
         known = None if start is old else objective.control_and_image(old)
         return solve_on_coefficients(objective, start, solver, options, tolerance, capacity, known)
     product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.space.dot)

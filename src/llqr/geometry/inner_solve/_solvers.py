@@ -29,7 +29,7 @@ class SolverOptions:
         steps: T.
         lr: inner learning rate.
         momentum: inner momentum.
-        clip: norm that the gradient of each block is clipped to; None: not clipped.
+        clip: norm that the gradient of each entry of each block is clipped to; None: not clipped.
     """
 
     steps: int

@@ -8,6 +8,7 @@ tensors whose first dimension counts blocks (elementwise structures: one flat ru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -109,21 +110,35 @@ class Structure(ABC):
 
         By default from :meth:`apply`: as explicit matrices; if large, or not ``exact``, by Lanczos.
         """
-        like = next(iter(state.values())).new_empty(self.count, *(self.group.shape or ()))
-        return extremes_of_operator(lambda x: self.apply(state, x), like, exact)
+        like = next(iter(state.values()))
+        if self.group.shape is not None:
+            batch = like.new_empty(self.count, *self.group.shape)
+            return extremes_of_operator(lambda x: self.apply(state, x), batch, exact)
+        ends, start = [], 0
+        for length in self.group.lengths:  # blocks of any length, one after the other
+            block = slice(start, start + length)
+
+            def apply_to_block(x: Tensor, block: slice = block) -> Tensor:
+                flat = like.new_zeros(self.group.numel)
+                flat[block] = x[0]
+                return self.apply(state, flat)[None, block]
+
+            ends.append(extremes_of_operator(apply_to_block, like.new_empty(1, length), exact))
+            start += length
+        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps of the inner solve from a state, for the gradient x."""
         return InnerStep(self, state, x)
 
-    def renew_bases(self, state: State, x: Tensor, first: bool, rotate: bool) -> State:
+    def renew_bases(self, state: State, x: Tensor, first: bool, renew: bool) -> State:
         """Return the state after a refresh saw the gradient x; bases may follow it.
 
         Args:
             state: the present state.
             x: the gradient.
             first: whether no gradient was seen before.
-            rotate: whether the bases are renewed now, not only their averages.
+            renew: whether the bases are renewed now, not only their averages.
         """
         return state
 
@@ -168,7 +183,15 @@ class Structure(ABC):
 
     def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Return U x for tensors shaped like the parameters, one per slice of the group."""
-        raise NotImplementedError(f"{type(self).__name__} is elementwise without scale_tensors")
+        slices = [s for s, _ in self.group.slice_offsets]
+        first = next(x for x in tensors if x is not None)
+        flat = torch.cat([
+            first.new_zeros(s.numel) if x is None else x.reshape(-1)
+            for s, x in zip(slices, tensors, strict=True)
+        ])  # fmt: skip
+        runs = torch.split(self.apply(state, flat), [s.numel for s in slices])
+        pairs = zip(runs, tensors, strict=True)
+        return [None if x is None else run.view(x.shape) for run, x in pairs]
 
     # -- how a state is laid out ---------------------------------------------------------------
 
@@ -194,15 +217,22 @@ class Structure(ABC):
 
     def split_by_block(self, entries: State) -> list[Tensor]:
         """Return one view per entry and block, the unit of the inner gradient's clip."""
-        return [part for tensor in entries.values() for part in tensor.unbind(0)]
+        return [part for tensor in entries.values() for part in self._split_entry(tensor)]
 
     def rows_per_block(self, entry: Tensor) -> list[Tensor]:
         """Return matrix views of a state entry, one row per block, equal blocks together."""
+        if self.elementwise:
+            return self.group.split_equal_runs(entry)
         return [entry.view(len(entry), -1)]
 
     def states_of_blocks(self, state: State) -> list[State]:
         """Return views of the state, one dict per block."""
-        return [{k: v[i] for k, v in state.items()} for i in range(self.count)]
+        split = {k: self._split_entry(v) for k, v in state.items()}
+        return [{k: parts[i] for k, parts in split.items()} for i in range(self.count)]
+
+    def _split_entry(self, entry: Tensor) -> Sequence[Tensor]:
+        """Return one view per block: a row, or of an elementwise structure the block's run."""
+        return torch.split(entry, self.group.lengths) if self.elementwise else entry.unbind(0)
 
     def batch_of_ones(self, *shape: int, device: torch.device) -> Tensor:
         """Return ones of shape (count, *shape)."""

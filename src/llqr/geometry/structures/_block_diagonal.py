@@ -40,6 +40,8 @@ class BlockDiagonal:
         kinds = [cast(type[Structure], kind) for kind in layout.all_kinds]
         #: Whether U is linear in its trainable entries.
         self.linear = all(kind.linear for kind in kinds)
+        #: Whether no block has several trainable entries, each clipped by its own norm.
+        self.single_entries = all(len(kind.trainable) <= 1 for kind in kinds)
         #: Whether anything is trainable.
         self.learns = any(kind.trainable for kind in kinds)
         #: Whether bases follow the gradient.
@@ -148,10 +150,10 @@ class BlockDiagonal:
         """Return the states as the authors' code bounds them when U is unconstrained."""
         return [part.floor_entries(state) for part, state in zip(self.parts, states, strict=True)]
 
-    def renew_bases(self, states: States, g: Tensor, first: bool, rotate: bool) -> States:
+    def renew_bases(self, states: States, g: Tensor, first: bool, renew: bool) -> States:
         """Return the states after bases that follow the gradient have seen this one."""
         return [
-            part.renew_bases(state, part.group.read_from(g), first, rotate)
+            part.renew_bases(state, part.group.read_from(g), first, renew)
             for part, state in zip(self.parts, states, strict=True)
         ]
 

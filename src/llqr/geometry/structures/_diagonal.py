@@ -66,18 +66,6 @@ class Diagonal(Structure):
         pairs = [part.aminmax() for part in self.split_by_block(state)]
         return torch.stack([p.min for p in pairs]), torch.stack([p.max for p in pairs])
 
-    def split_by_block(self, entries: State) -> list[Tensor]:
-        """Return the run of each block."""
-        return list(torch.split(entries["U"], self.group.lengths))
-
-    def rows_per_block(self, entry: Tensor) -> list[Tensor]:
-        """Return the runs of blocks of one length."""
-        return self.group.split_equal_runs(entry)
-
-    def states_of_blocks(self, state: State) -> list[State]:
-        """Return the run of each block."""
-        return [{"U": run} for run in self.split_by_block(state)]
-
 
 class Vector(Diagonal):
     """The diagonal of a 1-D parameter in a Kronecker layer: a block of its own."""

@@ -25,12 +25,15 @@ class EKfac(Structure):
     name: ClassVar[str] = "e-kfac"
     cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("QA", "QB", "S")
-    rotates: ClassVar[bool] = True
 
     @classmethod
     def variant(cls, *, bases: str, constraint: str) -> type[Structure]:
-        """Return the class for these bases and this constraint."""
-        return _VARIANTS[bases == "gradient", constraint == "square"]
+        """Return the class for these bases and this constraint; a class of one's own stays."""
+        if cls is EKfac:
+            return _VARIANTS[bases == "gradient", constraint == "square"]
+        if issubclass(cls, SquareEKfac):
+            return cls
+        return super().variant(bases=bases, constraint=constraint)
 
     def identity(self, device: torch.device) -> State:
         """Return identity bases and unit eigenvalues."""
@@ -108,7 +111,7 @@ class EKfac(Structure):
             float((q.mT @ q - torch.eye(q.shape[-1]).to(q)).abs().max())
             for q in (state["QA"], state["QB"])
         )
-        if skew < 1e-3:
+        if skew < (1e-6 if exact else 1e-3):
             return s.amin((1, 2)), s.amax((1, 2))
         return extremes_of_operator(lambda x: self.apply(state, x), s, exact)
 
@@ -125,6 +128,7 @@ class EKfacGradientBases(EKfac):
 
     trainable: ClassVar[tuple[str, ...]] = ("S",)
     linear: ClassVar[bool] = True
+    rotates: ClassVar[bool] = True
     renews_bases: ClassVar[bool] = True
     decay: ClassVar[float] = 0.95
 
@@ -151,7 +155,7 @@ class EKfacGradientBases(EKfac):
         values = self.eigenvalues_from(state["S"])
         return {**state, "S": self.store_eigenvalues(values.clamp(*bounds))}
 
-    def renew_bases(self, state: State, x: Tensor, first: bool, rotate: bool) -> State:
+    def renew_bases(self, state: State, x: Tensor, first: bool, renew: bool) -> State:
         """Average X X' and X'X of a refresh gradient; rotate the bases to their eigenvectors.
 
         S is carried over as the diagonal of the old operator in the new bases, so it stays within
@@ -163,13 +167,14 @@ class EKfacGradientBases(EKfac):
             "L": keep * state["L"] + (1 - keep) * (x @ x.mT),
             "R": keep * state["R"] + (1 - keep) * (x.mT @ x),
         }
-        if not rotate:
+        if not renew:
             return new
         # Contiguous, as a checkpoint brings them back: products round by the strides.
         new["QB"], new["QA"] = (decompose_symmetric(new[k])[1].contiguous() for k in "LR")
         # The squares of an orthogonal matrix are doubly stochastic; undo rounding in that.
         turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in _squared_overlaps(state, new))
-        new["S"] = turn_b @ state["S"] @ turn_a.mT
+        values = turn_b @ self.eigenvalues_from(state["S"]) @ turn_a.mT
+        new["S"] = self.store_eigenvalues(values)
         return new
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:

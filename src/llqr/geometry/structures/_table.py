@@ -36,7 +36,7 @@ def check_structure(structure: Any) -> None:
     """Refuse what is neither a structure's name, a class, nor a function; verify a new class."""
     if isinstance(structure, type) and issubclass(structure, Structure):
         _verify_once(structure)
-    elif not callable(structure) and structure not in STRUCTURES:
+    elif not callable(structure) and structure not in list(STRUCTURES):
         raise ValueError(
             f"structure: expected one of {', '.join(STRUCTURES)}, a Structure class or a callable "
             f"(name, parameter) -> name, got {structure!r}"
@@ -55,7 +55,7 @@ def find_structure(structure: StructureOf, name: str, parameter: Tensor) -> type
     if isinstance(chosen, type) and issubclass(chosen, Structure):
         _verify_once(chosen)
         return chosen
-    if chosen not in STRUCTURES:
+    if chosen not in list(STRUCTURES):
         raise ValueError(
             f"structure: expected one of {', '.join(STRUCTURES)}, got {chosen!r} "
             f"for parameter {name!r}"

@@ -11,6 +11,8 @@ from ._base import State, Structure
 __all__ = ["verify_structure"]
 
 BOUNDS = (0.5, 2.0)
+#: Norm that the gradients of the check are clipped to; they are longer.
+CLIP = 0.1
 
 
 def verify_structure(kind: type[Structure]) -> None:
@@ -77,6 +79,7 @@ class _Verification:
             f"has trainable entries {self.kind.trainable} that identity() lacks",
         )
         with torch.no_grad():
+            self._check_views()
             self._check_matrices()
             self._check_pullback()
             self._check_inner_step()
@@ -84,6 +87,15 @@ class _Verification:
                 self._check_linear()
             if self.kind.elementwise:
                 self._check_scaling()
+
+    def _check_views(self) -> None:
+        """Blocks must be views of the state that cover it once."""
+        total = sum(v.numel() for v in self.state.values())
+        blocks = self.part.states_of_blocks(self.state)
+        views = self.part.split_by_block(self.state)
+        covered = len(blocks) == 2 and sum(v.numel() for v in views) == total
+        covered &= [sum(v.numel() for v in b.values()) for b in blocks] == [total // 2] * 2
+        self.require(covered, "has states_of_blocks() or split_by_block() that miss entries")
 
     def _check_matrices(self) -> None:
         """Compare with explicit matrices."""
@@ -127,10 +139,12 @@ class _Verification:
             same = torch.allclose(out, u, rtol=1e-9, atol=1e-9)
             self.require(same, "has an inner_step() that computes another U x")
             gradient = self.part.pullback(state, self.x, self.r)
+            for value in self.part.split_by_block(gradient):
+                value.mul_(CLIP / value.norm().clamp(min=CLIP))
             for key, value in gradient.items():
                 momenta[key] = 0.9 * momenta.get(key, torch.zeros_like(value)) + value
                 state[key] = state[key] - 0.01 * momenta[key]
-            step.take_step(self.r, 0.01, 0.9, None)
+            step.take_step(self.r, 0.01, 0.9, CLIP)
         self._require_equal(step.final_state(), state, "has an inner_step() that moves elsewhere")
 
     def _check_linear(self) -> None:
