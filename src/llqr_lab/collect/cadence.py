@@ -51,7 +51,7 @@ def fill_cadence(found: Found, asked: str | None = None) -> Table:
         *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
-        *(f"Of the paper's text: {note}" for note in paper["notes"]),
+        *(f"Note on the paper: {note}" for note in paper["notes"]),
     ]
     columns = [{"group": "", "label": name} for name in paper["columns"]]
     return Table("10", scale, paper["heads"], columns, filled, notes, used, READING)

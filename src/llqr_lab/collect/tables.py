@@ -144,7 +144,7 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
         *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
-        *(f"Of the paper's text: {note}" for note in paper["notes"]),
+        *(f"Note on the paper: {note}" for note in paper["notes"]),
     ]
     columns = [{"group": c["group"], "label": c["label"]} for c in paper["columns"]]
     return Table(number, scale, paper["heads"], columns, rows, notes, used, READING)
@@ -217,5 +217,5 @@ def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
     counts = {len({run["seed"] for run in runs if run.cell == c}) for c in {r.cell for r in runs}}
     if seeds and counts and counts != {seeds}:
         said = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
-        notes.append(f"Seeds a cell: {said}; the paper has {seeds}.")
+        notes.append(f"Seeds per cell: {said}; the paper has {seeds}.")
     return notes

@@ -94,7 +94,7 @@ EXPERIMENTS = {
         small=SMALL_TEXT,
     ),
     "table7": Experiment(
-        "Geometry in the probe alone",
+        "Geometry only in the probe",
         ["CIFAR-100"],
         ["resnet18"],
         ["FisherSAM", "LLQR^Delta+SAM", "LLQR+SAM (NGD)"],
@@ -139,7 +139,7 @@ EXPERIMENTS = {
             Setting("report.right", "token error", PAPER),
             Setting(
                 "report.token_error",
-                "share of validation tokens that are not the likeliest, given the true prefix",
+                "fraction of validation tokens that are not the likeliest, given the true prefix",
                 ASSUMED,
             ),
             Setting("report.runs", "those of table 6", ASSUMED),
@@ -169,7 +169,7 @@ EXPERIMENTS = {
                 "report.exponents",
                 (1.27, 1.28),
                 PAPER,
-                "of LLQR and LLQR+SAM; which is which is not said",
+                "of LLQR and LLQR+SAM; the paper does not say which is which",
             ),
         ],
         small=SMALL_CADENCE,

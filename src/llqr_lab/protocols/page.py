@@ -39,7 +39,7 @@ perturbation and `llqr.Optimizer`; `model.` those of the network. Within a table
 shared tables to those of an experiment, a later value of a key replaces an earlier one.
 
 The order of the training data and their augmentation, the label noise, the initialisation and the
-refresh minibatches each take a generator of their own, so that the methods of a row see identical
+refresh minibatches each have their own generator, so that all methods of a row see identical
 batches.
 """
 

@@ -19,7 +19,7 @@ SMALL_TRANSLATOR = [
 ]
 
 SMALL_IMAGES = Group(
-    "Small: digits in place of the images",
+    "Small: digits instead of the images",
     [
         Setting("data.read", "digits", SCALE, "1,297 training and 500 test pictures, 8 x 8"),
         Setting("data.limit", None, SCALE, "all of them"),
@@ -40,7 +40,7 @@ SMALL_IMAGES = Group(
 )
 
 SMALL_TEXT = Group(
-    "Small: number words in place of IWSLT14",
+    "Small: number words instead of IWSLT14",
     [
         Setting("data.read", "number-words", SCALE, "6,000 numbers below 100,000 to train on"),
         Setting("data.limit", None, SCALE, "all of them"),

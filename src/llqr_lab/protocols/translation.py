@@ -31,7 +31,7 @@ IWSLT14 = Group(
             "train.label_smoothing",
             0.1,
             RECIPE,
-            f"{FAIRSEQ}; torch also gives the target its share of it, 0.1 / classes",
+            f"{FAIRSEQ}; torch also adds 0.1 / classes to the target",
         ),
         Setting("train.schedule", "inverse square root", RECIPE, FAIRSEQ),
         Setting("train.warmup_steps", 4000, RECIPE, f"{FAIRSEQ}; linear from 0"),

@@ -9,8 +9,8 @@ __all__ = ["CIFAR", "IMAGENET", "LABEL_NOISE", "LLQR", "PROBES", "SUPERVISED", "
 PAPER, RECIPE, ASSUMED = Source.PAPER, Source.RECIPE, Source.ASSUMED
 SGD = methods_where("SGD", lambda name, _: not name.startswith("Adam"))
 ADAM = methods_where("Adam", lambda name, _: name == "Adam")
-NEWTON = methods_where("LLQR (Newton), alone and with SAM", lambda _, m: m.curvature == "newton")
-FRIENDLY = methods_where("F-SAM, alone and with LLQR", lambda _, m: m.probe == "FriendlySAM")
+NEWTON = methods_where("LLQR (Newton), with and without SAM", lambda _, m: m.curvature == "newton")
+FRIENDLY = methods_where("F-SAM, with and without LLQR", lambda _, m: m.probe == "FriendlySAM")
 METRIC = methods_where("SAM and F-SAM", lambda _, m: m.probe in ("SAM", "FriendlySAM"))
 FISHER_SAM = methods_where("FisherSAM", lambda _, m: m.probe == "FisherSAM")
 FSAM = "Li et al. (2024)"
@@ -23,7 +23,7 @@ SUPERVISED = Group(
         Setting("train.schedule", "cosine", PAPER),
         Setting("train.schedule_unit", "step", ASSUMED, "the text does not say step or epoch"),
         Setting("train.final_lr", 0.0, ASSUMED),
-        Setting("train.label_smoothing", 0.0, ASSUMED, "none is mentioned"),
+        Setting("train.label_smoothing", 0.0, ASSUMED, "the paper mentions none"),
         Setting("train.precision", "float32", ASSUMED),
         Setting("base.optimizer", "SGD", PAPER),
         Setting("base.lr", 0.05, PAPER),
@@ -33,7 +33,7 @@ SUPERVISED = Group(
             "base.weight_decay",
             5e-4,
             ASSUMED,
-            "one value of the grid to begin with; the paper gives the grid and the rule alone",
+            "one value of the grid, as a start; the paper gives only the grid and the rule",
         ),
         Setting(
             "search.weight_decay",
@@ -88,7 +88,7 @@ LLQR = Group(
             "llqr.structure",
             "e-kfac",
             ASSUMED,
-            "the text names it for ImageNet alone, and 'diagonal or K-FAC blocks' in general",
+            "the text names it only for ImageNet, and 'diagonal or K-FAC blocks' in general",
         ),
         Setting("llqr.every", 500, PAPER),
         Setting("llqr.start", 0, PAPER, "algorithm 2: k mod n = 0"),
@@ -96,7 +96,7 @@ LLQR = Group(
         Setting("llqr.lr", 1e-3, PAPER),
         Setting("llqr.solver", "momentum", PAPER),
         Setting("llqr.momentum", 0.9, RECIPE, "authors' code"),
-        Setting("llqr.clip", 5.0, RECIPE, "authors' code, a leaf"),
+        Setting("llqr.clip", 5.0, RECIPE, "authors' code, per tensor"),
         Setting("llqr.ema", 0.95, PAPER),
         Setting("llqr.ema", 0.9, PAPER, method=NEWTON),
         Setting("llqr.damping", 0.0, ASSUMED, "'damping' is an input of algorithm 1, no value"),
@@ -180,7 +180,7 @@ LABEL_NOISE = Group(
         Setting("data.noise_of", "training labels", PAPER),
         Setting(
             "data.flip_to",
-            "uniform over the other classes, an exact share of the labels",
+            "uniform over the other classes, an exact fraction of the labels",
             ASSUMED,
             "'symmetric random flips'; the code of Li et al. (2024) draws from all classes, the "
             "true one included, so that 1 % fewer are wrong with 100 classes",

@@ -93,7 +93,7 @@ def no_fixed_point() -> Finding:
     move = (a * z - b) - z
     return Finding(
         "(14)",
-        "the scalar map has no fixed point but 0",
+        "the scalar map has no fixed point except 0",
         HOLDS,
         bool(np.max(move) <= -b),
         {"smallest |move| in kicks b": float(np.min(-move) / b)},
@@ -175,7 +175,7 @@ def tied_mu() -> Finding:
     off = max(abs(s - 1) for s in sums)
     return Finding(
         "(16)",
-        "the amplitude where several directions share the largest mu",
+        "the amplitude if several directions have the largest mu",
         LIMITS,
         off < 1e-10,
         {"largest |sum of squared ratios - 1|, 20 starts": off},

@@ -87,7 +87,7 @@ def check_hypothesis() -> Finding:
     slopes = np.diff(np.log(below)) / np.diff(sigmas**-2)
     return Finding(
         "Proposition B.3",
-        "sharp wells are left in C (1 + log(R/sigma)) steps",
+        "the iterate leaves sharp wells in C (1 + log(R/sigma)) steps",
         LIMITS,
         bool(slopes.min() > 0.08 and slopes.max() < 1.3 * slopes.min() and max(above) < 4),
         {f"steps at sigma {s:g}, kick .75 R": float(t) for s, t in zip(sigmas, below, strict=True)}

@@ -165,11 +165,11 @@ def check_recursions(cases: int = 200) -> list[Finding]:
     names = {
         "full": (
             "(3), (11)",
-            "recursion of LLQR+SAM on the quadratic, H_bar and H_eps not commuting",
+            "recursion of LLQR+SAM on the quadratic, for H_bar and H_eps that do not commute",
         ),
         "whitened": ("(10)", "the same in whitened coordinates"),
         "coordinate": ("(12)", "coordinates in the common eigenbasis"),
-        "scalar": ("(4), (13)", "one eigendirection alone"),
+        "scalar": ("(4), (13)", "a single eigendirection"),
     }
     return [
         Finding(
