@@ -108,7 +108,7 @@ def test_the_report_says_what_the_runs_are(runs):
     assert "INACTIVE (below 0.1)" in text and "4 of 4" in text and "acts" in text
     assert "made up" in text and "2.13.0" in text  # the machine, the version
     assert "table1, CIFAR-10, resnet18, SGDM" in text and "0.123" in text
-    assert "base.weight_decay" in text and "the paper gives the grid and the rule alone" in text
+    assert "base.weight_decay" in text and "the paper gives only the grid and the rule" in text
     assert "do not compare" not in text
 
 

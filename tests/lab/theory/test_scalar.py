@@ -48,7 +48,7 @@ def test_only_the_largest_mu_hovers(hover):
 
 
 def test_tied_directions_share_the_amplitude(hover):
-    assert of(hover, "share the largest").measured.popitem()[1] < EXACT
+    assert of(hover, "have the largest").measured.popitem()[1] < EXACT
 
 
 @pytest.fixture(scope="module")
