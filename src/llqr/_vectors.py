@@ -21,6 +21,7 @@ __all__ = [
     "scale_tensors",
     "dots",
     "dots_of_runs",
+    "former_names",
     "quadratic_value",
     "rescale_to_norm",
     "sum_as_double",
@@ -65,6 +66,12 @@ def quadratic_value(
 
 
 # -- lists of tensors ----------------------------------------------------------------------------
+
+
+def former_names(old: Tensors, new: Tensors) -> dict[str, str]:
+    """Map the new name of each tensor to its old one; tensors that are new are left out."""
+    names = {id(p): name for name, p in old.items()}
+    return {name: names[id(p)] for name, p in new.items() if id(p) in names}
 
 
 def scale_tensors(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, Tensor]:

@@ -242,6 +242,7 @@ class BlockDiagonal:
         states: States,
         exported: Mapping[str, Mapping[str, Tensor]],
         optional: Collection[str] = (),
+        fresh: Collection[str] = (),
     ) -> list[str]:
         """Copy exported states in; return what was missing, too much, or of another shape.
 
@@ -249,12 +250,15 @@ class BlockDiagonal:
             states: changed in place.
             exported: what :meth:`export` returned.
             optional: parameters whose blocks may be missing; those stay as they are.
+            fresh: parameters whose blocks stay as they are, whatever else they touch.
         """
         wrong: list[str] = []
         # What is still left at the end has no place here.
         left = {(name, key) for name, entries in exported.items() for key in entries}
 
         def copy(names: list[str], key: str, view: Tensor, span: Span) -> None:
+            if any(name in fresh for name in names):
+                return
             left.discard((names[0], key))
             value = exported.get(names[0], {}).get(key)
             if value is None:
