@@ -128,9 +128,9 @@ class Checkpoint:
             )
         if not has_torchs_form(given):
             if saves_in_torchs_form(base):
+                found = list(given)[:5] if isinstance(given, Mapping) else type(given).__name__
                 raise ValueError(
-                    "state_dict: expected the keys 'state' and 'param_groups', got "
-                    f"{[str(key) for key in given][:5]}"
+                    f"state_dict: expected the keys 'state' and 'param_groups', got {found}"
                 )
             self._load_plain(given)
             return

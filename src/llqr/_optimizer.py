@@ -489,10 +489,11 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("load_state_dict", "load after the pass has ended")
         self._follow_groups()
-        given = dict(state_dict)
+        # A container of several optimizers may have saved a list.
+        given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, given)
-            given = given if changed is None else dict(changed)
+            given = given if changed is None else changed
         self._checkpoint.load(given)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)

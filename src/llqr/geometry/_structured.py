@@ -165,7 +165,8 @@ class StructuredGeometry(Geometry):
     def _follow_tensors(self, learned: Mapping[str, _Entries]) -> dict[str, _Entries]:
         """Return what was learned of the tensors that are still there, under their present names.
 
-        A new tensor under an old name is another parameter: it starts at the identity.
+        A new tensor under an old name is another parameter: it starts at the identity. So does a
+        tensor that got its numbers now: those of U were on the meta device too.
         """
         now, views = self.parameters, self.layout.views
         before = former_names(self._laid_out, now)
@@ -173,6 +174,7 @@ class StructuredGeometry(Geometry):
             name: learned[old]
             for name, old in before.items()
             if views[old].shape == tuple(now[name].shape)
+            and (now[name].is_meta or not any(v.is_meta for v in learned[old].values()))
         }
 
     def _keep_known(self, known: Mapping[str, _Entries]) -> None:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..._devices import widen, widest_dtype
 from ..._vectors import Tensors
 from ..layout import Block, Layout
 from ._base import Bounds, State, Structure
@@ -182,10 +183,11 @@ class BlockDiagonal:
             if part.elementwise and e:
                 cut += [(start + i, block.index) for i, block in enumerate(part.group.blocks)]
             start += len(part.split_by_block(e))
-        device = self.layout.ranks.device if self.layout.ranks is not None else None
-        squares = torch.zeros(self.space.block_count, dtype=torch.float64, device=device)
+        assert self.layout.ranks is not None  # as it is sharded
+        device = self.layout.ranks.device
+        squares = torch.zeros(self.space.block_count, dtype=widest_dtype(device), device=device)
         for i, block in cut:
-            squares[block] = norms[i].double().square()
+            squares[block] = widen(norms[i]).square()
         self.space.sum_over_shards(squares)
         for i, block in cut:
             norms[i] = squares[block].sqrt().to(norms[i].dtype)
