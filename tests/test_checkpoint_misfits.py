@@ -85,17 +85,6 @@ def test_another_block_size_is_refused():
     same(everything(receiver), before)
 
 
-def test_a_missing_memory_is_refused_and_nothing_changes():
-    problem, optimizer = start(perturbation="SAM")
-    train(optimizer, problem, 3)
-    other, receiver = start(perturbation="FriendlySAM")
-    train(receiver, other, 1)
-    before = everything(receiver)
-    with pytest.raises(ValueError, match="FriendlySAM memory"):
-        receiver.load_state_dict(optimizer.state_dict())
-    same(everything(receiver), before)
-
-
 @pytest.mark.parametrize("groups", ["sizes", "count"])
 def test_other_groups_are_refused_and_nothing_changes(groups):
     problem, optimizer = start()

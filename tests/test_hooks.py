@@ -4,10 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 import llqr
 from tiny import (
@@ -40,22 +36,6 @@ def test_step_hooks_fire_once_a_step_in_order(way):
     train(optimizer, problem, 2, way)
     once = [("pre", optimizer), ("base pre", base), ("base post", base), ("post", optimizer)]
     assert seen == once * 2
-
-
-def test_global_step_hooks_see_both_optimizers_once():
-    problem, seen = mlp(), []
-    base = sgd(problem)
-    optimizer = optimizer_of(problem, base, perturbation=llqr.SAM())
-    handles = [
-        register_optimizer_step_pre_hook(lambda opt, *_: seen.append(("pre", opt))),
-        register_optimizer_step_post_hook(lambda opt, *_: seen.append(("post", opt))),
-    ]
-    try:
-        train(optimizer, problem, 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert seen == [("pre", optimizer), ("pre", base), ("post", base), ("post", optimizer)]
 
 
 def test_hooks_of_the_base_see_the_transported_gradient_ours_see_the_users():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from .perturbations import Perturbation
 __all__ = ["Checkpoint"]
 
 PREFIX = "llqr."
+#: Where the whole state dict of a base is, if it has another form than torch's.
+OWN_FORM = f"{PREFIX}base"
 VERSION = 1
 #: {parameter name: {key: tensor}}
 PartState = dict[str, dict[str, Tensor]]
@@ -65,24 +68,22 @@ class Checkpoint:
     # -- saving --------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """Return the base's state dict with ours in it."""
-        whole = self._parameters.base.state_dict()
-        # Copies: the dicts of the base's state live on.
-        state = {key: dict(entry) for key, entry in whole["state"].items()}
-        # A schedule is code: it would not load with weights_only, and the receiver has its own.
-        groups = [
-            {k: v for k, v in group.items() if not (k == "rho" and callable(v))}
-            for group in whole["param_groups"]
-        ]
-        ids = self._state_keys(groups)
-        for part, source in self._parts.items():
-            for name, entries in ({} if source is None else source.state()).items():
-                # An entry for every parameter, also an empty one: torch.distributed.checkpoint
-                # takes a parameter without one for an incomplete checkpoint.
-                own = state.setdefault(ids[name], {})
-                if part == "perturbation" and self._local_probes:
-                    entries = {k: self._ranks.stack(v) for k, v in entries.items()}
-                own.update({f"{PREFIX}{part}.{k}": v.detach() for k, v in entries.items()})
+        """Return the base's state dict with ours in it; one of another form lies beside ours."""
+        self._refuse_leftovers()
+        base = self._parameters.base
+        whole = base.state_dict()
+        if has_torchs_form(whole):
+            # Copies: the dicts of the base's state live on. An entry may also be a mere number
+            # or tensor, as MADGRAD's state["k"] is.
+            state = {k: dict(e) if isinstance(e, Mapping) else e for k, e in whole["state"].items()}
+            # A schedule is code: it would not load with weights_only, and the receiver has its own.
+            groups = [
+                {k: v for k, v in group.items() if not (k == "rho" and callable(v))}
+                for group in whole["param_groups"]
+            ]
+        else:
+            state, groups, whole = {}, _numbered_groups(base), {OWN_FORM: whole}
+        self._add_parts(state, self._state_keys(groups))
         counters: dict[str, Any] = {"version": VERSION, **self._progress.counters()}
         if self._geometry is not None:
             counters.update({f"geometry.{k}": v for k, v in self._geometry.counters().items()})
@@ -91,32 +92,82 @@ class Checkpoint:
             group.update({PREFIX + k: v for k, v in counters.items()})
         return {**whole, "state": state, "param_groups": groups}
 
+    def _add_parts(self, state: dict[Any, Any], ids: Mapping[str, Any]) -> None:
+        """Add the tensors of geometry and perturbation to the entries of their parameters."""
+        for part, source in self._parts.items():
+            for name, entries in ({} if source is None else source.state()).items():
+                # An entry for every parameter, also an empty one: torch.distributed.checkpoint
+                # takes a parameter without one for an incomplete checkpoint.
+                own = state.setdefault(ids[name], {})
+                if part == "perturbation" and self._local_probes:
+                    entries = {k: self._ranks.stack(v) for k, v in entries.items()}
+                own.update({f"{PREFIX}{part}.{k}": v.detach() for k, v in entries.items()})
+
+    def _refuse_leftovers(self) -> None:
+        """Raise if the base has a state of tensors that left its groups: torch cannot number it."""
+        base = self._parameters.base
+        held = {id(p) for group in base.param_groups for p in group["params"]}
+        for key in base.state:
+            if isinstance(key, Tensor) and id(key) not in held:
+                raise RuntimeError(
+                    f"state_dict: the base holds the state of a parameter of shape "
+                    f"{tuple(key.shape)} that left its groups; drop it when you replace a "
+                    "parameter: optimizer.state.pop(old, None)"
+                )
+
     # -- loading -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def load(self, given: Mapping[str, Any]) -> None:
         """Take over a state dict; nothing is changed if it does not fit."""
+        base = self._parameters.base
+        if any(p.is_meta for p in self._parameters.named.values()):
+            raise ValueError(
+                "load_state_dict: the parameters are on the meta device, which holds no numbers; "
+                "load after the model has its weights"
+            )
+        if not has_torchs_form(given):
+            if saves_in_torchs_form(base):
+                found = list(given)[:5] if isinstance(given, Mapping) else type(given).__name__
+                raise ValueError(
+                    f"state_dict: expected the keys 'state' and 'param_groups', got {found}"
+                )
+            self._load_plain(given)
+            return
         names = {i: n for n, i in self._state_keys(given["param_groups"]).items()}
         ours, state = _split_state(given["state"], names)
-        groups = self._groups_for_base(given["param_groups"])
-        check_group_options(groups)
         counters = {
             k[len(PREFIX) :]: v
             for k, v in given["param_groups"][0].items()
             if str(k).startswith(PREFIX)
         }
-        base = {**given, "state": state, "param_groups": groups}
-        if not counters:
-            warnings.warn(
-                "load_state_dict: the state was saved by a plain optimizer; the base takes it "
-                "over, the geometry and the perturbation stay as they are",
-                stacklevel=3,
-            )
-            self._parameters.base.load_state_dict(base)
-            return
+        if OWN_FORM in given:
+            theirs = given[OWN_FORM]
+        else:
+            groups = self._groups_for_base(given["param_groups"])
+            check_group_options(groups)
+            theirs = {**given, "state": state, "param_groups": groups}
+            if not counters:
+                self._load_plain(theirs)
+                return
+            if not saves_in_torchs_form(base):
+                raise ValueError(
+                    f"state_dict: has no {OWN_FORM!r}, under which the state of "
+                    f"{type(base).__name__} is saved; torch.distributed.checkpoint drops it, so "
+                    "save optimizer.state_dict() with torch.save"
+                )
         _check_version(counters["version"])
-        self._load_parts(ours, base)
+        self._load_parts(ours, theirs, counters)
         self._load_counters(counters)
+
+    def _load_plain(self, given: Any) -> None:
+        """Hand a state dict without anything of ours to the base."""
+        warnings.warn(
+            "load_state_dict: the state was saved by a plain optimizer; the base takes it over, "
+            "the geometry and the perturbation stay as they are",
+            stacklevel=4,
+        )
+        self._parameters.base.load_state_dict(given)
 
     def _groups_for_base(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the groups without our entries; a schedule of rho stays the receiver's."""
@@ -128,29 +179,45 @@ class Checkpoint:
             for group, mine in zip(groups, self._parameters.base.param_groups, strict=True)
         ]
 
-    def _load_parts(self, ours: dict[str, PartState], base: dict[str, Any]) -> None:
+    def _load_parts(
+        self, ours: dict[str, PartState], base: Any, counters: Mapping[str, Any]
+    ) -> None:
         """Load geometry, perturbation and base; put the first two back if one does not fit."""
-        receivers = dict(self._parts)
+        receivers = {part: source for part, source in self._parts.items() if source is not None}
+        fresh: list[str] = []
         for part, source in self._parts.items():
-            if ours.get(part) and (source is None or not source.state()):
+            keeps_state = source is not None and bool(source.state())
+            if ours.get(part) and not keeps_state:
                 warnings.warn(
                     f"load_state_dict: the state of a {part} is dropped, since this optimizer has "
                     f"{part}={source!r}, which keeps none",
                     stacklevel=4,
                 )
-                receivers[part] = None
+                receivers.pop(part, None)
+            saved = ours.get(part) or any(k.startswith(f"{part}.") for k in counters)
+            if keeps_state and not saved:
+                fresh.append(part)
+        if fresh:
+            warnings.warn(
+                f"load_state_dict: the state was saved without a {' and a '.join(fresh)} that "
+                "keeps something, so what this optimizer's learned starts anew",
+                stacklevel=4,
+            )
         ours["perturbation"] = self._memory_of_this_process(ours.get("perturbation", {}))
-        kept = {part: _copy_state(s.state()) for part, s in receivers.items() if s is not None}
+        kept = {part: _copy_state(source.state()) for part, source in receivers.items()}
+        numbers = {} if self._geometry is None else self._geometry.counters()
         try:
             for part, source in receivers.items():
-                if source is not None:
+                if part in fresh:
+                    source.reset()
+                else:
                     source.load_state(ours.get(part, {}))
             self._parameters.base.load_state_dict(base)
         except Exception:
             for part, state in kept.items():
-                source = receivers[part]
-                assert source is not None
-                source.load_state(state)
+                receivers[part].load_state(state)
+            if self._geometry is not None and numbers:
+                self._geometry.load_counters(numbers)
             raise
 
     def _load_counters(self, counters: dict[str, Any]) -> None:
@@ -192,6 +259,27 @@ class Checkpoint:
         }
 
 
+def has_torchs_form(state: Any) -> bool:
+    """Tell whether a state dict has torch's form: entries by number, and groups of numbers."""
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        return False
+    groups = state.get("param_groups")
+    return isinstance(groups, list) and all("params" in group for group in groups)
+
+
+def saves_in_torchs_form(base: torch.optim.Optimizer) -> bool:
+    """Tell whether an optimizer's state dict has torch's form."""
+    if type(base).state_dict is torch.optim.Optimizer.state_dict:
+        return True
+    return has_torchs_form(base.state_dict())
+
+
+def _numbered_groups(base: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the groups with numbers in the place of parameters, counted on as torch does."""
+    number = count()
+    return [{"params": [next(number) for _ in group["params"]]} for group in base.param_groups]
+
+
 def _split_state(
     state: Mapping[Any, Mapping[Any, Any]], names: Mapping[Any, str]
 ) -> tuple[dict[str, PartState], dict[Any, Any]]:
@@ -199,6 +287,9 @@ def _split_state(
     ours: dict[str, PartState] = {}
     theirs: dict[Any, Any] = {}
     for key, entry in state.items():
+        if not isinstance(entry, Mapping):  # of the base as a whole
+            theirs[key] = entry
+            continue
         rest = {k: v for k, v in entry.items() if not str(k).startswith(PREFIX)}
         if rest:
             theirs[key] = rest

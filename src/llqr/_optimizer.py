@@ -204,20 +204,44 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     # -- parameters ----------------------------------------------------------------------------
 
     def _bind_parts(self) -> None:
-        """Attach geometry and perturbation to the parameters as they are now."""
-        named = self._parameters.named
+        """Attach geometry and perturbation to the parameters as they are at first."""
+        self._bind_geometry()
+        if self._perturbation is not None:
+            self._perturbation.bind(self._parameters.named)
+
+    def _bind_geometry(self) -> None:
         if self._geometry is not None:
             self._geometry.ranks = self.ranks
-            self._geometry.bind(self.model, named)
-        if self._perturbation is not None:
-            self._perturbation.bind(named)
+            self._geometry.bind(self.model, self._parameters.named)
 
     def _read_groups(self) -> None:
+        """Take over the parameters as they are now: what is known of a tensor stays with it."""
+        before = self._parameters.named
         self._parameters.read_groups()
-        self._bind_parts()
+        try:
+            self._bind_geometry()
+            if self._perturbation is not None:
+                self._perturbation.rebind(self._parameters.named)
+        except Exception:
+            self._parameters.forget()  # refused again at the next use, not ignored
+            raise
+        self._warn_of_replaced(before)
+
+    def _warn_of_replaced(self, before: Mapping[str, Tensor]) -> None:
+        """Say which parameters are new tensors, if something was learned of the old ones."""
+        now = self._parameters.named
+        replaced = [n for n, p in now.items() if n in before and before[n] is not p]
+        parts = [part for part in (self._geometry, self._perturbation) if part is not None]
+        if replaced and any(entry for part in parts for entry in part.state().values()):
+            self._progress.warn_once(
+                f"parameters were replaced ({', '.join(map(repr, replaced[:3]))}"
+                f"{', ...' if len(replaced) > 3 else ''}): what the geometry and the perturbation "
+                "learned of them starts anew",
+                stacklevel=5,
+            )
 
     def _follow_groups(self) -> None:
-        """Take over parameters that were added to the base itself."""
+        """Take over what was changed in the base or in the model itself."""
         if self._parameters.outdated:
             self._read_groups()
 
@@ -469,10 +493,11 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("load_state_dict", "load after the pass has ended")
         self._follow_groups()
-        given = dict(state_dict)
+        # A container of several optimizers may have saved a list.
+        given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre(self, given)
-            given = given if changed is None else dict(changed)
+            given = given if changed is None else changed
         self._checkpoint.load(given)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
@@ -496,6 +521,12 @@ def check_parts(base: Any, model: Any, geometry: Any, perturbation: Any) -> None
         raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
     if isinstance(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise TypeError(f"base: {type(base).__name__} is not supported")
+    for needed in ("param_groups", "state", "defaults"):
+        if not hasattr(base, needed):
+            raise TypeError(
+                f"base: {type(base).__name__} has no {needed!r}, which every torch.optim optimizer "
+                "has; call super().__init__ in it, or hand over the optimizer that it contains"
+            )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if geometry is not None and not isinstance(geometry, Geometry):

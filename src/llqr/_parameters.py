@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .distributed._sharded import check_sharding
+from .distributed._sharded import check_sharding, is_sharded
 from .geometry.layout import layers_of, unwrap_model
 
 __all__ = ["NamedParameters", "check_group_options"]
@@ -31,6 +32,9 @@ def check_group_options(groups: Iterable[Mapping[str, Any]]) -> None:
 class NamedParameters:
     """Names, layers and groups of the parameters that a base optimizer holds.
 
+    Tensors are followed by identity: after a parameter was replaced, renamed or moved, in the
+    groups or in the model, :attr:`outdated` is true until :meth:`read_groups` accepts the change.
+
     Attributes:
         base: the optimizer.
         model: the network, as it was given.
@@ -41,10 +45,11 @@ class NamedParameters:
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
         self.base, self.model = base, model
+        self.named: dict[str, nn.Parameter] = {}
         self.read_groups()
 
     def read_groups(self) -> None:
-        """Take over the groups as they are now, or refuse them."""
+        """Take over the groups and the model as they are now; if refused, nothing changes."""
         base, inner = self.base, unwrap_model(self.model)
         check_group_options(base.param_groups)
         groups: dict[int, int] = {}
@@ -56,44 +61,69 @@ class NamedParameters:
                         "initialised; run the model once before the optimizer is made"
                     )
                 groups[id(parameter)] = index
-        self.named: dict[str, nn.Parameter] = {
-            name: p for name, p in inner.named_parameters() if id(p) in groups
-        }
-        self._refuse_strangers()
-        self._refuse_unsupported()
-        check_sharding(inner, self.named)
+        named = {name: p for name, p in inner.named_parameters() if id(p) in groups}
+        self._refuse_strangers(named)
+        _refuse_unsupported(named)
+        check_sharding(inner, named)
         layers, _ = layers_of(inner)
-        self.layers = {name: layers[name] for name in self.named}
-        self.group_of = {name: groups[id(p)] for name, p in self.named.items()}
-        self._count = self._count_in_groups()
+        self.named, self.layers = named, {name: layers[name] for name in named}
+        self.group_of = {name: groups[id(p)] for name, p in named.items()}
+        self._seen = _Seen(base, inner, named)
+        self._forgotten = False
 
-    def _refuse_strangers(self) -> None:
-        """Raise if the base holds a parameter that the model does not have."""
-        known = {id(p) for p in self.named.values()}
-        for index, group in enumerate(self.base.param_groups):
-            for parameter in group["params"]:
-                if id(parameter) not in known:
-                    raise ValueError(
-                        f"base: a parameter of shape {tuple(parameter.shape)} in group {index} is "
-                        "not a parameter of the model; llqr.Optimizer takes names and layers from "
-                        "the model, so build the base from model.parameters()"
-                    )
-
-    def _refuse_unsupported(self) -> None:
-        for name, parameter in self.named.items():
-            if parameter.layout != torch.strided or parameter.is_complex():
-                kind = "complex" if parameter.is_complex() else "sparse"
-                raise ValueError(f"base: parameter {name!r} is {kind}, which is not supported")
-            if not parameter.is_floating_point():
-                raise ValueError(f"base: parameter {name!r} has dtype {parameter.dtype}")
-
-    def _count_in_groups(self) -> int:
-        return sum(len(group["params"]) for group in self.base.param_groups)
+    def forget(self) -> None:
+        """Count as outdated: what follows from these parameters could not be set up."""
+        self._forgotten = True
 
     @property
     def outdated(self) -> bool:
-        """Whether the base holds more or fewer parameters than were read."""
-        return self._count_in_groups() != self._count
+        """Whether the groups or the model hold other tensors than were read, or elsewhere."""
+        return self._forgotten or self._seen.differs_from(self.base)
+
+    def _refuse_strangers(self, named: Mapping[str, Tensor]) -> None:
+        """Raise if the base holds a parameter that the model does not have."""
+        known = {id(p) for p in named.values()}
+        for index, group in enumerate(self.base.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) not in known:
+                    raise ValueError(self._explain_stranger(parameter, index))
+
+    def _explain_stranger(self, stranger: Tensor, index: int) -> str:
+        """Return what is wrong with a parameter of a group that the model does not have."""
+        present = dict(unwrap_model(self.model).named_parameters())
+        old = next((n for n, p in self.named.items() if p is stranger), None)
+        if old is not None and old in present:
+            text = (
+                f"base: group {index} still holds the old {old!r}, which the model has replaced "
+                "by another parameter: put the new one in its place in "
+                f"optimizer.param_groups[{index}]['params'] and drop the old one's state "
+                "(optimizer.state.pop(old, None))"
+            )
+        elif old is not None:
+            text = (
+                f"base: group {index} still holds {old!r}, which the model no longer has: take it "
+                f"out of optimizer.param_groups[{index}]['params']"
+            )
+        else:
+            held = {id(p) for group in self.base.param_groups for p in group["params"]}
+            left = [n for n, p in self.named.items() if id(p) not in held and present.get(n) is p]
+            remedy = (
+                f"the model still has {left[0]!r}, which left the groups: assign the new parameter "
+                "in the model too"
+                if left
+                else "llqr.Optimizer takes names and layers from the model, so build the base from "
+                "model.parameters()"
+            )
+            text = (
+                f"base: a parameter of shape {tuple(stranger.shape)} in group {index} is not a "
+                f"parameter of the model; {remedy}"
+            )
+        if stranger.is_meta:
+            text += (
+                "; the parameter is on the meta device: to_empty() and load_state_dict(assign=True)"
+                " make new ones, so make the base and llqr.Optimizer after them"
+            )
+        return text
 
     def parameters_not_held(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
         """Return the parameters of the modules that the base does not hold."""
@@ -129,3 +159,68 @@ class NamedParameters:
                 "that depends on the optimizer's parameters"
             )
         return gradients
+
+
+class _Seen:
+    """Where the tensors of a base and its model were, kept by reference so that no id is reused.
+
+    Args:
+        base: the optimizer.
+        model: without wrappers.
+        named: the parameters of the base, by their names in the model.
+    """
+
+    def __init__(
+        self, base: torch.optim.Optimizer, model: nn.Module, named: Mapping[str, Tensor]
+    ) -> None:
+        self._model, self._named = model, named
+        self._groups = [list(group["params"]) for group in base.param_groups]
+        self._shapes = [p.shape for p in named.values()]
+        self._links: tuple[Any, ...] = self._find_links()
+
+    def _find_links(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
+        """Return the entries of modules that lead to the parameters: (tables, keys, values)."""
+        modules = dict(self._model.named_modules())
+        links: dict[str, tuple[Any, str, Any]] = {}
+        for name, parameter in self._named.items():
+            if is_sharded(parameter):  # fully_shard swaps the model's entries by itself
+                continue
+            path, _, last = name.rpartition(".")
+            links[name] = modules[path]._parameters, last, parameter
+            while path and path not in links:
+                above, _, last = path.rpartition(".")
+                links[path] = modules[above]._modules, last, modules[path]
+                path = above
+        # TorchScript has tables of its own, whose entries cannot be replaced.
+        plain = [link for link in links.values() if isinstance(link[0], dict)]
+        return [t for t, _, _ in plain], [k for _, k, _ in plain], [v for _, _, v in plain]
+
+    def differs_from(self, base: torch.optim.Optimizer) -> bool:
+        """Tell whether anything is elsewhere now, or of another shape."""
+        groups = base.param_groups
+        if len(groups) != len(self._groups):
+            return True
+        for group, seen in zip(groups, self._groups, strict=True):
+            now = group["params"]
+            if len(now) != len(seen) or not all(map(is_, now, seen)):
+                return True
+        if [p.shape for p in self._named.values()] != self._shapes:
+            return True
+        if not self._links:
+            self._links = self._find_links()
+        tables, keys, values = self._links
+        # Mapped without a loop in Python, since this runs twice per step over all parameters.
+        return not all(map(is_, map(dict.get, tables, keys), values))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied module may keep its parameters in other tables than the copies of these.
+        return {**self.__dict__, "_links": ()}
+
+
+def _refuse_unsupported(named: Mapping[str, Tensor]) -> None:
+    for name, parameter in named.items():
+        if parameter.layout != torch.strided or parameter.is_complex():
+            kind = "complex" if parameter.is_complex() else "sparse"
+            raise ValueError(f"base: parameter {name!r} is {kind}, which is not supported")
+        if not parameter.is_floating_point():
+            raise ValueError(f"base: parameter {name!r} has dtype {parameter.dtype}")

@@ -11,7 +11,8 @@ from ._parameters import NamedParameters
 from ._passes import Passes
 from ._progress import Progress
 from ._refresher import Refresher
-from ._vectors import rescale_to_norm, widen_to_float32
+from ._vectors import lay_out_like, rescale_to_norm, widen_to_float32
+from ._wrapper import step_base
 from .distributed import Ranks
 from .distributed._sharded import local
 from .geometry import Geometry
@@ -58,14 +59,14 @@ class Update:
         self._passes.close()
         gradients = self._parameters.gradients()
         if not gradients or self._changes_nothing(gradients):
-            self._base.step()
+            step_base(self._base)
             return
         if not self._ranks.finite(gradients, equal=True):
             self._skip_step()
             return
         self._warn_of_omissions()
         if self._geometry is None or not transport:
-            self._base.step()
+            step_base(self._base)
         elif not self._step_along_metric(self._geometry, gradients, graft):
             self._skip_step()
             return
@@ -91,8 +92,8 @@ class Update:
         named = self._parameters.named
         try:
             for name, value in moved.items():
-                named[name].grad = value
-            self._base.step()
+                named[name].grad = lay_out_like(value, named[name])
+            step_base(self._base)
         finally:
             for name, gradient in gradients.items():
                 named[name].grad = gradient

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from .distributed._sharded import local, summed
+from ._devices import split_by_device, widen
+from .distributed._sharded import is_sharded, local, summed
 
 __all__ = [
     "Tensors",
@@ -21,6 +23,8 @@ __all__ = [
     "scale_tensors",
     "dots",
     "dots_of_runs",
+    "former_names",
+    "lay_out_like",
     "quadratic_value",
     "rescale_to_norm",
     "sum_as_double",
@@ -67,6 +71,22 @@ def quadratic_value(
 # -- lists of tensors ----------------------------------------------------------------------------
 
 
+def former_names(old: Tensors, new: Tensors) -> dict[str, str]:
+    """Map the new name of each tensor to its old one; tensors that are new are left out."""
+    names = {id(p): name for name, p in old.items()}
+    return {name: names[id(p)] for name, p in new.items() if id(p) in names}
+
+
+def lay_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor in the strides of its parameter, as autograd leaves gradients.
+
+    Fused optimizers walk through memory, and so read entries in another layout in a wrong order.
+    """
+    if value.stride() == parameter.stride() or is_sharded(value):
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def scale_tensors(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, Tensor]:
     """Return each tensor times its factor."""
     if not tensors:
@@ -96,6 +116,14 @@ def inner_products(a: Tensors, b: Tensors) -> dict[str, float]:
     pairs = {n: (local(a[n]), local(b[n])) for n in b}
     if not pairs:
         return {}
+    products: dict[str, float] = {}
+    for part in split_by_device(pairs, itemgetter(0)):
+        products.update(_products_on_one_device(part))
+    return summed({n: products[n] for n in b}, like=b)
+
+
+def _products_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return the inner product of each pair, with one read from the device."""
     short = {n: pair for n, pair in pairs.items() if pair[0].numel() <= SHORT}
     found = dict(zip(short, _dots_in_double(list(short.values())), strict=True))
     for n, (x, y) in pairs.items():
@@ -105,7 +133,7 @@ def inner_products(a: Tensors, b: Tensors) -> dict[str, float]:
     for n, p in products.items():
         if n not in short and not TINY < abs(p) < math.inf:
             products[n] = float(_dots_in_double([pairs[n]])[0])
-    return summed({n: products[n] for n in b}, like=b)
+    return products
 
 
 def total_inner_product(a: Tensors, b: Tensors) -> float:
@@ -130,30 +158,29 @@ def _dots_in_double(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 
 def _split_doubles(flat: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    joined = torch.cat(flat)
-    wide = joined if joined.device.type == "mps" else joined.double()  # MPS has no float64
-    return list(torch.split_with_sizes(wide, sizes))
+    return list(torch.split_with_sizes(widen(torch.cat(flat)), sizes))
 
 
 # -- flat vectors --------------------------------------------------------------------------------
 
 
 def dots(rows: Tensor, v: Tensor) -> Tensor:
-    """Return the inner products of a vector, or of the rows of a matrix, with a vector, in float64.
+    """Return the inner products of a vector, or of the rows of a matrix, with a vector.
 
-    Summed in runs of ``PIECE`` terms: of 5 million terms of one sign in float32, torch's dot and
-    GEMV on a CPU get three or four digits right, and a basis orthogonalised by those falls apart
-    within ten vectors. In runs it is nine digits, in the same time.
+    In float64, where the device has it, and in runs of ``PIECE`` terms: of 5 million terms of one
+    sign in float32, torch's dot and GEMV on a CPU get three or four digits right, and a basis
+    orthogonalised by those falls apart within ten vectors. In runs it is nine digits, in the same
+    time.
 
     Args:
         rows: (P,) or (k, P).
         v: (P,).
 
     Returns:
-        A scalar or (k,), in float64.
+        A scalar or (k,), in the device's widest dtype.
     """
     matrix, whole = rows if rows.dim() == 2 else rows[None], len(v) - len(v) % PIECE
-    total = torch.mv(matrix[:, whole:].double(), v[whole:].double())
+    total = torch.mv(widen(matrix[:, whole:]), widen(v[whole:]))
     if whole:
         total += dots_of_runs(matrix[:, :whole], v[:whole], PIECE).sum(0)
     return total if rows.dim() == 2 else total[0]
@@ -168,7 +195,7 @@ def dots_of_runs(rows: Tensor, v: Tensor, length: int) -> Tensor:
         length: of a run.
 
     Returns:
-        (P / length, k), in float64.
+        (P / length, k), in the device's widest dtype.
     """
     many, piece = len(v) // length, _run_divisor(length)
     if piece is None:
@@ -177,10 +204,10 @@ def dots_of_runs(rows: Tensor, v: Tensor, length: int) -> Tensor:
     if piece < length:
         return dots_of_runs(rows, v, piece).view(many, length // piece, len(rows)).sum(1)
     if rows.numel() <= COPIED:
-        rows, v = rows.double(), v.double()
+        rows, v = widen(rows), widen(v)
     # The vector as a row: with it as a column, a batch of GEMVs takes five times as long.
     columns = rows.view(len(rows), many, length).permute(1, 2, 0)  # (many, length, k)
-    return torch.bmm(v.view(many, 1, length), columns)[:, 0].double()
+    return widen(torch.bmm(v.view(many, 1, length), columns)[:, 0])
 
 
 @cache

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["OptimizerWrapper"]
+__all__ = ["OptimizerWrapper", "step_base"]
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -59,3 +60,30 @@ class OptimizerWrapper(torch.optim.Optimizer):
         kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
         kept.pop("step", None)
         return kept
+
+
+def step_base(base: torch.optim.Optimizer) -> None:
+    """Step the base with its own hooks, but without those of all optimizers: they saw our step.
+
+    The hooks of ``register_optimizer_step_pre_hook`` and its sister count or log steps, and the
+    base's step is a part of one.
+    """
+    hooked = type(base).step
+    step = vars(base).get("step", hooked)
+    # What else has put a step of its own on the instance must run, hooks and all.
+    known = step is hooked or hasattr(step, "_wrapped_by_lr_sched")
+    anyone = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    if not (anyone and known and getattr(hooked, "hooked", False)):
+        base.step()
+        return
+    if step is not hooked:  # a scheduler of the base, which asks whether it stepped
+        base._opt_called = True  # type: ignore[attr-defined]
+    args: tuple[Any, ...] = (base,)
+    options: dict[str, Any] = {}
+    with torch.autograd.profiler.record_function(f"Optimizer.step#{type(base).__name__}.step"):
+        for pre_hook in base._optimizer_step_pre_hooks.values():
+            changed = pre_hook(base, args, options)
+            args, options = (args, options) if changed is None else changed
+        hooked.__wrapped__(*args, **options)  # type: ignore[attr-defined]
+        for post_hook in base._optimizer_step_post_hooks.values():
+            post_hook(base, args, options)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from .._devices import split_by_device, widen, widest_dtype
 from ._sharded import is_sharded, local
 
 __all__ = ["Ranks"]
@@ -93,7 +94,7 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over the processes."""
-        whole = torch.tensor(value, dtype=torch.float64, device=self.device)
+        whole = torch.tensor(value, dtype=widest_dtype(self.device), device=self.device)
         return float(self.sum_(whole))
 
     def range(self, value: float) -> tuple[float, float]:
@@ -104,7 +105,8 @@ class Ranks:
 
     def ranges(self, ends: list[tuple[float, float]]) -> list[tuple[float, float]]:
         """Return the least of the first and the greatest of the second numbers."""
-        both = torch.tensor([(-a, b) for a, b in ends], dtype=torch.float64, device=self.device)
+        wide = widest_dtype(self.device)
+        both = torch.tensor([(-a, b) for a, b in ends], dtype=wide, device=self.device)
         if self.size > 1 and ends:
             dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group)
         return [(-a, b) for a, b in both.tolist()]
@@ -151,8 +153,9 @@ class Ranks:
         self._refuse_join()
         if self.size == 1 or self.sharded:
             return
-        norms = torch._foreach_norm([p.detach().double() for p in parameters.values()])
-        low, high = self.range(float(torch.stack(norms).sum()))
+        parts = split_by_device(parameters, lambda p: p)
+        norms = [torch._foreach_norm([widen(p.detach()) for p in part.values()]) for part in parts]
+        low, high = self.range(sum(float(torch.stack(some).sum()) for some in norms))
         if low != high:
             raise RuntimeError(
                 f"refresh: the {self.size} processes hold different parameters (sums of norms from "
@@ -226,13 +229,19 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
-    filled = [t for t in map(local, tensors.values()) if t.numel()]
-    if not filled:
-        return 0.0
-    if filled[0].device.type != "cpu":
-        return float(torch.stack(torch._foreach_norm(filled, ord=float("inf"))).max())
+    parts_here = {name: local(t) for name, t in tensors.items()}
+    filled = {name: t for name, t in parts_here.items() if t.numel()}
+    parts = split_by_device(filled, lambda t: t) if filled else []
+    ends = [_largest_on_one_device(list(part.values())) for part in parts]
+    # torch's maximum, since Python's loses a NaN.
+    return ends[0] if len(ends) == 1 else float(torch.tensor([0.0, *ends]).max())
+
+
+def _largest_on_one_device(tensors: list[Tensor]) -> float:
+    if tensors[0].device.type != "cpu":
+        return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.
     with torch.no_grad():
-        short = [t.reshape(-1) for t in filled if t.numel() <= 2**14]
-        runs = [t for t in filled if t.numel() > 2**14] + ([torch.cat(short)] if short else [])
+        short = [t.reshape(-1) for t in tensors if t.numel() <= 2**14]
+        runs = [t for t in tensors if t.numel() > 2**14] + ([torch.cat(short)] if short else [])
         return float(torch.stack([end for t in runs for end in torch.aminmax(t)]).abs().max())

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._devices import widest_dtype
+
 __all__ = [
     "check_sharding",
     "fsdp_modules",
@@ -62,7 +64,8 @@ def summed(scalars: dict[str, float], like: Mapping[str, Any]) -> dict[str, floa
     if not names:
         return scalars
     own = [scalars[n] for n in names]
-    whole = torch.tensor(own, dtype=torch.float64, device=local(like[names[0]]).device)
+    device = local(like[names[0]]).device
+    whole = torch.tensor(own, dtype=widest_dtype(device), device=device)
     dist.all_reduce(whole, group=like[names[0]].device_mesh.get_group())
     return {**scalars, **dict(zip(names, whole.tolist(), strict=True))}
 

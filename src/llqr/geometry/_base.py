@@ -113,6 +113,9 @@ class Geometry:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over tensors that :meth:`state` returned."""
 
+    def reset(self) -> None:
+        """Forget what was learned: a checkpoint without a geometry was loaded."""
+
     def counters(self) -> dict[str, int]:
         """Return the learned numbers (integers)."""
         return {}

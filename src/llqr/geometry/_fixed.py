@@ -37,6 +37,8 @@ class FixedGeometry(Geometry):
 
     def __init__(self, U: Tensor | Mapping[str, Tensor]) -> None:
         self.U = U
+        #: U where and as the gradients are: {(name, device, dtype): (original, converted)}.
+        self._converted: dict[tuple[str, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         matrices = [("U", U)] if isinstance(U, Tensor) else [(f"U[{n!r}]", u) for n, u in U.items()]
         for label, matrix in matrices:
             if not isinstance(matrix, Tensor) or matrix.is_complex():
@@ -96,7 +98,7 @@ class FixedGeometry(Geometry):
             )
             sizes = [p.numel() for p in self.parameters.values()]
             # (n, n) @ (n,), and back to the parameters.
-            parts = torch.split(torch.mv(self.U.to(flat), flat), sizes)
+            parts = torch.split(torch.mv(self._convert("", self.U, flat), flat), sizes)
             whole = dict(zip(self.parameters, parts, strict=True))
             return {n: whole[n].view_as(g) for n, g in gradients.items()}
         return {n: self._apply_to_parameter(n, g) for n, g in gradients.items()}
@@ -105,8 +107,19 @@ class FixedGeometry(Geometry):
         assert not isinstance(self.U, Tensor)
         if name not in self.U:
             return g.clone()
-        u = self.U[name].to(g)
+        u = self._convert(name, self.U[name], g)
         return u * g if self._is_elementwise(name) else (u @ g.reshape(-1)).view_as(g)
+
+    def _convert(self, name: str, u: Tensor, like: Tensor) -> Tensor:
+        """Return U in the dtype and on the device of a gradient, converted once."""
+        if (u.device, u.dtype) == (like.device, like.dtype):
+            return u
+        key = name, like.device, like.dtype
+        original, converted = self._converted.get(key, (None, None))
+        if original is not u or converted is None:
+            converted = u.to(like)
+            self._converted[key] = u, converted
+        return converted
 
     def spectrum(self) -> dict[str, tuple[float, float]]:
         """Return the extreme eigenvalues, of all parameters ("") or of each named one."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._vectors import Tensors
+from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
@@ -25,6 +25,9 @@ from .structures._table import check_structure
 __all__ = ["StructuredGeometry"]
 
 log = logging.getLogger("llqr")
+
+#: What is stored for one parameter: {key: tensor}.
+_Entries = Mapping[str, Tensor]
 
 
 class StructuredGeometry(Geometry):
@@ -124,13 +127,14 @@ class StructuredGeometry(Geometry):
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Lay out the parameters in blocks; new ones start at the identity."""
         # Bound again (a group was added, the dtype changed): what is known goes over.
-        known = self.state() if hasattr(self, "states") else {}
-        if known and unwrap_model(model) is not unwrap_model(self.model):
+        learned = self.state() if hasattr(self, "states") else {}
+        if learned and unwrap_model(model) is not unwrap_model(self.model):
             raise ValueError(
                 f"geometry: this {type(self).__name__} holds what it learned of another model; "
                 "make a new one for this model"
             )
         super().bind(model, parameters)
+        known = self._follow_tensors(learned) if learned else {}
         devices = {p.device for p in self.parameters.values()}
         if len(devices) > 1:
             raise ValueError(
@@ -154,20 +158,37 @@ class StructuredGeometry(Geometry):
         # What is stored if nothing is sharded, without memory for it.
         self._whole_blocks = BlockDiagonal(lay_out()) if self.sharded else self.blocks
         self.states = self.blocks.identity(next(iter(devices), torch.device("cpu")))
+        self._laid_out = self.parameters
         if known:
             self._keep_known(known)
 
-    def _keep_known(self, known: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _follow_tensors(self, learned: Mapping[str, _Entries]) -> dict[str, _Entries]:
+        """Return what was learned of the tensors that are still there, under their present names.
+
+        A new tensor under an old name is another parameter: it starts at the identity. So does a
+        tensor that got its numbers now: those of U were on the meta device too.
+        """
+        now, views = self.parameters, self.layout.views
+        before = former_names(self._laid_out, now)
+        return {
+            name: learned[old]
+            for name, old in before.items()
+            if views[old].shape == tuple(now[name].shape)
+            and (now[name].is_meta or not any(v.is_meta for v in learned[old].values()))
+        }
+
+    def _keep_known(self, known: Mapping[str, _Entries]) -> None:
         """Take over the blocks that are still there; say which are lost."""
-        self.blocks.load(self.states, known, optional=self.parameters)
+        fresh = self.parameters.keys() - known.keys()
+        self.blocks.load(self.states, known, optional=self.parameters, fresh=fresh)
         # On the meta device: what fits and what is missing, without memory.
         meta = self._whole_blocks.identity(torch.device("meta"))
-        wrong = self._whole_blocks.load(meta, known, optional=self.parameters)
-        lost = [text for text in wrong if text.partition(": ")[0] in self.parameters]
+        lost = self._whole_blocks.load(meta, known, optional=self.parameters, fresh=fresh)
         if lost:
             warnings.warn(
-                "geometry: a parameter joined a layer that has one block, so what was learned "
-                f"there is dropped and starts anew at the identity ({lost[0]})",
+                "geometry: a parameter joined or left a layer that has one block, or was replaced "
+                "in it, so what was learned there is dropped and starts anew at the identity "
+                f"({lost[0]})",
                 stacklevel=5,
             )
 
@@ -176,7 +197,10 @@ class StructuredGeometry(Geometry):
         if self.layout.dtypes != {name: p.dtype for name, p in self.parameters.items()}:
             self.bind(self.model, self.parameters)
         device = tensor.device
-        if any(v.device != device for s in self.states for v in s.values()):
+        held = {v.device for s in self.states for v in s.values()}
+        if torch.device("meta") in held and device.type != "meta":
+            self.states = self.blocks.identity(device)  # without numbers so far, as the model was
+        elif held - {device}:
             self.states = [{k: v.to(device) for k, v in s.items()} for s in self.states]
 
     # -- applying U ----------------------------------------------------------------------------
@@ -353,6 +377,12 @@ class StructuredGeometry(Geometry):
         return format_table(rows, self._total_line())
 
     # -- checkpoints ---------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Start anew at the identity, as before the first refresh."""
+        self._require_bound()
+        device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        self.states, self.history = self.blocks.identity(device), RefreshHistory()
 
     def counters(self) -> dict[str, int]:
         """Return how many refreshes ran, were refused (in all, in a row), and when the last was."""

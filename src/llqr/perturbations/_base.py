@@ -95,8 +95,18 @@ class Perturbation:
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over tensors that :meth:`state` returned."""
 
+    def reset(self) -> None:
+        """Forget the memory: a checkpoint without one was loaded."""
+
     def bind(self, parameters: Tensors) -> None:
         """Attach to the parameters, by name (called by the optimizer)."""
+
+    def rebind(self, parameters: Tensors) -> None:
+        """Attach again after parameters were added, replaced, renamed or removed; default: bind.
+
+        A memory stays with its tensor, also under a new name, and starts anew for new tensors.
+        """
+        self.bind(parameters)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))

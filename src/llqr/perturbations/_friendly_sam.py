@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import Tensors
+from .._vectors import Tensors, former_names
 from ._base import Probe
 from ._sam import SAM, Direction, Norm
 
@@ -60,18 +60,29 @@ class FriendlySAM(SAM):
         self._next_memory: dict[str, Tensor] = {}
 
     def bind(self, parameters: Tensors) -> None:
-        """Start the memory of new parameters at zero."""
+        """Start the memory at zero; refuse the parameters of another model."""
         for name, p in parameters.items():
             if self._parameters.get(name, p) is not p:
                 raise ValueError(
                     f"perturbation: this FriendlySAM remembers gradients of another {name!r}; make "
                     "a new one for this model"
                 )
-        known, self._memory, self._parameters = self._memory, {}, parameters
+        self.rebind(parameters)
+
+    def rebind(self, parameters: Tensors) -> None:
+        """Keep the memory of tensors that were there before; new ones start at zero."""
+        before = former_names(self._parameters, parameters)
+        memory, coming = self._memory, self._next_memory
+        self._memory, self._next_memory = {}, {}
         for name, p in parameters.items():
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            fresh = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-            self._memory[name] = known.get(name, fresh)
+            old = before.get(name, "")
+            if old in memory and memory[old].shape == p.shape:
+                self._memory[name] = memory[old]
+                if old in coming:
+                    self._next_memory[name] = coming[old]
+            else:
+                self._memory[name] = _zero_memory(p)
+        self._parameters = parameters
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return SAM's displacement with v = g - sigma m in the place of g."""
@@ -81,7 +92,8 @@ class FriendlySAM(SAM):
     def _recall_memory(self, name: str, like: Tensor) -> Tensor:
         memory = self._memory[name]
         if (memory.device, memory.dtype) != (like.device, like.dtype):  # the model was moved
-            memory = self._memory[name] = memory.to(like)
+            moved = torch.zeros_like(like) if memory.is_meta else memory.to(like)
+            memory = self._memory[name] = moved
         return memory
 
     def observe(self, gradients: Tensors) -> None:
@@ -100,6 +112,11 @@ class FriendlySAM(SAM):
         """Return the memory."""
         return {name: {"memory": m} for name, m in self._memory.items()}
 
+    def reset(self) -> None:
+        """Set the memory to zero."""
+        self._memory = {name: torch.zeros_like(m) for name, m in self._memory.items()}
+        self._next_memory = {}
+
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over a memory; a frozen parameter's may be missing and stays as it is."""
         new = {}
@@ -113,3 +130,8 @@ class FriendlySAM(SAM):
                 )
             new[name] = value.detach().to(memory).clone()
         self._memory, self._next_memory = new, {}
+
+
+def _zero_memory(parameter: Tensor) -> Tensor:
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)

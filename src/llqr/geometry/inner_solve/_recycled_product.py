@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..._devices import widen
 from ..._vectors import dots
 from ._rows import Rows, append_border
 
@@ -107,7 +108,7 @@ class RecycledProduct:
     def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
         if not self._q.count:
-            return v.new_zeros(0, dtype=torch.float64)
+            return widen(v.new_zeros(0))
         return self._q.map_matrices(lambda q: self._dot(q, v))
 
     def _allowed_outside(self, c: Sequence[float]) -> float:

@@ -262,7 +262,7 @@ class _Stage:
 
     def _combine_images(self, coefficients: Tensor) -> Tensor:
         """Return the combination of F with coefficients of each block, in the work vector."""
-        c = coefficients.to(self.work)
+        c = coefficients.to(self.work.dtype).to(self.work.device)  # narrowed on the host
         self.work.zero_()
         start = 0
         for rows in self.F.matrices():
@@ -273,6 +273,7 @@ class _Stage:
 
 def _read_from_device(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors in float64 on the host, with one transfer."""
-    flat = torch.cat([v.reshape(-1) for v in values.values()]).to("cpu", torch.float64)
+    # Widened on the host, since not every device has float64.
+    flat = torch.cat([v.reshape(-1) for v in values.values()]).cpu().double()
     parts = torch.split(flat, [v.numel() for v in values.values()])
     return {k: part.view(v.shape) for (k, v), part in zip(values.items(), parts, strict=True)}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._devices import widen
 from ..._vectors import dots, dots_of_runs
 from ...distributed import Ranks
 from ._blocks import Group
@@ -71,7 +72,7 @@ class FlatSpace:
 
     def dots_per_block(self, rows: Tensor, b: Tensor) -> Tensor:
         """Return each block's part in the inner products of (k, P) rows with b: (blocks, k)."""
-        parts, start = [rows.new_zeros(0, len(rows), dtype=torch.float64)], 0
+        parts, start = [widen(rows.new_zeros(0, len(rows)))], 0
         for many, length in self._equal_runs:
             stop = start + many * length
             parts.append(dots_of_runs(rows[:, start:stop], b[start:stop], length))

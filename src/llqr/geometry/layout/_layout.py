@@ -266,10 +266,11 @@ class Layout:
         if slices[0].rows is None:
             ordered = sorted(zip(slices, parts, strict=True), key=lambda x: x[0].columns)
             runs = [part for _, part in ordered]
-            return (runs[0] if len(runs) == 1 else torch.cat(runs)).reshape(view.shape)
+            run = _startable(runs[0], view.shape) if len(runs) == 1 else torch.cat(runs)
+            return run.reshape(view.shape)
         assert view.matrix is not None
         if len(slices) == 1:
-            return view.write_matrix(parts[0].view(view.matrix))
+            return view.write_matrix(_startable(parts[0], view.shape).view(view.matrix))
         # Rectangles of one matrix view, each written to its place.
         matrix = parts[0].new_empty(view.matrix)
         for part, values in zip(slices, parts, strict=True):
@@ -280,6 +281,15 @@ class Layout:
     def slices_of(self, name: str) -> list[Slice]:
         """Return the slices that a parameter was cut into."""
         return [part for part, _ in self._all[name]]
+
+
+def _startable(run: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a run of a flat vector, copied if torch.view_as_complex would refuse its start.
+
+    Parameters whose last dimension is 2 are often pairs of real and imaginary part.
+    """
+    paired = bool(shape) and shape[-1] == 2
+    return run.clone() if paired and run.storage_offset() % 2 else run
 
 
 def _runs_of_processes(parameter: Tensor, size: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..._devices import widen, widest_dtype
 from ..._vectors import Tensors
 from ..layout import Block, Layout
 from ._base import Bounds, State, Structure
@@ -184,10 +185,11 @@ class BlockDiagonal:
             if part.elementwise and e:
                 cut += [(start + i, block.index) for i, block in enumerate(part.group.blocks)]
             start += len(part.split_by_block(e))
-        device = self.layout.ranks.device if self.layout.ranks is not None else None
-        squares = torch.zeros(self.space.block_count, dtype=torch.float64, device=device)
+        assert self.layout.ranks is not None  # as it is sharded
+        device = self.layout.ranks.device
+        squares = torch.zeros(self.space.block_count, dtype=widest_dtype(device), device=device)
         for i, block in cut:
-            squares[block] = norms[i].double().square()
+            squares[block] = widen(norms[i]).square()
         self.space.sum_over_shards(squares)
         for i, block in cut:
             norms[i] = squares[block].sqrt().to(norms[i].dtype)
@@ -244,6 +246,7 @@ class BlockDiagonal:
         states: States,
         exported: Mapping[str, Mapping[str, Tensor]],
         optional: Collection[str] = (),
+        fresh: Collection[str] = (),
     ) -> list[str]:
         """Copy exported states in; return what was missing, too much, or of another shape.
 
@@ -251,12 +254,15 @@ class BlockDiagonal:
             states: changed in place.
             exported: what :meth:`export` returned.
             optional: parameters whose blocks may be missing; those stay as they are.
+            fresh: parameters whose blocks stay as they are, whatever else they touch.
         """
         wrong: list[str] = []
         # What is still left at the end has no place here.
         left = {(name, key) for name, entries in exported.items() for key in entries}
 
         def copy(names: list[str], key: str, view: Tensor, span: Span) -> None:
+            if any(name in fresh for name in names):
+                return
             left.discard((names[0], key))
             value = exported.get(names[0], {}).get(key)
             if value is None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..._devices import widest_dtype
+
 __all__ = [
     "clip_eigenvalues",
     "decompose_symmetric",
@@ -47,12 +49,15 @@ def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices.
 
     In float32 LAPACK gives up on many repeated eigenvalues, such as the zeros of X X' where X is
-    the gradient of an embedding with few of its words; in float64 it does not.
+    the gradient of an embedding with few of its words; in float64 it does not; a
+    device without float64 leaves that to the host.
     """
     try:
         values, vectors = torch.linalg.eigh(matrices)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        values, vectors = (t.to(matrices.dtype) for t in torch.linalg.eigh(matrices.double()))
+        on_device = widest_dtype(matrices.device) == torch.float64
+        found = torch.linalg.eigh((matrices if on_device else matrices.cpu()).double())
+        values, vectors = (t.to(matrices.dtype).to(matrices.device) for t in found)
     return values, vectors
 
 
