@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import value_at_step
+from ._current_pass import RunningPass, running_pass
 from ._module_state import Buffers, RandomState, without_autocast
 from ._parameters import NamedParameters
 from ._progress import Progress
@@ -30,12 +31,14 @@ class PassRecord:
         weights: (parameter, its clean value).
         gradients: (parameter that the optimizer does not hold, its p.grad).
         buffers: those after the clean pass, or None if they may stay.
+        running: the pass whose body runs, if one does.
     """
 
     def __init__(self) -> None:
         self.weights: list[tuple[Tensor, Tensor]] = []
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.buffers: Buffers | None = None
+        self.running: RunningPass | None = None
 
     def put_back(self) -> bool:
         """Put everything back, once; tell whether weights had moved."""
@@ -136,7 +139,8 @@ class Passes:
         self._start_buffers = Buffers(modules)
         random = RandomState(self._parameters.device) if self._replay_rng else None
         self._parameters.base.zero_grad()
-        with ranks.no_gradient_sync(self.local_probes and self.needed):
+        quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
+        with quiet, running_pass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -197,7 +201,8 @@ class Passes:
             if random is not None:
                 random.restore()
             self.displaced = True
-            yield
+            with running_pass("perturbed") as record.running:
+                yield
         finally:
             if self._open is record:
                 self.displaced = False
@@ -304,6 +309,8 @@ class Passes:
     def close(self) -> None:
         """End the passes so far, bringing the weights back if one was left open."""
         self.displaced = False
+        if self._open.running is not None:
+            self._open.running.end()
         self._put_back(self._open)
         self._open = PassRecord()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from ._current_pass import running_pass
 from ._module_state import autocast_off, evaluated_without_trace
 from ._parameters import NamedParameters
 from ._progress import Progress
@@ -82,7 +83,7 @@ class Refresher:
         device = self._parameters.device
         precision = nullcontext() if self.autocast else autocast_off(device, self._warn_of_autocast)
         trace = evaluated_without_trace(self._parameters.model, device)
-        with trace, precision, self._ranks.bypassed():
+        with trace, precision, self._ranks.bypassed(), running_pass("refresh"):
             report = self._geometry.refresh(forwards, step=self._progress.step, weights=weights)
         self.last_report = report
         return report
