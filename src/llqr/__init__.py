@@ -4,6 +4,9 @@ Learn a structured inverse preconditioner U from the layerwise LQR objective, pr
 metric, and transport the update by it, around any torch.optim optimizer.
 """
 
+# Which pass of a step is running
+from ._current_pass import current_pass as current_pass
+
 # The exact step of a chain of layers
 from ._exact_lqr import exact_lqr_step as exact_lqr_step
 

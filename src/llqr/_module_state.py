@@ -1,79 +1,360 @@
-"""Save and restore what a second pass or a refresh changes: buffers, modes and random state."""
+"""Save and restore what a second pass or a refresh changes.
+
+That is: buffers, parameters that a forward writes to, modes and random state.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = [
     "Buffers",
+    "ForwardState",
+    "ParameterValues",
     "RandomState",
+    "TensorValues",
+    "WrittenParameters",
     "autocast_off",
-    "evaluated_without_trace",
+    "evaluation_mode",
     "without_autocast",
 ]
 
 
-class Buffers:
-    """The values of all buffers of some modules at one moment."""
+# -- values of tensors -----------------------------------------------------------------------------
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._entries: list[tuple[nn.Module, str, Tensor | None, Tensor | None]] = [
-            (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in modules
-            for name, buffer in module._buffers.items()
+
+class TensorValues:
+    """The values of some tensors at one moment.
+
+    Args:
+        tensors: of any layout; one that is given twice is kept once.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        unique = {id(t): t for t in tensors if not is_lazy(t)}
+        self._plain = [t for t in unique.values() if is_plain(t)]
+        # The memory they lie in, since `tensor.data = other` makes them point elsewhere.
+        self._memory = [t.data for t in self._plain]
+        self._versions = [t._version for t in self._plain]
+        self._copies = copies_of(self._memory)
+        self._others = [(t, t.detach().clone()) for t in unique.values() if not is_plain(t)]
+
+    def restore(self) -> None:
+        """Write the values back, into the very tensors and the very memory that held them."""
+        targets: list[Tensor] = []
+        with torch.no_grad():
+            for tensor, memory, version in zip(
+                self._plain, self._memory, self._versions, strict=True
+            ):
+                if not lies_in(tensor, memory):
+                    tensor.data = memory
+                # A write through .data is not counted. Where nothing else was counted either, the
+                # graphs that saved the tensor stay valid.
+                targets.append(tensor.data if tensor._version == version else tensor)
+            copy_all(targets, self._copies)
+            for tensor, value in self._others:
+                write_to_any(tensor, value)
+
+    def changed(self, *, by_value: bool) -> list[Tensor]:
+        """Return the tensors that were written to since; those of other layouts are not told.
+
+        Args:
+            by_value: compare entries too, which finds what was written through ``.data``.
+        """
+        kept = zip(self._plain, self._memory, self._versions, self._copies, strict=True)
+        return [
+            tensor
+            for tensor, memory, version, copy in kept
+            if tensor._version != version
+            or not lies_in(tensor, memory)
+            or (by_value and not torch.equal(tensor, copy))
         ]
 
-    @torch.no_grad()
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether many such tensors may be copied in one call."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_inference()
+        and not tensor.is_quantized
+        and 0 not in tensor.stride()
+    )
+
+
+def lies_in(tensor: Tensor, memory: Tensor) -> bool:
+    """Tell whether a tensor has the place, shape and strides that it had."""
+    return (
+        tensor.data_ptr() == memory.data_ptr()
+        and tensor.shape == memory.shape
+        and tensor.stride() == memory.stride()
+    )
+
+
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of plain tensors."""
+    copies = [torch.empty_like(t) for t in tensors]
+    copy_all(copies, tensors)
+    return copies
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy plain tensors, in one call per device and dtype."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        into, taken = groups.setdefault((target.device, target.dtype), ([], []))
+        into.append(target)
+        taken.append(source)
+    for into, taken in groups.values():
+        torch._foreach_copy_(into, taken)
+
+
+def write_to_any(tensor: Tensor, value: Tensor) -> None:
+    """Write to a tensor that is sparse, expanded, of inference mode, or of a class of its own."""
+    # Outside of it a tensor that was made in inference mode refuses to be written to.
+    with torch.inference_mode(tensor.is_inference()):
+        if tensor.layout is not torch.strided:
+            tensor.copy_(value)
+            return
+        if tensor.shape != value.shape:
+            tensor.resize_(value.shape)
+        # Along expanded dimensions all entries are one, which torch does not write to twice.
+        once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())
+        tensor[once].copy_(value[once])
+
+
+# -- buffers ---------------------------------------------------------------------------------------
+
+
+class Buffers:
+    """All buffers of some modules at one moment, and the states of torchmetrics among them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._entries = [(module, dict(module._buffers.items())) for module in modules]
+        self._metrics = [MetricState(module) for module in metrics_among(modules)]
+        buffers = [b for _, named in self._entries for b in named.values() if b is not None]
+        states = [t for metric in self._metrics for t in metric.tensors()]
+        self._values = TensorValues([*buffers, *states])
+
     def restore(self) -> None:
-        """Write the values back, into the very tensors that held them."""
-        for module, name, buffer, value in self._entries:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
-            if buffer is None or value is None:
-                continue
-            if buffer.shape != value.shape:
-                buffer.resize_(value.shape)
-            # Along expanded dimensions all entries are one, which torch does not write to twice.
-            once = tuple(slice(1) if step == 0 else slice(None) for step in buffer.stride())
-            buffer[once].copy_(value[once])
+        """Put the very tensors back, with the values that they had."""
+        for module, named in self._entries:
+            put_back_entries(module, named)
+        for metric in self._metrics:
+            metric.restore()
+        self._values.restore()
+
+
+def put_back_entries(module: nn.Module, named: Mapping[str, Tensor | None]) -> None:
+    """Give a module the buffers that it had, and no others."""
+    present = dict(module._buffers.items())  # in a ScriptModule no dict, and read from C++
+    for name, buffer in named.items():
+        if name not in present or present[name] is not buffer:
+            module._buffers[name] = buffer
+    for name in present:
+        if name not in named:
+            del module._buffers[name]
+
+
+class MetricState:
+    """What a metric of torchmetrics has counted, which it keeps beside its buffers.
+
+    Args:
+        metric: a module whose ``metric_state`` has tensors and lists of them.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self._metric, self._state = metric, dict(metric.metric_state)
+        self._lists = {n: list(v) for n, v in self._state.items() if isinstance(v, list)}
+        self._others = {n: v for n, v in vars(metric).items() if n in METRIC_FLAGS}
+
+    def tensors(self) -> list[Tensor]:
+        """Return those that may be written to."""
+        whole = [v for v in self._state.values() if isinstance(v, Tensor)]
+        listed = [t for values in self._lists.values() for t in values if isinstance(t, Tensor)]
+        return [*whole, *listed]
+
+    def restore(self) -> None:
+        """Put the very objects back."""
+        for name, values in self._lists.items():
+            self._state[name][:] = values
+        for name, value in {**self._state, **self._others}.items():
+            setattr(self._metric, name, value)
+
+
+#: What torchmetrics remembers of a metric's updates.
+METRIC_FLAGS = ("_update_count", "_computed")
+
+
+def metrics_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the metrics of torchmetrics."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    if torchmetrics is None:
+        return []
+    return [module for module in modules if isinstance(module, torchmetrics.Metric)]
+
+
+# -- parameters ------------------------------------------------------------------------------------
+
+
+class WrittenParameters:
+    """Learns which parameters the forwards write to, and keeps the values of those.
+
+    An EMA teacher, ``Embedding(max_norm=...)`` and the like change parameters within a forward.
+    What will be written to cannot be known before, and copies of all parameters in every step would
+    cost their memory. So the first look copies all; later ones copy what was seen to change.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Tensor] = []
+        self._looked: set[str] = set()
+
+    def values_of(
+        self, parameters: Iterable[Tensor], moment: str, held: Iterable[Tensor]
+    ) -> ParameterValues:
+        """Keep the values of those among some parameters that may be written to.
+
+        Args:
+            parameters: those that a forward may write to.
+            moment: where in a step this is; the first look at each moment copies all.
+            held: the parameters that are trained. The first look copies up to twice their size: a
+                teacher as large as they are, but not the frozen body under an adapter.
+        """
+        watched = [p for p in parameters if is_plain(p)]
+        copy_of_all = False
+        if moment not in self._looked:
+            self._looked.add(moment)
+            limit = 2 * sum(p.nbytes for p in held)
+            copy_of_all = sum(p.nbytes for p in watched) <= limit
+        return ParameterValues(self, watched, copy_of_all=copy_of_all)
+
+    def learn(self, parameters: Iterable[Tensor]) -> None:
+        """Remember parameters that were written to."""
+        for parameter in parameters:
+            if id(parameter) not in self.known_ids:
+                self._known.append(parameter)
+
+    @property
+    def known_ids(self) -> set[int]:
+        """The ids of the parameters that were seen to be written to."""
+        return {id(p) for p in self._known}
+
+
+class ParameterValues:
+    """The values of parameters at one moment, as far as they were copied.
+
+    Args:
+        written: which parameters are known to be written to; it learns of others.
+        parameters: all that are watched.
+        copy_of_all: whether all are copied.
+    """
+
+    def __init__(
+        self, written: WrittenParameters, parameters: list[Tensor], *, copy_of_all: bool
+    ) -> None:
+        self._written, self._all_copied = written, copy_of_all
+        known = written.known_ids
+        copied = [p for p in parameters if copy_of_all or id(p) in known]
+        self._copied = TensorValues(copied)
+        kept = {id(p) for p in copied}
+        self._not_copied = [(p, p._version, p.data_ptr()) for p in parameters if id(p) not in kept]
+
+    def learn(self) -> list[Tensor]:
+        """Remember which were written to since; return those of which there is no copy."""
+        # The first look compares entries, since writes through .data are not counted.
+        self._written.learn(self._copied.changed(by_value=self._all_copied))
+        lost = [p for p, v, at in self._not_copied if p._version != v or p.data_ptr() != at]
+        self._written.learn(lost)
+        return lost
+
+    def restore(self) -> None:
+        """Write the copied values back."""
+        self._copied.restore()
+
+
+class ForwardState:
+    """All that a forward may write to, at one moment.
+
+    Args:
+        modules: whose buffers are kept.
+        parameters: the values of parameters.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], parameters: ParameterValues) -> None:
+        self._buffers, self._parameters = Buffers(modules), parameters
+
+    def learn(self) -> list[Tensor]:
+        """Remember which parameters were written to; return those that cannot be put back."""
+        return self._parameters.learn()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._buffers.restore()
+        self._parameters.restore()
+
+
+# -- random state ----------------------------------------------------------------------------------
 
 
 class RandomState:
-    """The random number generators of the CPU and of one accelerator at one moment."""
+    """The global random number generators at one moment.
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    Those of torch on the CPU and on the given accelerators, Python's and, if it is imported,
+    numpy's. Generators that somebody holds are not among them.
+
+    Args:
+        devices: where torch draws numbers; None and the CPU add nothing.
+    """
+
+    def __init__(self, *devices: torch.device | None) -> None:
         self._cpu = torch.get_rng_state()
-        on_device = device is not None and device.type not in ("cpu", "meta")
-        self._device = device if on_device else None
-        if self._device is not None:
-            self._state = torch.get_device_module(self._device).get_rng_state(self._device)
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy.random")
+        self._numpy = None if numpy is None else numpy.get_state(legacy=False)
+        accelerators = {d for d in devices if d is not None and d.type not in ("cpu", "meta")}
+        self._accelerators = {
+            device: torch.get_device_module(device).get_rng_state(device) for device in accelerators
+        }
 
     def restore(self) -> None:
         """Set the generators back."""
         torch.set_rng_state(self._cpu)
-        if self._device is not None:
-            torch.get_device_module(self._device).set_rng_state(self._state, self._device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
+        for device, state in self._accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+# -- modes -----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def evaluated_without_trace(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate a module without a trace: evaluation mode, buffers and random state put back."""
-    modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    buffers, random = Buffers(modules), RandomState(device)
-    model.eval()
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put all modules of a model into evaluation mode, and each back to its own.
+
+    An overridden ``train`` or ``eval`` is not called: adapters merge weights in theirs.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     try:
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:
             module.training = training
-        buffers.restore()
-        random.restore()
+
+
+# -- precision -------------------------------------------------------------------------------------
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

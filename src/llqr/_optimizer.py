@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
 from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
+from ._step_modules import StepModules, refuse_meta
 from ._update import Update
 from ._wrapper import OptimizerWrapper
 from .curvature import normalised_weights, split_loss_and_outputs
@@ -66,7 +67,12 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             keeps its scale.
         buffers: "clean": buffers such as BatchNorm statistics advance as in the first pass alone;
             "perturbed": as in the second (the paper's choice).
-        replay_rng: give the second pass the random numbers of the first.
+        modules: modules outside the model that a step changes, such as a loss with a running
+            centre or a teacher: their buffers are treated as the model's. Those that the forward
+            of ``minimize`` or ``refresh``, or the closure, names as variables are found without it;
+            ``passes`` and ``perturbed`` have no function to look at.
+        replay_rng: give the second pass the random numbers of the first: torch's, Python's and
+            numpy's global generators, not those that you hold yourself.
         refresh_forward: a function that returns (loss, outputs) on a refresh minibatch, used when
             a refresh is due and none was handed over; ``step(closure)`` needs it.
         refresh_autocast: leave autocast as the forward has it during a refresh; by default it is
@@ -110,6 +116,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         transport: bool = True,
         graft: bool = False,
         buffers: BufferPolicy = "clean",
+        modules: Iterable[nn.Module] = (),
         replay_rng: bool = True,
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
@@ -133,12 +140,14 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self.ranks = Ranks(model, process_group)
         self._progress = Progress()
         self._parameters = NamedParameters(base, model)
+        step_modules = StepModules(model, modules)
         self._passes = Passes(
             self._parameters,
             geometry,
             perturbation,
             self.ranks,
             self._progress,
+            step_modules,
             keep_clean_buffers=buffers == "clean",
             replay_rng=replay_rng,
             sync=sync,
@@ -148,6 +157,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._parameters,
             self.ranks,
             self._progress,
+            step_modules,
             default_forward=refresh_forward,
             autocast=refresh_autocast,
         )
@@ -245,6 +255,11 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         if self._parameters.outdated:
             self._read_groups()
 
+    def _prepare_pass(self) -> None:
+        """Make sure, before a pass or a refresh, that the parameters are those that run."""
+        refuse_meta(self._parameters.named)
+        self._follow_groups()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the base; their blocks of U start at the identity."""
         groups = len(self.base.param_groups)
@@ -287,7 +302,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         if closure is not None:
             if self.refresh_due and self.refresh_forward is not None:
                 self.refresh(self.refresh_forward)
-            for _ in self.passes():
+            self._prepare_pass()
+            for _ in self._passes.run_both(None, [closure]):
                 with torch.enable_grad():
                     value = closure()
                 loss = value if loss is None else loss
@@ -319,7 +335,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             >>> optimizer.step()
         """
         check_scaler(scaler)
-        self._follow_groups()
+        self._prepare_pass()
         return self._passes.run_both(scaler)
 
     def perturbed(self, scaler: Any = None) -> AbstractContextManager[None]:
@@ -333,7 +349,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             scaler: the GradScaler that scaled the clean backward; gradients are divided by its
                 scale, ``unscale_`` is not called.
         """
-        self._follow_groups()
+        self._prepare_pass()
         return self._passes.run_perturbed(scaler)
 
     def minimize(
@@ -366,7 +382,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self.refresh(own, weights=weights if own is forwards else None)
         clean: Tensor | None = None
         with torch.enable_grad():
-            for _ in self.passes(scaler):
+            self._prepare_pass()
+            for _ in self._passes.run_both(scaler, forwards):
                 loss = self._run_backward(forwards, parts, scaler)
                 clean = loss if clean is None else clean
         if scaler is None:
@@ -429,7 +446,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             RuntimeError: there is no geometry, or a perturbed pass is open.
             ValueError: there is no forward.
         """
-        self._follow_groups()
+        self._prepare_pass()
         self._passes.refuse_if_displaced(
             "refresh", "refresh before the passes of a step, or after them"
         )

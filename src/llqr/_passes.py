@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import value_at_step
-from ._module_state import Buffers, RandomState, without_autocast
+from ._current_pass import RunningPass, running_pass
+from ._module_state import ForwardState, RandomState, without_autocast
 from ._parameters import NamedParameters
 from ._progress import Progress
+from ._step_modules import StepModules
 from ._vectors import widen_to_float32
 from .distributed import Ranks
 from .distributed._sharded import local, reshard
@@ -29,27 +31,32 @@ class PassRecord:
     Attributes:
         weights: (parameter, its clean value).
         gradients: (parameter that the optimizer does not hold, its p.grad).
-        buffers: those after the clean pass, or None if they may stay.
+        after: what the clean pass left, or None if nothing is put back.
+        lost: the parameters that were written to without a copy.
+        running: the pass whose body runs, if one does.
     """
 
     def __init__(self) -> None:
         self.weights: list[tuple[Tensor, Tensor]] = []
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
-        self.buffers: Buffers | None = None
+        self.after: ForwardState | None = None
+        self.lost: list[Tensor] = []
+        self.running: RunningPass | None = None
 
     def put_back(self) -> bool:
         """Put everything back, once; tell whether weights had moved."""
         weights, self.weights = self.weights, []
         gradients, self.gradients = self.gradients, []
-        buffers, self.buffers = self.buffers, None
+        after, self.after = self.after, None
         if weights:
             # From copies: subtracting eps would not give the bits back.
             with torch.no_grad():
                 torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
         for p, gradient in gradients:
             p.grad = gradient
-        if buffers is not None:
-            buffers.restore()
+        if after is not None:
+            self.lost = after.learn()
+            after.restore()
         return bool(weights)
 
 
@@ -62,6 +69,7 @@ class Passes:
         perturbation: where to probe, or None for one pass.
         ranks: the processes that train together.
         progress: the counters of the training.
+        modules: whose state is that of the clean pass after both.
         keep_clean_buffers: whether buffers advance as in the first pass only.
         replay_rng: whether the second pass gets the random numbers of the first.
         sync: whether several processes probe with the gradient of all; False: each with its own.
@@ -80,6 +88,7 @@ class Passes:
         perturbation: Perturbation | None,
         ranks: Ranks,
         progress: Progress,
+        modules: StepModules,
         *,
         keep_clean_buffers: bool,
         replay_rng: bool,
@@ -87,11 +96,11 @@ class Passes:
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._geometry, self._perturbation = geometry, perturbation
-        self._keep_clean_buffers = keep_clean_buffers
+        self._modules, self._keep_clean_buffers = modules, keep_clean_buffers
         self._replay_rng, self._sync = replay_rng, sync
         self.probed = self.observed = self.displaced = False
         self.clean: dict[str, Tensor] | None = None
-        self._start_buffers: Buffers | None = None
+        self._start: ForwardState | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
         self._open = PassRecord()
 
@@ -126,17 +135,24 @@ class Passes:
 
     # -- the passes ----------------------------------------------------------------------------
 
-    def run_both(self, scaler: Any) -> Iterator[int]:
-        """Yield once for the clean pass and, if needed, once for the perturbed pass."""
+    def run_both(self, scaler: Any, functions: Iterable[Any] = ()) -> Iterator[int]:
+        """Yield once for the clean pass and, if needed, once for the perturbed pass.
+
+        Args:
+            scaler: the GradScaler of the body.
+            functions: what the body calls; the modules that they name are looked after too.
+        """
         check_scaler(scaler)
         self.close()
         self.forget_step()
         record, ranks = self._open, self._ranks
-        modules = list(self._parameters.model.modules())
-        self._start_buffers = Buffers(modules)
-        random = RandomState(self._parameters.device) if self._replay_rng else None
+        modules = self._modules.all(functions)
+        others = self._parameters.parameters_not_held(modules) if self.needed else []
+        start = self._start = self._state_of(modules, others, "start")
+        random = RandomState(*self._devices) if self._replay_rng else None
         self._parameters.base.zero_grad()
-        with ranks.no_gradient_sync(self.local_probes and self.needed):
+        quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
+        with quiet, running_pass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -151,7 +167,6 @@ class Passes:
             if scaler is not None and not ranks.finite(clean):
                 self.undo_step()  # the scaler will skip, and then step() never runs
             return
-        start = self._start_buffers
         with self._displaced("the first pass", scaler, modules, start=start, random=random):
             yield 1
 
@@ -161,7 +176,7 @@ class Passes:
         check_scaler(scaler)
         self.close()
         self.forget_step()
-        modules = list(self._parameters.model.modules())
+        modules = self._modules.all()
         with self._displaced("the clean backward", scaler, modules, start=None, random=None):
             yield
 
@@ -171,7 +186,7 @@ class Passes:
         after: str,
         scaler: Any,
         modules: list[nn.Module],
-        start: Buffers | None,
+        start: ForwardState | None,
         random: RandomState | None,
     ) -> Iterator[None]:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
@@ -182,14 +197,16 @@ class Passes:
         # The clean gradients are as large as the model: only who combines both keeps them.
         kept = copy_gradients(clean, scaler) if healthy and self.combines else None
         del clean
-        if self._keep_clean_buffers or start is None:
-            record.buffers = Buffers(modules)
-        else:
-            start.restore()
+        others = self._parameters.parameters_not_held(modules)
+        if start is not None:
+            start.learn()
+        record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
         self._parameters.base.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.
-        record.gradients = [(p, p.grad) for p in self._parameters.parameters_not_held(modules)]
+        record.gradients = [(p, p.grad) for p in others]
         try:
+            if start is not None:  # the second pass has the loss of the first
+                start.restore()
             for p, _ in record.gradients:
                 p.grad = None
             self._move_weights(record, eps)
@@ -197,7 +214,8 @@ class Passes:
             if random is not None:
                 random.restore()
             self.displaced = True
-            yield
+            with running_pass("perturbed") as record.running:
+                yield
         finally:
             if self._open is record:
                 self.displaced = False
@@ -283,7 +301,7 @@ class Passes:
         for name, gradient in second.items():
             gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)
 
-    # -- weights and buffers -------------------------------------------------------------------
+    # -- weights and state ---------------------------------------------------------------------
 
     @torch.no_grad()
     def _move_weights(self, record: PassRecord, eps: dict[str, Tensor]) -> None:
@@ -297,13 +315,46 @@ class Passes:
         torch._foreach_add_(moving, steps)
         reshard(self._parameters.model)
 
+    def _state_of(
+        self, modules: Iterable[nn.Module], parameters: Iterable[Tensor], moment: str
+    ) -> ForwardState:
+        # The modules of fully_shard swap their parameters during a forward.
+        watched = () if self._ranks.sharded else parameters
+        held = self._parameters.named.values()
+        return ForwardState(modules, self._modules.written.values_of(watched, moment, held))
+
+    def _state_after_clean(
+        self,
+        modules: list[nn.Module],
+        others: list[nn.Parameter],
+        eps: dict[str, Tensor],
+        *,
+        known_start: bool,
+    ) -> ForwardState:
+        """Keep what the clean pass left and the second must not change.
+
+        Without the start's state a second pass goes on from the clean one's, which counts then.
+        """
+        unmoved: list[nn.Parameter] = [p for n, p in self._parameters.named.items() if n not in eps]
+        if known_start and not self._keep_clean_buffers:
+            return self._state_of((), unmoved, "after the clean pass")
+        return self._state_of(modules, [*unmoved, *others], "after the clean pass")
+
     def _put_back(self, record: PassRecord) -> None:
         if record.put_back():
             reshard(self._parameters.model)
+        if record.lost:
+            self._modules.warn_of_lost(record.lost, "a second pass", self._progress)
+
+    @property
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self._parameters.named.values()}
 
     def close(self) -> None:
         """End the passes so far, bringing the weights back if one was left open."""
         self.displaced = False
+        if self._open.running is not None:
+            self._open.running.end()
         self._put_back(self._open)
         self._open = PassRecord()
 
@@ -317,16 +368,16 @@ class Passes:
 
     def undo_step(self) -> bool:
         """Put the buffers back to the start of the skipped step; tell whether that was known."""
-        known = self._start_buffers is not None
-        if self._start_buffers is not None:
-            self._start_buffers.restore()
+        known = self._start is not None
+        if self._start is not None:
+            self._start.restore()
         self.forget_step()
         return known
 
     def forget_step(self) -> None:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed = self.observed = False
-        self._start_buffers = self.clean = None
+        self._start = self.clean = None
 
 
 def loss_scale(scaler: Any) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from ._module_state import autocast_off, evaluated_without_trace
+from ._current_pass import running_pass
+from ._module_state import ForwardState, RandomState, autocast_off, evaluation_mode
 from ._parameters import NamedParameters
 from ._progress import Progress
+from ._step_modules import StepModules
 from .distributed import Ranks
 from .geometry import Geometry, RefreshError, RefreshReport
 
@@ -39,6 +41,7 @@ class Refresher:
         parameters: of the base optimizer.
         ranks: the processes that train together.
         progress: the counters of the training.
+        modules: what the forwards may leave a trace in.
         default_forward: used if no forward is given.
         autocast: whether autocast stays as the forward has it.
 
@@ -52,12 +55,13 @@ class Refresher:
         parameters: NamedParameters,
         ranks: Ranks,
         progress: Progress,
+        modules: StepModules,
         *,
         default_forward: Forward | None,
         autocast: bool,
     ) -> None:
         self._geometry, self._parameters = geometry, parameters
-        self._ranks, self._progress = ranks, progress
+        self._ranks, self._progress, self._modules = ranks, progress, modules
         self.default_forward, self.autocast = default_forward, autocast
         self.last_report: RefreshReport | None = None
         self._untold: RefreshReport | None = None
@@ -82,10 +86,13 @@ class Refresher:
         forwards = as_forwards(forward)
         device = self._parameters.device
         precision = nullcontext() if self.autocast else autocast_off(device, self._warn_of_autocast)
-        trace = evaluated_without_trace(self._parameters.model, device)
+        evaluated = [partial(call_in_evaluation, f) for f in forwards]
+        trace = self._without_trace(forwards)
         try:
-            with trace, precision, self._ranks.bypassed():
-                report = self._geometry.refresh(forwards, step=self._progress.step, weights=weights)
+            with trace, precision, self._ranks.bypassed(), running_pass("refresh"):
+                report = self._geometry.refresh(
+                    evaluated, step=self._progress.step, weights=weights
+                )
         except RefreshError as error:
             self._untold = self.last_report = error.report
             raise
@@ -99,6 +106,26 @@ class Refresher:
             return
         for hook in list(self.hooks.values()):
             hook(optimizer, report)
+
+    @contextmanager
+    def _without_trace(self, forwards: Sequence[Forward]) -> Iterator[None]:
+        """Evaluate the model in the body; its state and the random numbers are put back."""
+        named, modules = self._parameters.named, self._modules.all(forwards)
+        watched = [p for module in modules for p in module.parameters(recurse=False)]
+        if self._ranks.sharded:  # the modules of fully_shard swap their parameters
+            watched = []
+        values = self._modules.written.values_of(watched, "refresh", named.values())
+        before = ForwardState(modules, values)
+        random = RandomState(*{p.device for p in named.values()})
+        try:
+            with evaluation_mode(self._parameters.model):
+                yield
+        finally:
+            lost = before.learn()
+            before.restore()
+            random.restore()
+        if lost:
+            self._modules.warn_of_lost(lost, "a refresh", self._progress)
 
     def _warn_of_autocast(self) -> None:
         self._progress.warn_once(
@@ -125,6 +152,32 @@ def as_forwards(forward: Forward | Sequence[Forward]) -> list[Forward]:
             f"forward: expected a function without arguments or a list of them, got {forward!r}"
         )
     return [partial(call_and_unpack, f) for f in forwards]
+
+
+#: Told where a forward fails in a refresh.
+EVALUATION_NOTE = (
+    "llqr: this was raised in a refresh, which runs the model in evaluation mode (as model.eval() "
+    "does); if the forward needs what the model returns in training mode only, hand over one for "
+    "the refresh: minimize(forward, refresh=...) or llqr.Optimizer(refresh_forward=...)"
+)
+
+
+def call_in_evaluation(forward: Forward) -> Any:
+    """Call a forward; what it raises tells that the model is in evaluation mode."""
+    try:
+        return forward()
+    except Exception as error:
+        add_note(error, EVALUATION_NOTE)
+        raise
+
+
+def add_note(error: Exception, note: str) -> None:
+    """Add a note to an error, once; before Python 3.11 to its message."""
+    if hasattr(error, "add_note"):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    elif error.args and isinstance(error.args[0], str) and note not in error.args[0]:
+        error.args = (f"{error.args[0]}\n{note}", *error.args[1:])
 
 
 def call_and_unpack(forward: Forward) -> Any:
