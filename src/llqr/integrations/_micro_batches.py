@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from .._module_state import RandomState
 from .._optimizer import Optimizer
+from ..distributed._sharded import local
+from ._once import metrics_put_back
 
 __all__ = ["MicroBatches", "find_optimizer"]
 
 
-class _Seen(NamedTuple):
+class _MicroBatch(NamedTuple):
+    optimizer: Optimizer
     backward: Callable[[], Any]
     forward: Callable[[], Any]
     random: RandomState
@@ -25,15 +31,21 @@ class MicroBatches:
     Gradient accumulation is the step of the joined batch: after the last clean backward ``p.grad``
     holds g, and :meth:`finish` adds up g~ from all micro-batches again, each with the random
     numbers of its first run. Until then they are held, with what their functions refer to.
+
+    What is held is what ``p.grad`` is made of. A micro-batch counts once its clean backward has
+    completed, so one that failed or was skipped never does; and all are dropped if the gradients
+    were cleared meanwhile, a step was taken, or another optimizer came.
     """
 
     def __init__(self) -> None:
-        self._seen: list[_Seen] = []
+        self._started: _MicroBatch | None = None
+        self._seen: list[_MicroBatch] = []
+        self._left = _Traces()
 
-    def record(
+    def start(
         self, optimizer: Optimizer, backward: Callable[[], Any], forward: Callable[[], Any]
     ) -> None:
-        """Remember a micro-batch that is about to run.
+        """Take note of a micro-batch that is about to run; :meth:`clean_backward` completes it.
 
         Args:
             optimizer: whose step this is.
@@ -42,25 +54,88 @@ class MicroBatches:
             forward: returns (loss, outputs) or the loss, for a refresh.
         """
         random = RandomState(optimizer._parameters.device)
-        self._seen.append(_Seen(backward, forward, random))
+        self._started = _MicroBatch(optimizer, backward, forward, random)
 
-    def finish(self, optimizer: Optimizer, scaler: Any = None) -> None:
+    @contextmanager
+    def clean_backward(self) -> Iterator[None]:
+        """Count the micro-batch that was started, unless its clean backward in the body raises."""
+        micro_batch, self._started = self._started, None
+        assert micro_batch is not None
+        optimizer = micro_batch.optimizer
+        if self._seen and (
+            self._seen[-1].optimizer is not optimizer or self._left.outdated(optimizer)
+        ):
+            self._seen = []
+        yield
+        self._seen.append(micro_batch)
+        self._left = _Traces(optimizer)
+
+    def finish(
+        self, optimizer: Optimizer, scaler: Any = None, module: nn.Module | None = None
+    ) -> None:
         """Refresh the geometry if that is due, and run the second pass if one is needed.
+
+        Nothing is done if no micro-batch counts.
 
         Args:
             optimizer: p.grad of its parameters holds g of all micro-batches.
             scaler: the GradScaler that scaled them.
+            module: whose metrics count once; default: the optimizer's model.
         """
-        seen, self._seen = self._seen, []
+        seen, self._seen, self._left = self._seen, [], _Traces()
+        if not seen:
+            return
         now = RandomState(optimizer._parameters.device)
-        with torch.enable_grad():
-            optimizer.refresh_if_due([s.forward for s in seen])
+        with torch.enable_grad(), metrics_put_back(optimizer.model if module is None else module):
+            optimizer.refresh_if_due([m.forward for m in seen])
             if optimizer.needs_second_pass:
-                with optimizer.perturbed(scaler):
-                    for s in seen:
-                        s.random.restore()
-                        s.backward()
-                now.restore()
+                try:
+                    with optimizer.perturbed(scaler):
+                        for m in seen:
+                            m.random.restore()
+                            m.backward()
+                finally:
+                    now.restore()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Batches and gradients stay behind in copies.
+        return type(self), ()
+
+
+class _Traces:
+    """What tells later whether the gradients are still there.
+
+    Args:
+        optimizer: whose gradients a backward has just added to, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer | None = None) -> None:
+        self._counts = None if optimizer is None else _step_counts(optimizer)
+        gradient = None if optimizer is None else next(_gradients_of(optimizer), None)
+        # Weak: a gradient that was cleared must be free.
+        self._first = None if gradient is None else weakref.ref(gradient)
+        self._version = 0 if gradient is None else gradient._version
+
+    def outdated(self, optimizer: Optimizer) -> bool:
+        """Tell whether a step was taken or the gradients were cleared."""
+        if self._counts != _step_counts(optimizer):
+            return True
+        gradients = list(_gradients_of(optimizer))
+        if not gradients:
+            return True
+        first = None if self._first is None else self._first()
+        if gradients[0] is first and first._version == self._version:
+            return False  # without a look at values, for which a device would have to wait
+        return not any(bool(local(g).any()) for g in gradients)
+
+
+def _step_counts(optimizer: Optimizer) -> tuple[int, int]:
+    return optimizer._progress.step, optimizer._progress.skipped_steps
+
+
+def _gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    parameters = optimizer._parameters.named.values()
+    return (p.grad for p in parameters if p.grad is not None)
 
 
 def find_optimizer(optimizer: Any) -> Optimizer:

@@ -30,6 +30,9 @@ class TwoPasses:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+
+    A micro-batch whose forward or backward raises is not run again. If the loop goes on after it,
+    clear the gradients, as in any loop: what was run before is then left out as well.
     """
 
     def __init__(self, accelerator: Any, optimizer: Any) -> None:
@@ -47,13 +50,13 @@ class TwoPasses:
             The clean loss, detached.
         """
 
-        def run() -> Tensor:
-            loss, _outputs = split_loss_and_outputs(forward())
-            self._accelerator.backward(loss)
-            return loss.detach()
+        def run_again() -> None:
+            self._accelerator.backward(split_loss_and_outputs(forward())[0])
 
-        self._micro_batches.record(self._optimizer, run, forward)
-        loss = run()
+        self._micro_batches.start(self._optimizer, run_again, forward)
+        loss, _outputs = split_loss_and_outputs(forward())
+        with self._micro_batches.clean_backward():
+            self._accelerator.backward(loss)
         if self._accelerator.sync_gradients:
             self._micro_batches.finish(self._optimizer, self._accelerator.scaler)
-        return loss
+        return loss.detach()

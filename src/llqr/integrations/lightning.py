@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import _optimizer
 from ._micro_batches import MicroBatches, find_optimizer
+from ._once import replace_attribute, silenced
 
 __all__ = ["Optimizer", "TwoPasses"]
 
@@ -55,15 +55,18 @@ class TwoPasses(Module):  # type: ignore[misc]
         class Net(TwoPasses, lightning.LightningModule): ...
 
     With ``accumulate_grad_batches`` the step is that of the joined batch. Gradient clipping and
-    ``on_before_optimizer_step`` see the gradients of the second pass, unscaled; in the second pass
-    ``self.log`` does nothing. A class that overrides ``on_train_batch_start`` or
-    ``optimizer_step`` calls ``super()``.
+    ``on_before_optimizer_step`` see the gradients of the second pass, unscaled. In the second pass
+    ``self.log`` does nothing, and metrics (submodules or attributes with ``update``, ``compute``
+    and ``reset``) are put back after it, so they count each batch once, at the clean weights. A
+    batch whose ``training_step`` returns None is not run again. A class that overrides
+    ``on_train_batch_start`` or ``optimizer_step`` calls ``super()``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as the LightningModule does."""
         super().__init__(*args, **kwargs)
         self._micro_batches = MicroBatches()
+        self._unwatch: Callable[[], None] | None = None
 
     def refresh_step(self, batch: Any, batch_idx: int) -> Any:
         """Return (loss, outputs) of a batch, for a refresh; override it for the Fisher curvature.
@@ -75,12 +78,18 @@ class TwoPasses(Module):  # type: ignore[misc]
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Remember the batch, until its step is done."""
         if self.automatic_optimization:
+            if "dataloader_iter" in inspect.signature(self.training_step).parameters:
+                raise TypeError(
+                    "training_step(dataloader_iter): its batches cannot be run a second time; "
+                    "take (batch, batch_idx), or use manual optimization with passes()"
+                )
             optimizer = find_optimizer(self.optimizers())
-            self._micro_batches.record(
+            self._micro_batches.start(
                 optimizer,
                 lambda: self._backward(batch, batch_idx, optimizer),
                 lambda: self.refresh_step(batch, batch_idx),
             )
+            self._watch_backward()
         return super().on_train_batch_start(batch, batch_idx)
 
     def optimizer_step(
@@ -96,12 +105,41 @@ class TwoPasses(Module):  # type: ignore[misc]
 
         def closure() -> Any:
             loss = optimizer_closure()
-            with self._not_logging():
+            self._stop_watching()  # if this batch was skipped
+            with silenced(self, "log"):
                 scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-                self._micro_batches.finish(ours, scaler)
+                self._micro_batches.finish(ours, scaler, self)
             return loss
 
         optimizer.step(closure=closure)
+
+    def _watch_backward(self) -> None:
+        """Let the next call of ``backward``, that of the clean pass, complete the micro-batch.
+
+        Lightning calls it once, or not at all if the batch is skipped, and clears the gradients
+        just before it. A hook that subclasses override without ``super()`` would not do.
+        """
+        self._stop_watching()  # if the last batch was skipped
+        backward = self.backward
+
+        def watched(*args: Any, **kwargs: Any) -> None:
+            self._stop_watching()
+            with self._micro_batches.clean_backward():
+                backward(*args, **kwargs)
+
+        self._unwatch = replace_attribute(self, "backward", watched)
+
+    def _stop_watching(self) -> None:
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the watch behind, as Lightning does the Trainer."""
+        state: dict[str, Any] = {**super().__getstate__()}
+        if state["_unwatch"] is not None:  # a copy would call the original's backward
+            del state["backward"]
+        return {**state, "_unwatch": None}
 
     def _backward(self, batch: Any, batch_idx: int, optimizer: Any) -> None:
         strategy = self.trainer.strategy
@@ -114,11 +152,3 @@ class TwoPasses(Module):  # type: ignore[misc]
         takes_index = len(inspect.signature(self.training_step).parameters) > 1
         output = training_step(batch, batch_idx) if takes_index else training_step(batch)
         return output.get("loss") if isinstance(output, Mapping) else output
-
-    @contextmanager
-    def _not_logging(self) -> Iterator[None]:
-        self.__dict__["log"] = lambda *args, **kwargs: None
-        try:
-            yield
-        finally:
-            del self.__dict__["log"]

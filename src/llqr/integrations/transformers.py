@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ._micro_batches import MicroBatches, find_optimizer
+from ._once import silenced
 
 __all__ = ["TwoPasses"]
 
@@ -27,7 +29,8 @@ class TwoPasses(Trainer):  # type: ignore[misc]
         trainer = LLQRTrainer(model, args, ..., optimizers=(optimizer, None))
 
     With ``gradient_accumulation_steps`` the step is that of the joined batch. Gradient clipping
-    acts on the gradients of the second pass. A refresh takes the loss and ``outputs.logits``.
+    acts on the gradients of the second pass, in which ``self.log`` does nothing. A refresh takes
+    the loss and the logits, from a model output, a dict or a tuple.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,21 +41,22 @@ class TwoPasses(Trainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch and, at the last one of a step, all of them again at theta + eps."""
         optimizer, clean = find_optimizer(self.optimizer), super().training_step
-
-        def backward() -> Tensor:
-            loss: Tensor = clean(model, inputs, num_items_in_batch)
-            return loss
-
-        self._micro_batches.record(
-            optimizer, backward, lambda: self.refresh_step(model, inputs, num_items_in_batch)
+        self._micro_batches.start(
+            optimizer,
+            lambda: clean(model, inputs, num_items_in_batch),
+            lambda: self.refresh_step(model, inputs, num_items_in_batch),
         )
-        loss = backward()
+        with self._micro_batches.clean_backward():
+            loss: Tensor = clean(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._micro_batches.finish(optimizer, self.accelerator.scaler)
+            with silenced(self, "log"):
+                self._micro_batches.finish(optimizer, self.accelerator.scaler)
         return loss
 
     def refresh_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Return (loss, logits) of a micro-batch, for a refresh.
+        """Return (loss, logits) of a micro-batch, for a refresh; the loss alone without logits.
+
+        Override it if the loss is computed from something else than the logits.
 
         A refresh takes the mean over micro-batches. Where the Trainer adds their losses up, since
         each is divided by the number of items in all of them, the loss is scaled to that.
@@ -65,5 +69,31 @@ class TwoPasses(Trainer):  # type: ignore[misc]
         if added is None:
             divided = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             added = divided or self.compute_loss_func is not None
-        factor = self.current_gradient_accumulation_steps if added else 1
-        return loss * factor, outputs.logits
+        loss = loss * (self.current_gradient_accumulation_steps if added else 1)
+        logits = _logits_of(outputs)
+        return loss if logits is None else (loss, logits)
+
+
+def _logits_of(outputs: Any) -> Any:
+    """Return what a model's outputs hold besides the loss, as the Trainer's evaluation reads them.
+
+    Args:
+        outputs: a dict or object with ``logits`` or with entries that end so (``start_logits``), a
+            tuple (loss, logits, ...) or, if the loss is computed outside the model, (logits, ...)
+            or the logits themselves.
+
+    Returns:
+        A tensor, or several in a list or dict; None if there are no logits.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.dim() > 0 else None
+    if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "_fields"):
+        after_loss = isinstance(outputs[0], Tensor) and outputs[0].dim() == 0
+        return next(iter(outputs[1:] if after_loss else outputs), None)
+    if hasattr(outputs, "_asdict"):  # a named tuple
+        outputs = outputs._asdict()
+    entries = outputs if isinstance(outputs, Mapping) else getattr(outputs, "__dict__", {})
+    if entries.get("logits") is not None:
+        return entries["logits"]
+    found = {k: v for k, v in entries.items() if str(k).endswith("logits") and v is not None}
+    return found or None
