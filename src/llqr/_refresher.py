@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from ._module_state import autocast_off, evaluated_without_trace
+from ._module_state import autocast_off, autocast_overruled, evaluated_without_trace
 from ._parameters import NamedParameters
 from ._progress import Progress
 from .distributed import Ranks
@@ -119,7 +119,8 @@ def call_and_unpack(forward: Forward) -> Any:
 
     Such are transformers' ModelOutput and dataclasses of one's own.
     """
-    result = forward()
+    with autocast_overruled():
+        result = forward()
     if hasattr(result, "loss") and hasattr(result, "logits"):
         return result.loss, result.logits
     if not (isinstance(result, (tuple, list)) and len(result) == 2):
