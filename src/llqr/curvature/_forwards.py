@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._module_state import RandomState
+from ._graphs import gradients_of
 
 __all__ = [
     "Forward",
@@ -109,6 +109,6 @@ def count_nonzero_rows(loss: Tensor, zs: list[Tensor]) -> int:
     The authors' code sums the curvature over these rows, so that an ignored label or a masked
     token does not count.
     """
-    gz = torch.autograd.grad(loss, zs, retain_graph=True, allow_unused=True)
+    gz = gradients_of([loss], zs)
     rows = [g.reshape(-1, g.shape[-1] if g.dim() > 1 else 1) for g in gz if g is not None]
     return max([1, *(int(r.any(1).sum()) for r in rows)])

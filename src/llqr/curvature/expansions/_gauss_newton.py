@@ -17,7 +17,9 @@ from .._forwards import (
 )
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
-from ._differences import central_difference
+from ._compare_replacements import PlainDerivatives, derivatives_to_compare
+from ._linear_maps import are_transposes, random_cotangents
+from ._missing_derivative import MissingDerivative
 from ._output_hessian import OutputHessian
 from ._output_jacobian import (
     JacobianByDifferences,
@@ -60,11 +62,18 @@ class GaussNewtonExpansion(Expansion):
         hjd = self._hessian.product(jd)
         return self._jacobian.transposed_product(hjd)
 
-    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
-        return self._jacobian.product(d)
-
-    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
-        return central_difference(self._repeat, self._parameters, d)
+    def _check_custom_functions(self) -> None:
+        # J' is the backward pass that trains the network, be it the derivative of the forward or a
+        # surrogate: straight through a rounding, reversed. J must be its transpose: then C is the
+        # curvature of that surrogate, and symmetric. Differences are of the forward itself.
+        v, jacobian = random_cotangents(self._jacobian.outputs), self._jacobian
+        maps = jacobian.transposed_product, jacobian.product
+        if not are_transposes(v, *maps, self._parameters, self.by_differences):
+            if self.by_differences:
+                self._refuse_custom_functions("J' is not the transpose of a linear map J")
+            raise MissingDerivative(", ".join(self._unchecked))
+        if not self.by_differences:  # whose H was checked by the ways before
+            self._check_symmetry()
 
 
 class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
@@ -75,13 +84,24 @@ class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
     jacobian_class = JacobianByDoubleBackward
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
-        with ReplacedOperations():
+        with ReplacedOperations() as mode:
             loss, outputs = split_loss_and_outputs(forward())
+        self._plain: PlainDerivatives | None = None
         # H is taken between the outputs and the loss, where the operations' inputs do move.
-        if not replaced_above(loss, tensors_in(outputs)):
-            return loss, outputs
-        del loss, outputs  # not two graphs at a time
-        return split_loss_and_outputs(forward())
+        if replaced_above(loss, tensors_in(outputs)):
+            del loss, outputs  # not two graphs at a time
+            return split_loss_and_outputs(forward())
+        if mode.kinds:
+            self._plain = derivatives_to_compare(forward, self._parameters, mode.kinds, loss)
+        return loss, outputs
+
+    def _prepare_products(
+        self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
+    ) -> None:
+        super()._prepare_products(forward, loss, outputs, curvature)
+        if self._plain is not None:
+            self._plain.compare(self._jacobian)
+            self._plain = None
 
 
 class GaussNewtonByDoubleBackward(GaussNewtonExpansion):

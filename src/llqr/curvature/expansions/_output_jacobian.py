@@ -33,6 +33,7 @@ class OutputJacobian(ABC):
         repeat: computes the outputs again at the parameters' present values.
 
     Attributes:
+        outputs: the tensors z.
         loss_gradient: the gradient of the loss, which one backward pass gives along with J.
     """
 
@@ -45,7 +46,7 @@ class OutputJacobian(ABC):
         parameters: list[Tensor],
         repeat: Callable[[], list[Tensor]],
     ) -> None:
-        self._outputs, self._parameters, self._repeat = outputs, parameters, repeat
+        self.outputs, self._parameters, self._repeat = outputs, parameters, repeat
         self.loss_gradient = self._differentiate_loss(loss)
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
@@ -57,7 +58,7 @@ class OutputJacobian(ABC):
 
     def transposed_product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return J'v for every parameter; None is zero."""
-        pairs = [(z, x) for z, x in zip(self._outputs, v, strict=True) if x is not None]
+        pairs = [(z, x) for z, x in zip(self.outputs, v, strict=True) if x is not None]
         if not pairs:
             return [None] * len(self._parameters)
         # v -> J'v is a plain backward pass, whichever way J d was computed.
@@ -70,9 +71,9 @@ class JacobianByDoubleBackward(OutputJacobian):
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         # One VJP gives the gradient and the map u -> J'u: backpropagate the loss with cotangent 1
         # and the outputs with a cotangent u that is zero, and keep the graph in u.
-        self._us = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+        self._us = [torch.zeros_like(z, requires_grad=True) for z in self.outputs]
         gradient = gradients_of(
-            [loss, *self._outputs],
+            [loss, *self.outputs],
             self._parameters,
             [torch.ones_like(loss), *self._us],
             create_graph=True,
