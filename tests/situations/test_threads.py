@@ -238,3 +238,77 @@ def test_recurrent_nets_without_cudnn(kind: str, packed: bool, curvature: str, m
 
 def test_cudnn_takes_nothing_on_a_cpu():
     assert not twice._cudnn_takes(torch.ones(2))
+
+
+# -- forward-mode differentiation, whose levels torch counts for the whole process -----------------
+
+
+class OnceWithTangents(torch.autograd.Function):
+    """The sine: once differentiable by backward, and by forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx: Any, d: Tensor) -> Tensor:
+        return d * ctx.saved_tensors[0].cos()
+
+
+def tangents_problem(seed: int) -> tuple[list[Tensor], Any, Tensor]:
+    net = ready(nn.Linear(4, 3))
+    x = torch.randn(6, 4, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    parameters = list(net.parameters())
+    C = gauss_newton(net(x).sin(), lambda z: z.square().mean(), parameters)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = OnceWithTangents.apply(net(x))
+        return z.square().mean(), z
+
+    return parameters, forward, C
+
+
+@pytest.mark.filterwarnings("ignore:the forward uses OnceWithTangents:UserWarning")
+def test_products_by_forward_mode_in_two_threads():
+    problems, errors = [tangents_problem(seed) for seed in range(2)], []
+    start = threading.Barrier(2)
+
+    def work(parameters: list[Tensor], forward: Any, C: Tensor) -> None:
+        try:
+            model = llqr.quadratic_model(forward, parameters)
+            start.wait(60)
+            for _ in range(5):
+                agree(curvature_matrix(model, parameters), C)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=p) for p in problems]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_forward_mode_within_forward_mode_takes_differences():
+    parameters, forward, _ = tangents_problem(0)
+
+    def inner() -> tuple[Tensor, Tensor]:
+        with torch.autograd.forward_ad.dual_level():
+            return forward()
+
+    d = [torch.ones_like(p) for p in parameters]
+    model = llqr.quadratic_model(inner, parameters)
+    with pytest.warns(UserWarning, match="OnceWithTangents.*central differences"):
+        found = model.product(d)
+    plain = llqr.quadratic_model(forward, parameters)
+    with pytest.warns(UserWarning, match="OnceWithTangents.*forward-mode"):
+        expected = plain.product(d)
+    agree(vector(found), vector(expected), 1e-6)

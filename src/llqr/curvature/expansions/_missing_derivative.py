@@ -31,8 +31,8 @@ def missing_derivative_in(error: BaseException) -> str | None:
         return error.operation
     text = str(error)
     known = isinstance(error, NotImplementedError)  # what torch raises for most
-    # CTC and Functions of users raise other errors.
-    unusual = r"once_differentiable|derivative for \S+ is not implemented"
+    # CTC and Functions of users raise other errors, and so does forward mode within forward mode.
+    unusual = r"once_differentiable|derivative for \S+ is not implemented|Nested forward mode AD"
     known = known or (isinstance(error, RuntimeError) and re.search(unusual, text) is not None)
     if not known:
         return None

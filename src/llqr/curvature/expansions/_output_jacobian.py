@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ __all__ = [
     "JacobianByForwardMode",
     "OutputJacobian",
 ]
+
+
+_dual_level = threading.RLock()
 
 
 class OutputJacobian(ABC):
@@ -98,7 +102,8 @@ class JacobianByForwardMode(OutputJacobian):
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return J d as the tangent of z(p + d epsilon)."""
-        with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
+        # Dual levels and filters of warnings belong to the process: one thread at a time.
+        with _dual_level, warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
             # At its first use torch compiles decompositions through an interface it deprecates.
             warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
             make: Any = forward_ad.make_dual
