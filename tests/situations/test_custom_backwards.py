@@ -206,3 +206,112 @@ def test_quantised_training_goes_as_without_a_function(structure: str):
         losses.append([float(optimizer.minimize(forward)) for _ in range(8)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_a_loss_that_is_fused_in_part_is_refused():
+    """H is not zero, only wrong: found by differences of the loss's slope."""
+    net, forward = problem(torch.tanh, lambda z: FusedCrossEntropy.apply(z) + z.square().mean())
+    model = llqr.quadratic_model(forward, net.parameters())
+    with pytest.raises(ValueError, match="FusedCrossEntropy.*second derivative of the loss"):
+        model.product(model.gradient)
+
+
+def test_a_loss_function_with_all_its_derivatives():
+    class Logistic(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            ctx.save_for_backward(z)
+            return F.softplus(z).mean()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (z,) = ctx.saved_tensors
+            return g * z.sigmoid() / z.numel()
+
+    net, forward = problem(torch.tanh, Logistic.apply)
+    other, expected = problem(torch.tanh, lambda z: F.softplus(z).mean())
+    C = curvature_matrix(llqr.quadratic_model(forward, net.parameters()), list(net.parameters()))
+    plain = llqr.quadratic_model(expected, other.parameters())
+    agree(C, curvature_matrix(plain, list(other.parameters())))
+
+
+# -- the same by hooks on what the forward computes ------------------------------------------------
+
+
+def hooked(hook: Any) -> Callable[[Tensor], Tensor]:
+    def between(x: Tensor) -> Tensor:
+        x = 1 * x
+        x.register_hook(hook)
+        return x
+
+    return between
+
+
+def test_a_reversal_by_a_hook():
+    (net, forward), (other, expected) = problem(hooked(lambda g: -0.5 * g)), problem(Reversal.apply)
+    C = curvature_matrix(llqr.quadratic_model(forward, net.parameters()), list(net.parameters()))
+    plain = llqr.quadratic_model(expected, other.parameters())
+    agree(C, curvature_matrix(plain, list(other.parameters())))
+
+
+def test_a_hook_that_only_looks():
+    seen: list[Any] = []
+    (net, forward), (other, expected) = (
+        problem(hooked(seen.append)),
+        problem(torch.clone),
+    )
+    C = curvature_matrix(llqr.quadratic_model(forward, net.parameters()), list(net.parameters()))
+    plain = llqr.quadratic_model(expected, other.parameters())
+    agree(C, curvature_matrix(plain, list(other.parameters())))
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda g: g.clamp(-1e-3, 1e-3), lambda g: g / g.norm(), lambda g: g * torch.rand(1)]
+)
+def test_a_hook_that_is_no_linear_map_is_refused(hook: Any):
+    net, forward = problem(hooked(hook))
+    model = llqr.quadratic_model(forward, net.parameters())
+    with pytest.raises(ValueError, match="a hook on a tensor.*linear"):
+        model.product(model.gradient)
+
+
+def test_a_deep_equilibrium():
+    """The backward pass solves a linear system in a hook, without a graph of its own."""
+    torch.manual_seed(0)
+    inner, outer = ready(nn.Linear(4, 4)), ready(nn.Linear(4, 3))
+    parameters = [*inner.parameters(), *outer.parameters()]
+    with torch.no_grad():
+        inner.weight.mul_(0.3)
+
+    def settled(z: Tensor) -> Tensor:
+        for _ in range(60):
+            z = (inner(z) + X).tanh()
+        return z
+
+    def forward() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            z = settled(torch.zeros_like(X))
+        z = (inner(z) + X).tanh()
+        at = z.detach().requires_grad_()
+        again = (inner(at) + X).tanh()
+
+        def solve(g: Tensor) -> Tensor:
+            v = g.detach()
+            for _ in range(60):
+                v = torch.autograd.grad(again, at, v, retain_graph=True)[0] + g.detach()
+            return v
+
+        z.register_hook(solve)
+        z = outer(z)
+        return F.cross_entropy(z, Y), z
+
+    def unrolled() -> tuple[Tensor, Tensor]:
+        z = outer(settled(torch.zeros_like(X)))
+        return F.cross_entropy(z, Y), z
+
+    model = llqr.quadratic_model(forward, parameters)
+    with pytest.warns(UserWarning, match="a hook on a tensor.*forward-mode"):
+        C = curvature_matrix(model, parameters)
+    expected = llqr.quadratic_model(unrolled, parameters)
+    agree(vector(model.gradient), vector(expected.gradient), 1e-9)
+    agree(C, curvature_matrix(expected, parameters), 1e-9)

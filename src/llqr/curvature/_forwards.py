@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -50,17 +51,29 @@ class RepeatableForward:
 
 
 class RepeatedOutputs:
-    """The differentiable outputs, computed again at the parameters' present values."""
+    """The differentiable outputs, computed again at the parameters' present values.
 
-    def __init__(self, forward: RepeatableForward, outputs: Any) -> None:
-        self._forward = forward
+    Args:
+        forward: what computes them.
+        outputs: what it returned first.
+        slope: compute the loss's derivatives in them instead.
+    """
+
+    def __init__(self, forward: RepeatableForward, outputs: Any, slope: bool = False) -> None:
+        self._forward, self._slope = forward, slope
         # By position, because a forward that runs again need not record a graph.
         self._positions = [i for i, z in enumerate(tensors_in(outputs)) if z.requires_grad]
 
     def __call__(self) -> list[Tensor]:
         """Return them, in the order of ``differentiable_in``."""
-        tensors = tensors_in(self._forward()[1])
-        return [tensors[i] for i in self._positions]
+        if not self._slope:
+            tensors = tensors_in(self._forward()[1])
+            return [tensors[i] for i in self._positions]
+        with torch.enable_grad():  # differences are taken without a graph; this one is local
+            loss, outputs = split_loss_and_outputs(self._forward())
+            zs = [tensors_in(outputs)[i] for i in self._positions]
+            slopes = gradients_of([loss], zs)
+        return [torch.zeros_like(z) if v is None else v for z, v in zip(zs, slopes, strict=True)]
 
 
 def split_loss_and_outputs(result: Any) -> tuple[Tensor, Any]:

@@ -68,14 +68,18 @@ def release_failed_backward() -> None:
         torch.autograd.grad(x + 1, x)
 
 
-def custom_functions_in(tensors: Sequence[Tensor]) -> list[str]:
+def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
     """Return the names of users' autograd Functions in the graph above the parameters.
+
+    Args:
+        tensors: where the graph ends.
+        above: leave out what these are computed by.
 
     Raises:
         ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
     """
     names: dict[str, None] = {}
-    pending, seen = [t.grad_fn for t in tensors], set()
+    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
     while pending:
         node = pending.pop()
         if node is None or node in seen:

@@ -5,6 +5,7 @@ Nothing here is set for the whole process: a function mode belongs to its thread
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -15,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from ._eager_code import eager_where
 from .linearised import has_subclass
 
-__all__ = ["ExactWeightNorm", "twice_differentiable"]
+__all__ = ["ExactWeightNorm", "tensor_hooks_noted", "twice_differentiable"]
 
 
 @contextmanager
@@ -34,11 +36,22 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+def tensor_hooks_noted() -> bool:
+    """Tell whether a forward within ``twice_differentiable`` put hooks on what it computed."""
+    modes: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return any(isinstance(m, _TwiceDifferentiable) and m.hooks_noted for m in modes)
+
+
 class _TwiceDifferentiable(TorchFunctionMode):
     """Run the functions in the table by kernels that have a double backward.
 
     That any function mode is on keeps ``nn.MultiheadAttention`` from its fast path.
+
+    Attributes:
+        hooks_noted: whether a hook was put on a tensor that has a graph; no graph shows it.
     """
+
+    hooks_noted = False
 
     def __torch_function__(
         self,
@@ -53,6 +66,14 @@ class _TwiceDifferentiable(TorchFunctionMode):
         if replacement is None or has_subclass(types):
             return func(*args, **(kwargs or {}))
         return replacement(self, func, args, kwargs or {})
+
+
+def _note_hook(mode: _TwiceDifferentiable, func: Any, args: Any, kwargs: Any) -> Any:
+    """Note a hook; leave it out where a forward is run again without a graph, and torch raises."""
+    if not torch.is_grad_enabled():
+        return RemovableHandle(OrderedDict())
+    mode.hooks_noted = mode.hooks_noted or args[0].grad_fn is not None
+    return func(*args, **kwargs)
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -124,6 +145,7 @@ def _elementary_form(func: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
 
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+    Tensor.register_hook: _note_hook,
     F.scaled_dot_product_attention: _math_attention,
     F.multi_head_attention_forward: _seen_within,
     torch.lstm: _without_cudnn,

@@ -17,7 +17,7 @@ from .._forwards import (
     tensors_in,
 )
 from .._graphs import custom_functions_in
-from .._twice_differentiable import ExactWeightNorm
+from .._twice_differentiable import ExactWeightNorm, tensor_hooks_noted
 from ._linear_maps import is_symmetric
 
 __all__ = ["Expansion"]
@@ -62,6 +62,8 @@ class Expansion(ABC):
         # Double backward says if an operation lacks it, unless a user's own Function hides the
         # dependence or computes in its backward something else than a derivative.
         self._unchecked = custom_functions_in([loss, *tensors_in(outputs)])
+        if tensor_hooks_noted():
+            self._unchecked.append("a hook on a tensor")
         self.loss = loss.detach()
         self.rows = 1
         if outputs is None and (curvature.gauss_newton or count_rows):
@@ -120,7 +122,7 @@ class Expansion(ABC):
     def _refuse_custom_functions(self, reason: str) -> NoReturn:
         names = ", ".join(self._unchecked)
         raise ValueError(
-            f"forward: with the backward of {names} {reason}. A Function's backward must be "
+            f"forward: with the backward of {names} {reason}. A backward of one's own must be "
             "linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
             "it is not the derivative of the forward, differentiable: a straight-through estimate "
             "of f is x + (f(x) - x).detach()"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._forwards import RepeatableForward, differentiable_in, split_loss_and_outputs
 from .._graphs import gradients_of
-from ._linear_maps import direction_along, inner_product, nearly_equal, random_cotangents
+from ._linear_maps import direction_along, inner_product, nearly_equal, norm, random_cotangents
 from ._missing_derivative import ReplacementsDisagree
 from ._output_jacobian import OutputJacobian
 
@@ -43,13 +43,17 @@ class PlainDerivatives:
         # A forward that does not repeat itself (it reads what it wrote) cannot be judged.
         self._repeats = nearly_equal(float(loss.detach()), float(again.detach()), zs)
 
-    def compare(self, jacobian: OutputJacobian) -> None:
+    def compare(self, jacobian: OutputJacobian, forward_too: bool) -> None:
         """Compare with g + J'v and with J of the replaced operations; keep the verdict.
+
+        Args:
+            jacobian: of the forward with replaced operations.
+            forward_too: whether to compare J; users' own backward passes may spoil it as well.
 
         Raises:
             ReplacementsDisagree: they are wrong in this forward.
         """
-        right = not self._repeats or self._agrees_with(jacobian)
+        right = not self._repeats or self._agrees_with(jacobian, forward_too)
         _verdicts[self._key] = right
         if not right:
             log.warning(
@@ -58,19 +62,17 @@ class PlainDerivatives:
             )
             raise ReplacementsDisagree
 
-    def _agrees_with(self, jacobian: OutputJacobian) -> bool:
+    def _agrees_with(self, jacobian: OutputJacobian, forward_too: bool) -> bool:
         g, jv = jacobian.loss_gradient, jacobian.transposed_product(self._v)
         d = direction_along(self._sum, self._parameters)
-        # <g + J'v, d> = <g, d> + <v, J d>: every entry of g + J'v, every map of J
+        # Every entry of g + J'v; and <g + J'v, d> = <g, d> + <v, J d>.
         sure = inner_product(self._sum, d)
         error = [_difference(p, a, b) for p, a, b in zip(self._sum, g, jv, strict=True)]
-        small = nearly_equal(_square(self._sum), _square(self._sum) + _square(error), d)
-        along = inner_product(g, d)
-        return (
-            small
-            and nearly_equal(sure, along + inner_product(jv, d), d)
-            and nearly_equal(sure, along + inner_product(self._v, jacobian.product(d)), d)
-        )
+        small = nearly_equal(norm(self._sum), norm(self._sum) + norm(error), d)
+        if not forward_too or not small:
+            return small
+        found = inner_product(g, d) + inner_product(self._v, jacobian.product(d))
+        return nearly_equal(sure, found, d)
 
 
 def derivatives_to_compare(
@@ -94,7 +96,3 @@ def _difference(whole: Tensor | None, *parts: Tensor | None) -> Tensor | None:
     if whole is None:
         return sum(known[1:], known[0]) if known else None
     return whole - sum(known) if known else whole
-
-
-def _square(v: list[Tensor | None]) -> float:
-    return inner_product(v, v)

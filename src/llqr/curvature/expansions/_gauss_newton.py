@@ -15,9 +15,11 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
+from .._graphs import custom_functions_in
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
 from ._compare_replacements import PlainDerivatives, derivatives_to_compare
+from ._differences import central_difference, differ_too_much, random_direction
 from ._linear_maps import are_transposes, random_cotangents
 from ._missing_derivative import MissingDerivative
 from ._output_hessian import OutputHessian
@@ -55,6 +57,8 @@ class GaussNewtonExpansion(Expansion):
         self._jacobian = self.jacobian_class(loss, zs, self._parameters, self._repeat)
         self._keep_gradient(self._jacobian.loss_gradient)
         self._hessian = OutputHessian(curvature, loss, outputs, zs)
+        hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
+        self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         # d -> J d -> H J d -> J' H J d
@@ -74,6 +78,15 @@ class GaussNewtonExpansion(Expansion):
             raise MissingDerivative(", ".join(self._unchecked))
         if not self.by_differences:  # whose H was checked by the ways before
             self._check_symmetry()
+        if self._slope is not None:
+            self._check_output_hessian(self._slope)
+
+    def _check_output_hessian(self, slope: RepeatedOutputs) -> None:
+        """Compare H J d with differences of dL/dz: fused losses keep it as a constant."""
+        d = random_direction(self._parameters)
+        found = self._hessian.product(self._jacobian.product(d))
+        if differ_too_much(found, central_difference(slope, self._parameters, d)):
+            self._refuse_custom_functions("the second derivative of the loss is hidden")
 
 
 class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
@@ -100,7 +113,7 @@ class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
     ) -> None:
         super()._prepare_products(forward, loss, outputs, curvature)
         if self._plain is not None:
-            self._plain.compare(self._jacobian)
+            self._plain.compare(self._jacobian, forward_too=not self._unchecked)
             self._plain = None
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "inner_product",
     "is_symmetric",
     "nearly_equal",
+    "norm",
     "random_cotangents",
 ]
 
@@ -38,10 +39,15 @@ def inner_product(a: Vectors, b: Vectors) -> float:
     return sum(float(p.sum(dtype=_widest(p))) for p in products)
 
 
+def norm(v: Vectors) -> float:
+    """Return the length of a list of tensors."""
+    return math.sqrt(inner_product(v, v))
+
+
 def direction_along(image: Vectors, parameters: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Return a random direction plus one along ``image``, both as long as the parameters."""
     random = random_direction(parameters, seed)
-    length = _norm(random) / max(_norm(image), torch.finfo(torch.float64).tiny)
+    length = norm(random) / max(norm(image), torch.finfo(torch.float64).tiny)
     if not 0 < length < float("inf"):
         return random
     return [r if v is None else r + length * v.detach() for r, v in zip(random, image, strict=True)]
@@ -84,10 +90,6 @@ def nearly_equal(
     eps = max(torch.finfo(t.dtype).eps for t in like)
     rounding = 100 * math.pow(eps, 1 / 3) if by_differences else 30 * math.sqrt(eps)
     return abs(sure - found) <= min(LARGEST_ERROR, rounding) * max(abs(sure), abs(found))
-
-
-def _norm(v: Vectors) -> float:
-    return math.sqrt(inner_product(v, v))
 
 
 def _widest(x: Tensor) -> torch.dtype:

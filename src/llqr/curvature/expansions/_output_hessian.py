@@ -31,6 +31,9 @@ class OutputHessian:
         outputs: what the forward handed over.
         zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
 
+    Attributes:
+        of_loss: whether D is the loss itself.
+
     Raises:
         ValueError: the loss was not computed from the outputs, or one output from another.
         LinearLoss: H is zero.
@@ -50,7 +53,8 @@ class OutputHessian:
                 "the loss was not computed from `outputs`: return the very tensor that the loss "
                 "function was given (not a detached or recomputed copy)"
             )
-        self._check_curvature(may_be_stationary=objective is loss)
+        self.of_loss = objective is loss
+        self._check_curvature(may_be_stationary=self.of_loss)
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
@@ -78,7 +82,8 @@ class OutputHessian:
             raise LinearLoss(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
                 "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
-                "they are, they lie so far apart that training has diverged"
+                "they are, they lie so far apart that training has diverged; if the loss is an "
+                "autograd.Function, its backward must be differentiable"
             )
         # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.
