@@ -9,11 +9,13 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "Buffers",
@@ -23,6 +25,7 @@ __all__ = [
     "TensorValues",
     "WrittenParameters",
     "autocast_off",
+    "autocast_overruled",
     "evaluation_mode",
     "without_autocast",
 ]
@@ -368,26 +371,46 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def autocast_off(device: torch.device, notice: Callable[[], None]) -> Iterator[None]:
     """Switch autocast off, around the call and wherever a forward switches it on by itself.
 
-    Curvature products in bfloat16 are wrong in the third digit.
+    Curvature products in bfloat16 are wrong in the third digit. A forward's own autocast is seen
+    where the forward runs within :func:`autocast_overruled`. All of it holds for this thread only.
 
     Args:
         device: where the model is.
         notice: called when a forward's own autocast was overruled.
     """
-    enter: Callable[..., Any] = torch.amp.autocast_mode.autocast.__enter__
-
-    def disabled(self: torch.amp.autocast_mode.autocast) -> Any:
-        asked, self._enabled = self._enabled, False
-        if asked:
-            notice()
-        try:
-            return enter(self)
-        finally:
-            self._enabled = asked
-
-    torch.amp.autocast_mode.autocast.__enter__ = disabled  # type: ignore[method-assign]
+    before = _overruling.set(_AutocastOverruled(device.type, notice))
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.amp.autocast_mode.autocast.__enter__ = enter  # type: ignore[method-assign]
+        _overruling.reset(before)
+
+
+def autocast_overruled() -> AbstractContextManager[Any]:
+    """Return what a forward runs within: it follows the ``autocast_off`` around it, if any."""
+    return _overruling.get() or nullcontext()
+
+
+class _AutocastOverruled(TorchFunctionMode):
+    """Switch autocast off again at the first function called after it was switched on."""
+
+    def __init__(self, device_type: str, notice: Callable[[], None]) -> None:
+        super().__init__()
+        self._device_type, self._notice = device_type, notice
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` without autocast."""
+        if torch.is_autocast_enabled(self._device_type):
+            # The end of the forward's autocast sets what was before it, whatever is set now.
+            torch.set_autocast_enabled(self._device_type, False)
+            self._notice()
+        return func(*args, **(kwargs or {}))
+
+
+_overruling: ContextVar[_AutocastOverruled | None] = ContextVar("overruling", default=None)

@@ -13,7 +13,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._current_pass import running_pass
-from ._module_state import ForwardState, RandomState, autocast_off, evaluation_mode
+from ._module_state import (
+    ForwardState,
+    RandomState,
+    autocast_off,
+    autocast_overruled,
+    evaluation_mode,
+)
 from ._parameters import NamedParameters
 from ._progress import Progress
 from ._step_modules import StepModules
@@ -185,7 +191,8 @@ def call_and_unpack(forward: Forward) -> Any:
 
     Such are transformers' ModelOutput and dataclasses of one's own.
     """
-    result = forward()
+    with autocast_overruled():
+        result = forward()
     if hasattr(result, "loss") and hasattr(result, "logits"):
         return result.loss, result.logits
     if not (isinstance(result, (tuple, list)) and len(result) == 2):

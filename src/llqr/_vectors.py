@@ -143,7 +143,7 @@ def total_inner_product(a: Tensors, b: Tensors) -> float:
 
 def sum_as_double(numbers: Mapping[str, float]) -> float:
     """Return the sum of numbers, as torch adds them up in float64."""
-    return float(torch.tensor(list(numbers.values()), dtype=torch.float64).sum())
+    return float(torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu").sum())
 
 
 def _dots_in_double(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._module_state import RandomState
+from ._graphs import gradients_of
 
 __all__ = [
     "Forward",
@@ -50,17 +51,29 @@ class RepeatableForward:
 
 
 class RepeatedOutputs:
-    """The differentiable outputs, computed again at the parameters' present values."""
+    """The differentiable outputs, computed again at the parameters' present values.
 
-    def __init__(self, forward: RepeatableForward, outputs: Any) -> None:
-        self._forward = forward
+    Args:
+        forward: what computes them.
+        outputs: what it returned first.
+        slope: compute the loss's derivatives in them instead.
+    """
+
+    def __init__(self, forward: RepeatableForward, outputs: Any, slope: bool = False) -> None:
+        self._forward, self._slope = forward, slope
         # By position, because a forward that runs again need not record a graph.
         self._positions = [i for i, z in enumerate(tensors_in(outputs)) if z.requires_grad]
 
     def __call__(self) -> list[Tensor]:
         """Return them, in the order of ``differentiable_in``."""
-        tensors = tensors_in(self._forward()[1])
-        return [tensors[i] for i in self._positions]
+        if not self._slope:
+            tensors = tensors_in(self._forward()[1])
+            return [tensors[i] for i in self._positions]
+        with torch.enable_grad():  # differences are taken without a graph; this one is local
+            loss, outputs = split_loss_and_outputs(self._forward())
+            zs = [tensors_in(outputs)[i] for i in self._positions]
+            slopes = gradients_of([loss], zs)
+        return [torch.zeros_like(z) if v is None else v for z, v in zip(zs, slopes, strict=True)]
 
 
 def split_loss_and_outputs(result: Any) -> tuple[Tensor, Any]:
@@ -109,6 +122,6 @@ def count_nonzero_rows(loss: Tensor, zs: list[Tensor]) -> int:
     The authors' code sums the curvature over these rows, so that an ignored label or a masked
     token does not count.
     """
-    gz = torch.autograd.grad(loss, zs, retain_graph=True, allow_unused=True)
+    gz = gradients_of([loss], zs)
     rows = [g.reshape(-1, g.shape[-1] if g.dim() > 1 else 1) for g in gz if g is not None]
     return max([1, *(int(r.any(1).sum()) for r in rows)])

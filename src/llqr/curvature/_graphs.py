@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,19 +19,42 @@ def gradients_of(
     cotangents: Sequence[Tensor] | None = None,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
-    """Return (d outputs / d inputs)' cotangents, None for an unused input; the graph stays."""
+    """Return (d outputs / d inputs)' cotangents, None for an unused input; the graph stays.
+
+    Hooks on outputs and inputs stay silent.
+    """
     if not inputs:
         return []
-    return list(
-        torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
+    with _hooks_suspended([*outputs, *inputs]):
+        return list(
+            torch.autograd.grad(
+                outputs,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         )
-    )
+
+
+@contextmanager
+def _hooks_suspended(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the tensors' hooks from firing: what they would clip or log here is no gradient."""
+    with torch._C.DisableTorchFunction():  # function modes would see every look at a tensor
+        found = {id(hooks): hooks for t in tensors if (hooks := t._backward_hooks)}
+    if not found:
+        yield
+        return
+    # Autograd holds these very dictionaries, so that they are emptied and not replaced.
+    kept = [(hooks, dict(hooks)) for hooks in found.values()]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, entries in kept:
+            hooks.update(entries)
 
 
 def release_failed_backward() -> None:
@@ -44,14 +68,18 @@ def release_failed_backward() -> None:
         torch.autograd.grad(x + 1, x)
 
 
-def custom_functions_in(tensors: Sequence[Tensor]) -> list[str]:
+def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
     """Return the names of users' autograd Functions in the graph above the parameters.
+
+    Args:
+        tensors: where the graph ends.
+        above: leave out what these are computed by.
 
     Raises:
         ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
     """
     names: dict[str, None] = {}
-    pending, seen = [t.grad_fn for t in tensors], set()
+    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
     while pending:
         node = pending.pop()
         if node is None or node in seen:

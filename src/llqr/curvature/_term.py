@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .._module_state import autocast_overruled
 from ._curvatures import Curvature
 from ._forwards import Forward, RepeatableForward
 from ._graphs import release_failed_backward
@@ -75,7 +76,7 @@ class Term:
         """Return ``use(expansion)``, by the first way for which no derivative is missing."""
         # Also around products: activation checkpointing runs parts of the forward again there, and
         # must meet the same kernels.
-        with twice_differentiable():
+        with autocast_overruled(), twice_differentiable():
             try:
                 while True:
                     try:
@@ -107,8 +108,7 @@ class Term:
             raise ValueError(
                 f"d: expected {len(self._parameters)} tensors, one per parameter, got {len(d)}"
             )
-        # A solver may work in float64 for float32 parameters; autograd wants the parameter's dtype.
-        return [d[i].to(self._parameters[i].dtype) for i in self._active_indices]
+        return [_as_gradient_of(self._parameters[i], d[i]) for i in self._active_indices]
 
     def _spread_over_all(self, values: Sequence[Tensor | None]) -> list[Tensor]:
         """Spread values of the active parameters over all, zeros elsewhere."""
@@ -118,3 +118,12 @@ class Term:
             value = known.get(i)
             spread.append(torch.zeros_like(parameter).detach() if value is None else value)
         return spread
+
+
+def _as_gradient_of(parameter: Tensor, v: Tensor) -> Tensor:
+    """Return a direction in the form that backward passes meet gradients in."""
+    # A solver may work in float64 for float32 parameters; autograd wants the parameter's dtype.
+    v = v.to(parameter.dtype)
+    # A slice of a flat vector begins anywhere: at an odd place, its pairs are no complex numbers.
+    aligned = v.storage_offset() % 2 == 0 and (v.is_contiguous() or not parameter.is_contiguous())
+    return v if aligned else v.clone(memory_format=torch.contiguous_format)

@@ -34,7 +34,7 @@ class Ranks:
         self._wrapper = _data_parallel(model)
         parameters = list(model.parameters())
         self._sharded: Any = next((p for p in parameters if is_sharded(p)), None)
-        self._first = next(iter(parameters), torch.empty(0))
+        self._first = next(iter(parameters), torch.empty(0, device="cpu"))
         self._given = process_group
 
     @property

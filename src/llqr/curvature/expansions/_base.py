@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -17,9 +17,8 @@ from .._forwards import (
     tensors_in,
 )
 from .._graphs import custom_functions_in
-from .._twice_differentiable import ExactWeightNorm
-from ._differences import differ_too_much, random_direction
-from ._missing_derivative import MissingDerivative
+from .._twice_differentiable import ExactWeightNorm, tensor_hooks_noted
+from ._linear_maps import is_symmetric
 
 __all__ = ["Expansion"]
 
@@ -61,9 +60,10 @@ class Expansion(ABC):
         self._parameters = parameters
         loss, outputs = self._run_forward(forward)
         # Double backward says if an operation lacks it, unless a user's own Function hides the
-        # dependence; such a graph is checked once against differences.
-        custom = custom_functions_in([loss, *tensors_in(outputs)])
-        self._unchecked = [] if self.by_differences else custom
+        # dependence or computes in its backward something else than a derivative.
+        self._unchecked = custom_functions_in([loss, *tensors_in(outputs)])
+        if tensor_hooks_noted():
+            self._unchecked.append("a hook on a tensor")
         self.loss = loss.detach()
         self.rows = 1
         if outputs is None and (curvature.gauss_newton or count_rows):
@@ -79,7 +79,8 @@ class Expansion(ABC):
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d, unscaled; None is zero."""
         if self._unchecked:
-            self._check_dependences()
+            self._check_custom_functions()
+            self._unchecked = []
         return self._curvature_product(d)
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
@@ -98,12 +99,13 @@ class Expansion(ABC):
         """Return C d, unscaled; None is zero."""
 
     @abstractmethod
-    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the first linear map of a product, which is what a hidden dependence spoils."""
+    def _check_custom_functions(self) -> None:
+        """Check what users' own Functions may spoil.
 
-    @abstractmethod
-    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
-        """Return the same by central differences."""
+        Raises:
+            MissingDerivative: this way lacks something that another one may have.
+            ValueError: no way gives a symmetric C.
+        """
 
     def _keep_gradient(self, gradient: list[Tensor | None]) -> None:
         if all(g is None for g in gradient):
@@ -113,10 +115,15 @@ class Expansion(ABC):
             )
         self.gradient = [None if g is None else g.detach() for g in gradient]
 
-    def _check_dependences(self) -> None:
-        """Compare with central differences: a graph with users' Functions may lack a dependence."""
-        d = random_direction(self._parameters)
-        # The adjoint test <v, J d> = <J'v, d> would not do: both sides miss what is hidden.
-        if differ_too_much(self._first_map(d), self._first_map_by_differences(d)):
-            raise MissingDerivative(", ".join(self._unchecked))
-        self._unchecked = []
+    def _check_symmetry(self) -> None:
+        if not is_symmetric(self._curvature_product, self._parameters, self.by_differences):
+            self._refuse_custom_functions("C would not be symmetric")
+
+    def _refuse_custom_functions(self, reason: str) -> NoReturn:
+        names = ", ".join(self._unchecked)
+        raise ValueError(
+            f"forward: with the backward of {names} {reason}. A backward of one's own must be "
+            "linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
+            "it is not the derivative of the forward, differentiable: a straight-through estimate "
+            "of f is x + (f(x) - x).detach()"
+        )

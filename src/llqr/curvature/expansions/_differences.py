@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ._random import random_normal
+
 __all__ = ["central_difference", "differ_too_much", "random_direction"]
 
 
@@ -44,13 +46,11 @@ def _parameters_moved(
             p.data.copy_(value)
 
 
-def random_direction(parameters: Sequence[Tensor]) -> list[Tensor]:
+def random_direction(parameters: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Return a direction of random entries, as large as each parameter's entries are."""
     direction = []
     for p in parameters:
-        # A generator of its own: a refresh must not advance the global random state.
-        noise = torch.Generator().manual_seed(0)
-        draw = torch.randn(p.shape, generator=noise, dtype=torch.float32).to(p)
+        draw = random_normal(p.shape, p.dtype, seed).to(p.device)
         direction.append(draw * p.detach().square().mean().sqrt().clamp(min=1e-3))
     return direction
 

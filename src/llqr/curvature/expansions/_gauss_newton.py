@@ -15,9 +15,13 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
+from .._graphs import custom_functions_in
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
-from ._differences import central_difference
+from ._compare_replacements import PlainDerivatives, derivatives_to_compare
+from ._differences import central_difference, differ_too_much, random_direction
+from ._linear_maps import are_transposes, random_cotangents
+from ._missing_derivative import MissingDerivative
 from ._output_hessian import OutputHessian
 from ._output_jacobian import (
     JacobianByDifferences,
@@ -53,6 +57,8 @@ class GaussNewtonExpansion(Expansion):
         self._jacobian = self.jacobian_class(loss, zs, self._parameters, self._repeat)
         self._keep_gradient(self._jacobian.loss_gradient)
         self._hessian = OutputHessian(curvature, loss, outputs, zs)
+        hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
+        self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         # d -> J d -> H J d -> J' H J d
@@ -60,11 +66,27 @@ class GaussNewtonExpansion(Expansion):
         hjd = self._hessian.product(jd)
         return self._jacobian.transposed_product(hjd)
 
-    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
-        return self._jacobian.product(d)
+    def _check_custom_functions(self) -> None:
+        # J' is the backward pass that trains the network, be it the derivative of the forward or a
+        # surrogate: straight through a rounding, reversed. J must be its transpose: then C is the
+        # curvature of that surrogate, and symmetric. Differences are of the forward itself.
+        v, jacobian = random_cotangents(self._jacobian.outputs), self._jacobian
+        maps = jacobian.transposed_product, jacobian.product
+        if not are_transposes(v, *maps, self._parameters, self.by_differences):
+            if self.by_differences:
+                self._refuse_custom_functions("J' is not the transpose of a linear map J")
+            raise MissingDerivative(", ".join(self._unchecked))
+        if not self.by_differences:  # whose H was checked by the ways before
+            self._check_symmetry()
+        if self._slope is not None:
+            self._check_output_hessian(self._slope)
 
-    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
-        return central_difference(self._repeat, self._parameters, d)
+    def _check_output_hessian(self, slope: RepeatedOutputs) -> None:
+        """Compare H J d with differences of dL/dz: fused losses keep it as a constant."""
+        d = random_direction(self._parameters)
+        found = self._hessian.product(self._jacobian.product(d))
+        if differ_too_much(found, central_difference(slope, self._parameters, d)):
+            self._refuse_custom_functions("the second derivative of the loss is hidden")
 
 
 class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
@@ -75,13 +97,24 @@ class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
     jacobian_class = JacobianByDoubleBackward
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
-        with ReplacedOperations():
+        with ReplacedOperations() as mode:
             loss, outputs = split_loss_and_outputs(forward())
+        self._plain: PlainDerivatives | None = None
         # H is taken between the outputs and the loss, where the operations' inputs do move.
-        if not replaced_above(loss, tensors_in(outputs)):
-            return loss, outputs
-        del loss, outputs  # not two graphs at a time
-        return split_loss_and_outputs(forward())
+        if replaced_above(loss, tensors_in(outputs)):
+            del loss, outputs  # not two graphs at a time
+            return split_loss_and_outputs(forward())
+        if mode.kinds:
+            self._plain = derivatives_to_compare(forward, self._parameters, mode.kinds, loss)
+        return loss, outputs
+
+    def _prepare_products(
+        self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
+    ) -> None:
+        super()._prepare_products(forward, loss, outputs, curvature)
+        if self._plain is not None:
+            self._plain.compare(self._jacobian, forward_too=not self._unchecked)
+            self._plain = None
 
 
 class GaussNewtonByDoubleBackward(GaussNewtonExpansion):

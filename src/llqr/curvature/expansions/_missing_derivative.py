@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["MissingDerivative", "missing_derivative_in"]
+__all__ = ["MissingDerivative", "ReplacementsDisagree", "missing_derivative_in"]
 
 
 class MissingDerivative(RuntimeError):
@@ -15,13 +15,25 @@ class MissingDerivative(RuntimeError):
         self.operation = operation
 
 
+class ReplacementsDisagree(MissingDerivative):
+    """Replaced operations gave other derivatives than torch's own: a user need not know."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+
 def missing_derivative_in(error: BaseException) -> str | None:
-    """Return the operation that an error says has no such derivative; None for other errors."""
+    """Return the operation that an error says has no such derivative; None for other errors.
+
+    It is empty if another way must be taken without a word.
+    """
     if isinstance(error, MissingDerivative):
         return error.operation
     text = str(error)
-    known = isinstance(error, NotImplementedError)  # what torch raises
-    known = known or (isinstance(error, RuntimeError) and "once_differentiable" in text)
+    known = isinstance(error, NotImplementedError)  # what torch raises for most
+    # CTC and Functions of users raise other errors, and so does forward mode within forward mode.
+    unusual = r"once_differentiable|derivative for \S+ is not implemented|Nested forward mode AD"
+    known = known or (isinstance(error, RuntimeError) and re.search(unusual, text) is not None)
     if not known:
         return None
     quoted = re.search(r"derivative for '?(?:aten::)?([\w.]+)'?|forward AD with (\w+)", text)

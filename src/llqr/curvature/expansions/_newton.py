@@ -13,13 +13,15 @@ from .._curvatures import Curvature
 from .._forwards import RepeatableForward, split_loss_and_outputs
 from .._graphs import gradients_of
 from ._base import Expansion
-from ._differences import central_difference
+from ._differences import central_difference, differ_too_much
+from ._linear_maps import direction_along, inner_product, nearly_equal
+from ._missing_derivative import MissingDerivative
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
 
 
-class _RepeatedGradient:
-    """The gradient of the loss, computed again at the parameters' present values."""
+class _RepeatedLoss:
+    """The loss and its gradient, computed again at the parameters' present values."""
 
     def __init__(self, forward: RepeatableForward, parameters: list[Tensor]) -> None:
         self._forward, self._parameters = forward, parameters
@@ -28,7 +30,14 @@ class _RepeatedGradient:
         # Differences are taken without a graph; this one is local.
         with torch.enable_grad():
             loss, _ = split_loss_and_outputs(self._forward())
-            return list(torch.autograd.grad(loss, self._parameters, materialize_grads=True))
+            gradient = gradients_of([loss], self._parameters)
+            return [
+                loss,
+                *(
+                    torch.zeros_like(p) if g is None else g
+                    for p, g in zip(self._parameters, gradient, strict=True)
+                ),
+            ]
 
 
 class NewtonExpansion(Expansion):
@@ -41,18 +50,17 @@ class NewtonExpansion(Expansion):
     def _prepare_products(
         self, forward: RepeatableForward, loss: Tensor, outputs: Any, curvature: Curvature
     ) -> None:
-        self._repeat = _RepeatedGradient(forward, self._parameters)
+        self._repeat = _RepeatedLoss(forward, self._parameters)
         self._keep_gradient(self._differentiate_loss(loss))
 
     @abstractmethod
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         """Return the gradient, and keep what a product needs of it."""
 
-    def _first_map(self, d: Sequence[Tensor]) -> list[Tensor | None]:
-        return self._curvature_product(d)
-
-    def _first_map_by_differences(self, d: Sequence[Tensor]) -> list[Tensor]:
-        return central_difference(self._repeat, self._parameters, d)
+    def _differences(self, d: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return g'd and C d from two runs, to either side of the parameters."""
+        slope, *image = central_difference(self._repeat, self._parameters, d)
+        return float(slope), image
 
 
 class NewtonByDoubleBackward(NewtonExpansion):
@@ -66,6 +74,18 @@ class NewtonByDoubleBackward(NewtonExpansion):
         # A gradient without a graph is constant: its row of C is zero.
         self._rows = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
         return gradient
+
+    def _check_custom_functions(self) -> None:
+        d = direction_along(self.gradient, self._parameters)
+        found = self._curvature_product(d)
+        slope, image = self._differences(d)
+        # If backward computes the derivative of the forward, differences of it are sure. If it
+        # computes a surrogate, straight through a rounding, then C is the derivative of that, and
+        # differences would mix the two; it need not be symmetric.
+        derivative = nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True)
+        if derivative and differ_too_much(found, image):
+            raise MissingDerivative(", ".join(self._unchecked))
+        self._check_symmetry()
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d as the gradient of d'g, C being symmetric."""
@@ -86,7 +106,14 @@ class NewtonByDifferences(NewtonExpansion):
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         return gradients_of([loss], self._parameters)
 
+    def _check_custom_functions(self) -> None:
+        d = direction_along(self.gradient, self._parameters)
+        slope, _ = self._differences(d)
+        if not nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True):
+            self._refuse_custom_functions("g is not the derivative of the loss, C not that of g")
+        self._check_symmetry()
+
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d as (g(p + e d) - g(p - e d)) / 2e."""
         # The graph of each gradient goes as soon as it is taken: nothing is kept.
-        return [*self._first_map_by_differences(d)]
+        return [*self._differences(d)[1]]

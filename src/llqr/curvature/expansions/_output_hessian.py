@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .._curvatures import Curvature
 from .._graphs import gradients_of
+from ._missing_derivative import missing_derivative_in
+from ._random import random_normal
 
 __all__ = ["LinearLoss", "OutputHessian"]
 
@@ -29,6 +31,9 @@ class OutputHessian:
         outputs: what the forward handed over.
         zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
 
+    Attributes:
+        of_loss: whether D is the loss itself.
+
     Raises:
         ValueError: the loss was not computed from the outputs, or one output from another.
         LinearLoss: H is zero.
@@ -39,9 +44,7 @@ class OutputHessian:
 
     def __init__(self, curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
         objective, self._points = _objective_and_points(curvature, loss, outputs, zs)
-        gradient = torch.autograd.grad(
-            objective, self._points, create_graph=True, allow_unused=True
-        )
+        gradient = gradients_of([objective], self._points, create_graph=True)
         self._gradient = [
             (g, z) for g, z in zip(gradient, self._points, strict=True) if g is not None
         ]
@@ -50,7 +53,8 @@ class OutputHessian:
                 "the loss was not computed from `outputs`: return the very tensor that the loss "
                 "function was given (not a detached or recomputed copy)"
             )
-        self._check_curvature(may_be_stationary=objective is loss)
+        self.of_loss = objective is loss
+        self._check_curvature(may_be_stationary=self.of_loss)
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
@@ -68,7 +72,7 @@ class OutputHessian:
     def _check_curvature(self, may_be_stationary: bool) -> None:
         """Refuse H = 0, and warn of an indefinite H, from one random product."""
         probes = [_random_like(z) for z in self._points]
-        images = self.product(probes)
+        images = self._product_or_say_why_not(probes)
         pairs = [(v, h) for v, h in zip(probes, images, strict=True) if h is not None]
         if not any(bool(h.any()) for _, h in pairs):
             # A divergence is stationary at equality, with H or without; a loss whose gradient is
@@ -78,24 +82,40 @@ class OutputHessian:
             raise LinearLoss(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
                 "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
-                "they are, they lie so far apart that training has diverged"
+                "they are, they lie so far apart that training has diverged; if the loss is an "
+                "autograd.Function, its backward must be differentiable"
             )
         # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.
         noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
-        if sum(float((v * h).sum()) for v, h in pairs) < -noise:
+        if sum(_real_inner_product(v, h) for v, h in pairs) < -noise:
             warnings.warn(
                 "the second derivative of the loss in the outputs is not positive semidefinite: "
                 "the curvature C is indefinite",
                 stacklevel=2,
             )
 
+    def _product_or_say_why_not(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
+        try:
+            return self.product(v)
+        except (RuntimeError, NotImplementedError) as error:
+            operation = missing_derivative_in(error)
+            if operation is None:
+                raise
+            raise ValueError(
+                f"loss: {operation} has no second derivative in torch, and the curvature needs "
+                "that of the loss in the outputs; use curvature='newton', which then takes "
+                "differences, or llqr.Divergence with a divergence of the outputs"
+            ) from error
+
 
 def _random_like(z: Tensor) -> Tensor:
-    # A generator of its own: a refresh must not advance the global random state.
-    noise = torch.Generator().manual_seed(0)
-    draw = torch.randn(z.shape, generator=noise, dtype=torch.float32)
-    return draw.to(device=z.device, dtype=z.dtype)
+    return random_normal(z.shape, z.dtype).to(z.device)
+
+
+def _real_inner_product(a: Tensor, b: Tensor) -> float:
+    """Return Re(a'b): complex numbers are pairs of real ones to H."""
+    return float((a.conj() * b).real.sum())
 
 
 def _objective_and_points(
@@ -112,7 +132,7 @@ def _objective_and_points(
     # run through another.
     for i, z in enumerate(zs if len(zs) > 1 else []):
         others = zs[:i] + zs[i + 1 :]
-        below = torch.autograd.grad(z.sum(), others, retain_graph=True, allow_unused=True)
+        below = gradients_of([z], others, [torch.ones_like(z)])
         if any(b is not None for b in below):
             raise ValueError(
                 "forward: one tensor of `outputs` is computed from another; hand over only what "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ __all__ = [
 ]
 
 
+_dual_level = threading.RLock()
+
+
 class OutputJacobian(ABC):
     """Products with J and J'; J is the chain of A_i and B_i in the paper's equation (8).
 
@@ -33,6 +37,7 @@ class OutputJacobian(ABC):
         repeat: computes the outputs again at the parameters' present values.
 
     Attributes:
+        outputs: the tensors z.
         loss_gradient: the gradient of the loss, which one backward pass gives along with J.
     """
 
@@ -45,7 +50,7 @@ class OutputJacobian(ABC):
         parameters: list[Tensor],
         repeat: Callable[[], list[Tensor]],
     ) -> None:
-        self._outputs, self._parameters, self._repeat = outputs, parameters, repeat
+        self.outputs, self._parameters, self._repeat = outputs, parameters, repeat
         self.loss_gradient = self._differentiate_loss(loss)
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
@@ -57,7 +62,7 @@ class OutputJacobian(ABC):
 
     def transposed_product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return J'v for every parameter; None is zero."""
-        pairs = [(z, x) for z, x in zip(self._outputs, v, strict=True) if x is not None]
+        pairs = [(z, x) for z, x in zip(self.outputs, v, strict=True) if x is not None]
         if not pairs:
             return [None] * len(self._parameters)
         # v -> J'v is a plain backward pass, whichever way J d was computed.
@@ -70,9 +75,9 @@ class JacobianByDoubleBackward(OutputJacobian):
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         # One VJP gives the gradient and the map u -> J'u: backpropagate the loss with cotangent 1
         # and the outputs with a cotangent u that is zero, and keep the graph in u.
-        self._us = [torch.zeros_like(z, requires_grad=True) for z in self._outputs]
+        self._us = [torch.zeros_like(z, requires_grad=True) for z in self.outputs]
         gradient = gradients_of(
-            [loss, *self._outputs],
+            [loss, *self.outputs],
             self._parameters,
             [torch.ones_like(loss), *self._us],
             create_graph=True,
@@ -97,7 +102,8 @@ class JacobianByForwardMode(OutputJacobian):
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return J d as the tangent of z(p + d epsilon)."""
-        with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
+        # Dual levels and filters of warnings belong to the process: one thread at a time.
+        with _dual_level, warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
             # At its first use torch compiles decompositions through an interface it deprecates.
             warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
             make: Any = forward_ad.make_dual

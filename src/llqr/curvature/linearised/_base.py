@@ -7,11 +7,12 @@ what the forward holds, in place of twice that.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["LinearisedOperation", "Values", "are_plain", "per_channel"]
+__all__ = ["LinearisedOperation", "Values", "are_plain", "has_subclass", "per_channel"]
 
 Values = tuple[Tensor | None, ...]
 
@@ -44,6 +45,11 @@ def are_plain(x: Tensor, *others: Tensor | None) -> bool:
         t is None or (t.dtype == x.dtype and t.layout == torch.strided and not t.is_nested)
         for t in (x, *others)
     )
+
+
+def has_subclass(types: Iterable[type]) -> bool:
+    """Tell whether a call's overloaded types hold a tensor subclass with functions of its own."""
+    return any(t is not Tensor and t is not torch.nn.Parameter for t in types)
 
 
 def per_channel(v: Tensor, like: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from ._autograd import is_replaced, value_with_graph
+from ._autograd import Call, ForwardScope, is_replaced, value_with_graph
+from ._base import LinearisedOperation, has_subclass
 from ._table import OPERATIONS
 
 __all__ = ["ReplacedOperations", "replaced_above"]
@@ -29,36 +31,27 @@ class ReplacedOperations(TorchFunctionMode):
     """Run the functions in the table of operations through their replacements.
 
     Active during the one forward of an expansion. A call that carries no gradient, or whose
-    arguments are in a form not covered, passes through to torch. So does every call under
-    saved-tensor hooks of the forward's own, since those may be activation checkpointing's: it runs
-    the forward again after this mode has ended, and must meet the same operations.
+    arguments are in a form not covered, passes through to torch. So does every call
+
+    - under saved-tensor hooks of the forward's own, since those may be activation checkpointing's:
+      it runs the forward again after this mode has ended, and must meet the same operations;
+    - within ``torch.func`` transforms and forward-mode differentiation, which look inside.
+
+    Attributes:
+        kinds: what was replaced: the operations, their dtypes, and which inputs carry gradients.
     """
 
     def __enter__(self) -> ReplacedOperations:
-        """Begin, and count the saved-tensor hooks that are on."""
-        hooks, self._hooks = torch.autograd.graph.saved_tensors_hooks, 0
-        enter, leave = self._original = hooks.__enter__, hooks.__exit__
-
-        def counted_enter(hook: Any) -> None:
-            self._hooks += 1
-            return enter(hook)
-
-        def counted_exit(hook: Any, *error: object) -> None:
-            self._hooks -= 1
-            return leave(hook, *error)
-
-        hooks.__enter__, hooks.__exit__ = (  # type: ignore[method-assign]
-            counted_enter,
-            counted_exit,
-        )
+        """Begin."""
+        self._scope, self._hooks_outside = ForwardScope(), _saved_tensor_hooks()
+        self.kinds: set[tuple[Any, ...]] = set()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End."""
+        """End: derivatives that are taken from now on are the library's."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        hooks = torch.autograd.graph.saved_tensors_hooks
-        hooks.__enter__, hooks.__exit__ = self._original  # type: ignore[method-assign]
+        self._scope.running = False
 
     def __torch_function__(
         self,
@@ -69,13 +62,37 @@ class ReplacedOperations(TorchFunctionMode):
     ) -> Any:
         """Replace a call to one of the functions in the table."""
         kwargs = kwargs or {}
-        from_call = None if self._hooks else OPERATIONS.get(func)
-        op = None if from_call is None else from_call(*args, **kwargs)
-        if op is None or not torch.is_grad_enabled():
+        from_call = OPERATIONS.get(func)
+        # A tensor subclass with functions of its own does what it likes with the call.
+        if from_call is None or has_subclass(types) or not self._may_replace():
             return func(*args, **kwargs)
-        if not any(t is not None and t.requires_grad for t in op.tensors):
+        with torch._C.DisableTorchFunction():  # other modes would see every small step
+            op = from_call(*args, **kwargs)
+            carries = op is not None and [t is not None and t.requires_grad for t in op.tensors]
+        if op is None:
+            return func(*args, **kwargs)
+        if not carries or not any(carries):
             return op.value  # computed already, and constant
-        return value_with_graph(op)
+        self.kinds.add(_kind(op, carries))
+        return value_with_graph(Call(op, self._scope, func, args, kwargs))
+
+    def _may_replace(self) -> bool:
+        if not (self._scope.replacing and torch.is_grad_enabled()):
+            return False
+        transformed = torch._C._functorch.maybe_current_level() is not None
+        if transformed or forward_ad._current_level >= 0:
+            return False
+        hooks = _saved_tensor_hooks()
+        return hooks is self._hooks_outside or hooks == self._hooks_outside
+
+
+def _saved_tensor_hooks() -> Any:
+    """Return the saved-tensor hooks that are on in this thread; None: none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _kind(op: LinearisedOperation, carries: list[bool]) -> tuple[Any, ...]:
+    return type(op), op.value.dtype, op.value.dim(), tuple(carries)
 
 
 def replaced_above(loss: Tensor, outputs: Sequence[Tensor]) -> bool:

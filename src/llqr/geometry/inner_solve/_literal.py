@@ -41,7 +41,7 @@ def solve_literally(
         return value
 
     # A process may hold no block; the others need it for the products.
-    free = [s[k] for s, k in names] or [torch.empty(0)]
+    free = [s[k] for s, k in names] or [torch.empty(0, device="cpu")]
     optimizer = solver.make(free, options)
     for _ in range(1 if solver.evaluates_within_step else options.steps):
         optimizer.step(closure)  # type: ignore[arg-type]  # LBFGS takes a tensor

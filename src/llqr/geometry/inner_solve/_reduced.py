@@ -35,7 +35,8 @@ from ._solvers import InnerSolver, SolverOptions
 
 __all__ = ["solve_on_coefficients"]
 
-F64: Any = {"dtype": torch.float64}
+#: The host, whatever the default device is.
+F64: Any = {"dtype": torch.float64, "device": "cpu"}
 #: u and (C + damping) u.
 ControlAndImage = tuple[Tensor, Tensor]
 

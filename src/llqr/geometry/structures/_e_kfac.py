@@ -108,7 +108,7 @@ class EKfac(Structure):
         s = self.eigenvalues_from(state["S"])
         # The solve does not keep the bases orthogonal; only then S is not the spectrum.
         skew = max(
-            float((q.mT @ q - torch.eye(q.shape[-1]).to(q)).abs().max())
+            float((q.mT @ q - torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)).abs().max())
             for q in (state["QA"], state["QB"])
         )
         if skew < (1e-6 if exact else 1e-3):

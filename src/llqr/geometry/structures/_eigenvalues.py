@@ -123,8 +123,8 @@ def _estimate_by_lanczos(
     apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 24
 ) -> tuple[Tensor, Tensor]:
     """Estimate extreme eigenvalues by Lanczos with full reorthogonalisation (batched)."""
-    noise = torch.Generator().manual_seed(0)
-    start = torch.randn(like.shape, generator=noise, dtype=torch.float32).to(like)
+    noise = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(like.shape, generator=noise, dtype=torch.float32, device="cpu").to(like)
     basis = [start / start.norm(dim=1, keepdim=True)]
     images = [apply(basis[0])]
     tiny = torch.finfo(like.dtype).tiny

@@ -44,7 +44,7 @@ class Identity(Structure):
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return ones."""
-        ones = torch.ones(self.count)
+        ones = torch.ones(self.count, device="cpu")
         return ones, ones
 
     @classmethod

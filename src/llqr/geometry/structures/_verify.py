@@ -48,14 +48,14 @@ class _Verification:
         blocks = [Block("", (Slice(str(i), None, (0, numel)),), index=i) for i in range(2)]
         group = Group(kind, shape, torch.float64, blocks)
         self.kind, self.part, self.size = kind, kind(group), numel
-        self.noise = torch.Generator().manual_seed(0)
+        self.noise = torch.Generator("cpu").manual_seed(0)
         device = torch.device("cpu")
         self.identity = self.part.identity(device)
         self.x, self.r = (group.shape_blocks(self._draw(2 * numel)) for _ in range(2))
         self.state = self._random_state()
 
     def _draw(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.noise, dtype=torch.float64)
+        return torch.randn(*shape, generator=self.noise, dtype=torch.float64, device="cpu")
 
     def _random_state(self) -> State:
         """Return a positive definite state away from the identity."""
@@ -104,7 +104,7 @@ class _Verification:
         for b in range(2):
             columns = []
             for i in range(self.size):
-                unit = torch.zeros(2, self.size, dtype=torch.float64)
+                unit = torch.zeros(2, self.size, dtype=torch.float64, device="cpu")
                 unit[b, i] = 1
                 image = self.part.apply(self.state, unit.view(self.x.shape)).view(2, self.size)
                 self.require(not bool(image[1 - b].any()), "mixes blocks in apply()")
