@@ -8,9 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["split_by_device", "widen", "widest_dtype"]
+__all__ = ["compute_per_device", "split_by_device", "widen", "widest_dtype"]
 
 V = TypeVar("V")
+R = TypeVar("R")
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -25,17 +26,36 @@ def widen(tensor: Tensor) -> Tensor:
 
 def split_by_device(
     values: Mapping[str, V], tensor_of: Callable[[V], Tensor]
-) -> list[Mapping[str, V]]:
-    """Return the entries of each device together; of one device, the mapping itself.
+) -> list[dict[str, V]]:
+    """Return the entries of each device together, in their order.
 
     Args:
         values: {name: value}.
         tensor_of: the tensor of a value that says where it is.
     """
-    devices = [tensor_of(value).device for value in values.values()]
-    if len(set(devices)) < 2:
-        return [values]
     groups: dict[torch.device, dict[str, V]] = {}
-    for (name, value), device in zip(values.items(), devices, strict=True):
-        groups.setdefault(device, {})[name] = value
+    for name, value in values.items():
+        groups.setdefault(tensor_of(value).device, {})[name] = value
     return list(groups.values())
+
+
+def compute_per_device(
+    compute: Callable[[Mapping[str, V]], R],
+    values: Mapping[str, V],
+    tensor_of: Callable[[V], Tensor],
+) -> list[R]:
+    """Return the result of all entries at once or, if they lie on several devices, of each.
+
+    Args:
+        compute: changes nothing, and raises a RuntimeError if tensors of two devices meet.
+        values: {name: value}.
+        tensor_of: the tensor of a value that says where it is.
+    """
+    try:
+        return [compute(values)]
+    except RuntimeError:
+        # Asked only now, since this runs in every step, mostly on one device.
+        parts = split_by_device(values, tensor_of)
+        if len(parts) < 2:
+            raise
+    return [compute(part) for part in parts]

@@ -175,7 +175,6 @@ class _Seen:
     ) -> None:
         self._model, self._named = model, named
         self._groups = [list(group["params"]) for group in base.param_groups]
-        self._shapes = [p.shape for p in named.values()]
         self._links: tuple[Any, ...] = self._find_links()
 
     def _find_links(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
@@ -196,7 +195,7 @@ class _Seen:
         return [t for t, _, _ in plain], [k for _, k, _ in plain], [v for _, _, v in plain]
 
     def differs_from(self, base: torch.optim.Optimizer) -> bool:
-        """Tell whether anything is elsewhere now, or of another shape."""
+        """Tell whether anything is elsewhere now."""
         groups = base.param_groups
         if len(groups) != len(self._groups):
             return True
@@ -204,8 +203,6 @@ class _Seen:
             now = group["params"]
             if len(now) != len(seen) or not all(map(is_, now, seen)):
                 return True
-        if [p.shape for p in self._named.values()] != self._shapes:
-            return True
         if not self._links:
             self._links = self._find_links()
         tables, keys, values = self._links

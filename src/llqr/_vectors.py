@@ -14,7 +14,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from ._devices import split_by_device, widen
+from ._devices import compute_per_device, widen
 from .distributed._sharded import is_sharded, local, summed
 
 __all__ = [
@@ -117,8 +117,8 @@ def inner_products(a: Tensors, b: Tensors) -> dict[str, float]:
     if not pairs:
         return {}
     products: dict[str, float] = {}
-    for part in split_by_device(pairs, itemgetter(0)):
-        products.update(_products_on_one_device(part))
+    for part in compute_per_device(_products_on_one_device, pairs, itemgetter(0)):
+        products.update(part)
     return summed({n: products[n] for n in b}, like=b)
 
 

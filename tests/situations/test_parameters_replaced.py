@@ -149,10 +149,14 @@ class TestTheNewTensorIsTrained:
         for p, kept in ((first.weight, [4, 5]), (first.bias, [4]), (last.weight, [3, 4])):
             p.data = p.data[tuple(map(slice, kept))].clone()
             p.grad = None
-        train_nothing(optimizer)
-        assert optimizer.perturbation.state()["0.bias"]["memory"].shape == (4,)
+        g = problem.gradient()
+        moved, kept = optimizer.geometry.apply(g), g.pop("2.bias")
+        assert not torch.equal(moved.pop("2.bias"), kept)  # the only one that is as it was
+        same(moved, g)
         losses = train(optimizer, problem, 8)
         assert losses[-1] < losses[0]
+        assert optimizer.perturbation.state()["0.bias"]["memory"].shape == (4,)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def train_nothing(optimizer):

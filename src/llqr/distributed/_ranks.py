@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .._devices import split_by_device, widen, widest_dtype
+from .._devices import compute_per_device, split_by_device, widen, widest_dtype
 from ._sharded import is_sharded, local
 
 __all__ = ["Ranks"]
@@ -229,15 +229,17 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
-    parts_here = {name: local(t) for name, t in tensors.items()}
-    filled = {name: t for name, t in parts_here.items() if t.numel()}
-    parts = split_by_device(filled, lambda t: t) if filled else []
-    ends = [_largest_on_one_device(list(part.values())) for part in parts]
+    own = zip(tensors, map(local, tensors.values()), strict=True)
+    filled = {name: t for name, t in own if t.numel()}
+    if not filled:
+        return 0.0
+    ends = compute_per_device(_largest_on_one_device, filled, lambda t: t)
     # torch's maximum, since Python's loses a NaN.
-    return ends[0] if len(ends) == 1 else float(torch.tensor([0.0, *ends]).max())
+    return ends[0] if len(ends) == 1 else float(torch.tensor(ends).max())
 
 
-def _largest_on_one_device(tensors: list[Tensor]) -> float:
+def _largest_on_one_device(named: Mapping[str, Tensor]) -> float:
+    tensors = list(named.values())
     if tensors[0].device.type != "cpu":
         return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.

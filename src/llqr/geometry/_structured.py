@@ -193,8 +193,9 @@ class StructuredGeometry(Geometry):
             )
 
     def _move_to_device_of(self, tensor: Tensor) -> None:
-        """Take U where the parameters were moved since: to another device or to double."""
-        if self.layout.dtypes != {name: p.dtype for name, p in self.parameters.items()}:
+        """Take U where the parameters went since: to another device, to double, or in shape."""
+        now = {name: (p.dtype, p.shape) for name, p in self.parameters.items()}
+        if self.layout.forms != now:
             self.bind(self.model, self.parameters)
         device = tensor.device
         held = {v.device for s in self.states for v in s.values()}

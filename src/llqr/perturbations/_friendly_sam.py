@@ -91,9 +91,10 @@ class FriendlySAM(SAM):
 
     def _recall_memory(self, name: str, like: Tensor) -> Tensor:
         memory = self._memory[name]
-        if (memory.device, memory.dtype) != (like.device, like.dtype):  # the model was moved
-            moved = torch.zeros_like(like) if memory.is_meta else memory.to(like)
-            memory = self._memory[name] = moved
+        if memory.is_meta or memory.shape != like.shape:  # filled, or cut in place, since
+            memory = self._memory[name] = torch.zeros_like(like)
+        elif (memory.device, memory.dtype) != (like.device, like.dtype):  # the model was moved
+            memory = self._memory[name] = memory.to(like)
         return memory
 
     def observe(self, gradients: Tensors) -> None:

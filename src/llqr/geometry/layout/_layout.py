@@ -62,7 +62,8 @@ class Layout:
             )
             for name, p in parameters.items()
         }
-        self.dtypes = {name: p.dtype for name, p in parameters.items()}
+        #: What the layout was made for; a parameter may change either later.
+        self.forms = {name: (p.dtype, p.shape) for name, p in parameters.items()}
         wide = {name: _state_dtype(p) for name, p in parameters.items()}
         self.dtype = max(wide.values(), key=lambda t: t.itemsize, default=torch.float32)
         #: The kind that was asked for, for each parameter.
