@@ -49,6 +49,8 @@ class TensorValues:
 
     def restore(self) -> None:
         """Write the values back, into the very tensors and the very memory that held them."""
+        if not (self._plain or self._others):
+            return
         targets: list[Tensor] = []
         with torch.no_grad():
             for tensor, memory, version in zip(
@@ -206,6 +208,10 @@ def metrics_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
 # -- parameters ------------------------------------------------------------------------------------
 
 
+#: Bytes that the first look copies however few are trained.
+COPIED_ANYWAY = 2**27
+
+
 class WrittenParameters:
     """Learns which parameters the forwards write to, and keeps the values of those.
 
@@ -227,13 +233,13 @@ class WrittenParameters:
             parameters: those that a forward may write to.
             moment: where in a step this is; the first look at each moment copies all.
             held: the parameters that are trained. The first look copies up to twice their size: a
-                teacher as large as they are, but not the frozen body under an adapter.
+                teacher as large as they are, but not the large frozen body under an adapter.
         """
         watched = [p for p in parameters if is_plain(p)]
         copy_of_all = False
         if moment not in self._looked:
             self._looked.add(moment)
-            limit = 2 * sum(p.nbytes for p in held)
+            limit = max(COPIED_ANYWAY, 2 * sum(p.nbytes for p in held))
             copy_of_all = sum(p.nbytes for p in watched) <= limit
         return ParameterValues(self, watched, copy_of_all=copy_of_all)
 
