@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and not tensor.is_inference()
-        and not tensor.is_quantized
+        and not (tensor.is_quantized or tensor.is_meta)
         and 0 not in tensor.stride()
     )
 
@@ -363,11 +363,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 # -- precision -------------------------------------------------------------------------------------
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch the caller's autocast off for the body, where it is on."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def without_autocast(*devices: torch.device) -> Iterator[None]:
+    """Switch the caller's autocast off for the body, on the devices where it is on."""
+    with ExitStack() as stack:
+        for kind in {d.type for d in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

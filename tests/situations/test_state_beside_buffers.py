@@ -270,6 +270,37 @@ def test_a_write_that_cannot_be_put_back_is_told_once(monkeypatch):
     torch.testing.assert_close(huge.weight, 0.5 * first)
 
 
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_skipped_step_puts_everything_beside_the_model_back(when):
+    problem = Distilled()
+    optimizer = llqr.Optimizer(
+        sgd_of(problem.model),
+        problem.model,
+        modules=[problem.loss, problem.teacher],
+        perturbation=llqr.SAM(0.1),
+    )
+    train(optimizer, problem, 1)
+    before = problem.beside()
+    for i in optimizer.passes():
+        loss, _ = problem()
+        (loss * (float("nan") if i == when else 1.0)).backward()
+    with pytest.warns(UserWarning, match="skipped"):
+        optimizer.step()
+    same(problem.beside(), before)
+    train(optimizer, problem, 1)
+    same(problem.beside(), alone(2))
+
+
+def test_a_frozen_part_on_meta_is_left_alone():
+    model = nn.Linear(2, 2)
+    ghost = nn.Linear(2, 2, device="meta").requires_grad_(False)
+    ghost.register_buffer("table", torch.zeros(3, device="meta"))
+    optimizer = llqr.Optimizer(sgd_of(model), model, modules=[ghost], perturbation=llqr.SAM(0.1))
+    x = torch.ones(1, 2)
+    optimizer.minimize(lambda: model(x).square().mean())
+    optimizer.refresh_if_due(lambda: model(x).square().mean())
+
+
 def test_the_second_pass_of_a_copied_optimizer_knows_what_is_written():
     problem = Distilled()
     options = {"modules": [problem.loss, problem.teacher], "perturbation": llqr.SAM(0.1)}
