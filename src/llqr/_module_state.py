@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -52,6 +52,8 @@ class TensorValues:
 
     def restore(self) -> None:
         """Write the values back, into the very tensors and the very memory that held them."""
+        if not (self._plain or self._others):
+            return
         targets: list[Tensor] = []
         with torch.no_grad():
             for tensor, memory, version in zip(
@@ -88,7 +90,7 @@ def is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
         and not tensor.is_inference()
-        and not tensor.is_quantized
+        and not (tensor.is_quantized or tensor.is_meta)
         and 0 not in tensor.stride()
     )
 
@@ -209,6 +211,10 @@ def metrics_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
 # -- parameters ------------------------------------------------------------------------------------
 
 
+#: Bytes that the first look copies however few are trained.
+COPIED_ANYWAY = 2**27
+
+
 class WrittenParameters:
     """Learns which parameters the forwards write to, and keeps the values of those.
 
@@ -230,13 +236,13 @@ class WrittenParameters:
             parameters: those that a forward may write to.
             moment: where in a step this is; the first look at each moment copies all.
             held: the parameters that are trained. The first look copies up to twice their size: a
-                teacher as large as they are, but not the frozen body under an adapter.
+                teacher as large as they are, but not the large frozen body under an adapter.
         """
         watched = [p for p in parameters if is_plain(p)]
         copy_of_all = False
         if moment not in self._looked:
             self._looked.add(moment)
-            limit = 2 * sum(p.nbytes for p in held)
+            limit = max(COPIED_ANYWAY, 2 * sum(p.nbytes for p in held))
             copy_of_all = sum(p.nbytes for p in watched) <= limit
         return ParameterValues(self, watched, copy_of_all=copy_of_all)
 
@@ -360,11 +366,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 # -- precision -------------------------------------------------------------------------------------
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch the caller's autocast off for the body, where it is on."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+@contextmanager
+def without_autocast(*devices: torch.device) -> Iterator[None]:
+    """Switch the caller's autocast off for the body, on the devices where it is on."""
+    with ExitStack() as stack:
+        for kind in {d.type for d in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -65,8 +65,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         transport: whether the update goes through U; False keeps U for the probe alone.
         graft: rescale U g~ to the length of g~ (one global norm), so the base's learning rate
             keeps its scale.
-        buffers: "clean": buffers such as BatchNorm statistics advance as in the first pass alone;
-            "perturbed": as in the second (the paper's choice).
+        buffers: both passes start from the same buffers. "clean": buffers such as BatchNorm
+            statistics then stay as the first pass left them; "perturbed": as the second did (the
+            paper's choice).
         modules: modules outside the model that a step changes, such as a loss with a running
             centre or a teacher: their buffers are treated as the model's. Those that the forward
             of ``minimize`` or ``refresh``, or the closure, names as variables are found without it;
@@ -320,7 +321,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
 
         Before each pass the gradients are cleared; before the second the weights move to
         theta + eps, and after it they come back bit for bit, also when the body raises or breaks
-        out. The second pass sees the random numbers of the first and leaves no trace in buffers.
+        out. The second pass sees the buffers and the random numbers that the first started with;
+        afterwards the buffers are those that the first left. :func:`llqr.current_pass` tells the
+        body which pass it is in.
 
         Args:
             scaler: the GradScaler that the body scales the loss with.
@@ -342,8 +345,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """Move the weights to theta + eps for the body, from the clean gradients in p.grad.
 
         Gradients are cleared on entry; on exit the weights are back bit for bit and the buffers as
-        on entry. The random state before the clean backward is not known here, so dropout draws
-        new masks: :meth:`passes` replays them.
+        on entry. The state before the clean backward is not known here, so dropout draws new masks
+        and the body starts from the buffers that the clean backward left (a queue of keys holds
+        this batch's own): :meth:`passes` replays both.
 
         Args:
             scaler: the GradScaler that scaled the clean backward; gradients are divided by its
@@ -433,7 +437,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     ) -> RefreshReport:
         """Refresh the geometry now, due or not.
 
-        The model is in evaluation mode meanwhile; buffers, random state and p.grad stay untouched.
+        The model is in evaluation mode meanwhile (set without calling ``train`` or ``eval``).
+        Afterwards modes, buffers, parameters that the forward wrote to, random state and p.grad are
+        as before.
 
         Args:
             forward: as in :meth:`minimize`; default ``refresh_forward``.

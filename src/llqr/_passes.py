@@ -250,7 +250,7 @@ class Passes:
         metric = dict if self._geometry is None else self._geometry.apply
         probe = Probe(chosen, self._parameters.named, radii, metric, self._parameters.layers)
         # The passes may run within the caller's autocast.
-        with without_autocast(self._parameters.device):
+        with without_autocast(*self._devices):
             eps = perturbation.displacement(probe)
         if eps is None:
             self._progress.skipped_probes += 1
@@ -295,7 +295,7 @@ class Passes:
     ) -> None:
         """Put the combination of both passes' gradients into p.grad, scaled as it was."""
         assert self._perturbation is not None
-        with without_autocast(self._parameters.device):
+        with without_autocast(*self._devices):
             chosen = self._perturbation.combine(clean, widen_gradients(second, scaler))
         scale = loss_scale(scaler)
         for name, gradient in second.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -80,49 +80,52 @@ def checked_modules(modules: Any) -> list[nn.Module]:
 
 
 def modules_named_in(function: Any) -> list[nn.Module]:
-    """Return the modules that a function names, and those that functions named in it name.
+    """Return the modules that a function names, also through functions of its file that it names.
 
-    Names are those of globals, closures and arguments already bound; what is reached through an
-    attribute of something else is found on the object of a method only.
+    Names are those of globals, closures and bound arguments. What is an attribute of something
+    else is found only on the object whose method, or which itself, is called.
     """
-    found: dict[int, nn.Module] = {}
-    if isinstance(function, partial) and is_ours(function.func):
-        function = function.args[0]  # the user's, in our wrapper
-    for value in values_named_in(function):
-        inner = [value] if isinstance(value, nn.Module) else []
-        if isinstance(value, (FunctionType, MethodType, partial)):
-            inner = [v for v in values_named_in(value) if isinstance(v, nn.Module)]
-        found.update({id(module): module for module in inner})
-    return list(found.values())
+    found: list[nn.Module] = []
+    seen: dict[int, Any] = {}  # the objects too, since an id is used again
+    waiting = [method_of(function)]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            found.append(value)
+        elif isinstance(value, partial):
+            waiting += map(method_of, [value.func, *value.args, *value.keywords.values()])
+        elif isinstance(value, MethodType):
+            attributes = [value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
+            found += [v for v in attributes if isinstance(v, nn.Module)]
+            waiting.append(value.__func__)
+        elif isinstance(value, FunctionType):
+            waiting += values_named_in(value)
+    return found
 
 
-def is_ours(function: Any) -> bool:
-    """Tell a function of this library."""
-    return (getattr(function, "__module__", None) or "").startswith("llqr.")
+def method_of(value: Any) -> Any:
+    """Return the method that a call of an object runs; anything else as it is."""
+    known = isinstance(value, (FunctionType, MethodType, partial, nn.Module))
+    return value.__call__ if callable(value) and not known else value
 
 
-def values_named_in(function: Any) -> Iterator[Any]:
-    """Yield the values of the names that a function uses."""
-    if isinstance(function, nn.Module):
-        yield function
-    elif isinstance(function, partial):
-        for part in (function.func, *function.args, *function.keywords.values()):
-            yield part
-            yield from values_named_in(part)
-    elif isinstance(function, MethodType):
-        owner = function.__self__
-        yield owner
-        yield from getattr(owner, "__dict__", {}).values()
-        yield from values_named_in(function.__func__)
-    elif isinstance(function, FunctionType):
-        yield from [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        for cell in function.__closure__ or ():
-            try:
-                yield cell.cell_contents
-            except ValueError:  # not assigned yet
-                continue
-        names = function.__globals__
-        yield from (names[n] for n in names_in(function.__code__) if n in names)
+def values_named_in(function: FunctionType) -> list[Any]:
+    """Return what a function's names stand for, functions of other files left out."""
+    names = function.__globals__
+    values = [
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+        *(names[n] for n in names_in(function.__code__) if n in names),
+    ]
+    for cell in function.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            continue
+    return [v for v in values if not (isinstance(v, FunctionType) and v.__globals__ is not names)]
 
 
 @lru_cache(maxsize=256)

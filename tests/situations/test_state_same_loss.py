@@ -1,4 +1,4 @@
-"""The second pass has the loss of the first: it starts from the buffers that the first began with."""
+"""The second pass has the loss of the first: it starts from the buffers that the first had."""
 
 import copy
 
