@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._eager_code import eager_where
+from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
 __all__ = ["ExactWeightNorm", "tensor_hooks_noted", "twice_differentiable"]
@@ -78,16 +78,8 @@ def _note_hook(mode: _TwiceDifferentiable, func: Any, args: Any, kwargs: Any) ->
 
 def _seen_within(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
     """Run a function written in Python with the mode on, which torch leaves out of its body."""
-    # A copy that does not look for modes: it would find this one, and call it with itself again.
-    names = {**func.__globals__, "has_torch_function": _no, "has_torch_function_unary": _no}
-    copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-    copy.__kwdefaults__ = func.__kwdefaults__
     with mode:
-        return copy(*args, **kwargs)
-
-
-def _no(_: Any) -> bool:
-    return False
+        return without_look_for_modes(func)(*args, **kwargs)
 
 
 # -- attention -----------------------------------------------------------------------------------
