@@ -139,7 +139,8 @@ def test_every_row_of_the_papers_tables_takes_a_step(name, _tables, code):
     assert optimizer.transport is (name != DELTA)
     probes = kind != "NoneType" and "warm-up" not in name and "AdamW" not in name
     geometry = optimizer.geometry
-    assert len(calls) == 1 + probes + (geometry is not None)
+    # The first refresh of a kind of forward runs it once more, to compare the library with torch.
+    assert len(calls) - (1 + probes + (geometry is not None)) in (0, int(geometry is not None))
     assert (geometry is not None) is ("LLQR" in name)
     if geometry is not None:
         curvature = llqr.Newton if "Newton" in name else llqr.Fisher

@@ -8,9 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ._overrides import without_look_for_modes
 from .linearised import is_replaced
 
 __all__ = ["custom_functions_in", "gradients_of", "release_failed_backward"]
+
+
+#: With the modes of this thread on: activation checkpointing runs parts of the forward there.
+_grad = without_look_for_modes(torch.autograd.grad)
 
 
 def gradients_of(
@@ -27,7 +32,7 @@ def gradients_of(
         return []
     with _hooks_suspended([*outputs, *inputs]):
         return list(
-            torch.autograd.grad(
+            _grad(
                 outputs,
                 inputs,
                 cotangents,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._eager_code import eager_where
+from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
 __all__ = ["ExactWeightNorm", "tensor_hooks_noted", "twice_differentiable"]
@@ -76,6 +76,12 @@ def _note_hook(mode: _TwiceDifferentiable, func: Any, args: Any, kwargs: Any) ->
     return func(*args, **kwargs)
 
 
+def _seen_within(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a function written in Python with the mode on, which torch leaves out of its body."""
+    with mode:
+        return without_look_for_modes(func)(*args, **kwargs)
+
+
 # -- attention -----------------------------------------------------------------------------------
 
 
@@ -103,16 +109,6 @@ def _call_math_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return values[0]
-
-
-def _seen_within(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a function written in Python with the mode on, which torch leaves out of its body."""
-    # A copy that does not look for modes: it would find this one, and call it with itself again.
-    names = {**func.__globals__, "has_torch_function": lambda tensors: False}
-    copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    with mode:
-        return copy(*args, **kwargs)
 
 
 # -- recurrent nets ------------------------------------------------------------------------------
@@ -148,6 +144,9 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: _note_hook,
     F.scaled_dot_product_attention: _math_attention,
     F.multi_head_attention_forward: _seen_within,
+    # Activation checkpointing runs parts of the forward again in the backward pass.
+    torch.autograd.grad: _seen_within,
+    Tensor.backward: _seen_within,
     torch.lstm: _without_cudnn,
     torch.gru: _without_cudnn,
     torch.rnn_tanh: _without_cudnn,

@@ -123,7 +123,7 @@ def test_a_product_is_two_backward_passes() -> None:
     model = llqr.quadratic_model(problem, problem.model.parameters())
     calls = problem.calls
     trace = kernels(lambda: model.product(model.gradient))
-    assert problem.calls == calls == 1
+    assert problem.calls == calls <= 2  # the forward, and its comparison with torch the first time
     # J d: dW x and W dx a layer, but for the first layer's W dx; J'v: as many.
     assert trace["aten::mm"] + trace["aten::addmm"] <= 2 * (2 * 3 - 1)
 
