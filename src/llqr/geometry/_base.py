@@ -21,9 +21,9 @@ class Geometry:
     A subclass needs :meth:`apply`; it must be linear and symmetric positive definite in the
     gradients. A metric that learns from forwards also has :meth:`due` and :meth:`refresh`; one that
     learns from the gradients of each step has :meth:`observe`. What it learned is in :meth:`state`
-    (tensors per parameter) and :meth:`counters` (numbers), so that checkpoints hold it. A metric
-    whose blocks are those of a structure (diagonal, kfac, ...) starts from
-    :class:`llqr.StructuredGeometry`, which does all but the learning.
+    (tensors per parameter) and :meth:`counters` (numbers), so that checkpoints hold it, and
+    :meth:`reset` forgets it. A metric whose blocks are those of a structure (diagonal, kfac, ...)
+    starts from :class:`llqr.StructuredGeometry`, which does all but the learning.
 
     Example:
         >>> import torch, llqr

@@ -40,7 +40,8 @@ class Perturbation:
     """Say where the loss is probed (base class).
 
     A subclass needs :meth:`displacement`. One with a memory updates it in :meth:`observe` and
-    :meth:`commit` and keeps it in :meth:`state`; one that steps along something other than the
+    :meth:`commit`, keeps it in :meth:`state`, follows replaced parameters in :meth:`rebind` and
+    forgets in :meth:`reset`; one that steps along something other than the
     gradient of the second pass overrides :meth:`combine`.
 
     Args:
