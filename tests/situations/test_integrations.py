@@ -22,6 +22,7 @@ torchmetrics = pytest.importorskip("torchmetrics", reason="torchmetrics is not i
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.tuner import Tuner  # noqa: E402
 
 import llqr.integrations.accelerate  # noqa: E402
 import llqr.integrations.lightning  # noqa: E402
@@ -574,6 +575,30 @@ def test_a_copy_made_between_start_and_backward_is_its_own(tmp_path):
         same(weights(twin.net), before)
         same(weights(module.net), before)
     del globals()["Copied"]
+
+
+def test_a_search_for_the_batch_size_leaves_no_trace(tmp_path):
+    """Lightning's Tuner runs trials until memory ends, then puts the weights back."""
+
+    class Sized(Skipping):
+        batch_size = 3
+
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*data()), batch_size=self.batch_size)
+
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) > 6:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(batch, batch_idx)
+
+    module = Sized(structure=None)
+    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=2)
+    found = Tuner(trainer).scale_batch_size(module, mode="power", init_val=3, steps_per_trial=3)
+    same(weights(module.net), weights(net()))
+    assert found == module.batch_size == 6
+    trainer.fit(module)
+    hand, _ = trained_by_hand([[0, 1], [2, 3]], 2, structure=None)
+    same(weights(module.net), weights(hand))
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")

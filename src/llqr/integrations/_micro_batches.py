@@ -120,13 +120,13 @@ class _Traces:
         """Tell whether a step was taken or the gradients were cleared."""
         if self._counts != _step_counts(optimizer):
             return True
-        gradients = list(_gradients_of(optimizer))
-        if not gradients:
+        gradient = next(_gradients_of(optimizer), None)
+        if gradient is None:
             return True
         first = None if self._first is None else self._first()
-        if gradients[0] is first and first._version == self._version:
+        if gradient is first and gradient._version == self._version:
             return False  # without a look at values, for which a device would have to wait
-        return not any(bool(local(g).any()) for g in gradients)
+        return not any(bool(local(g).any()) for g in _gradients_of(optimizer))
 
 
 def _step_counts(optimizer: Optimizer) -> tuple[int, int]:

@@ -63,8 +63,8 @@ def _metrics_of(module: nn.Module) -> list[Any]:
 
 
 def _is_metric(value: Any) -> bool:
-    kind = type(value)
-    return all(callable(getattr(kind, name, None)) for name in ("update", "compute", "reset"))
+    kind = type(value)  # an instance of nn.Module would search its parts for the name
+    return hasattr(kind, "update") and hasattr(kind, "compute") and hasattr(kind, "reset")
 
 
 class _MetricState:
