@@ -207,5 +207,5 @@ def module_name(file):
 
 def test_what_perturbed_cannot_know_is_documented():
     text = " ".join((llqr.Optimizer.perturbed.__doc__ or "").split())
-    assert "random state before the clean backward is not known" in text
+    assert "random state before the clean backward is not known here, nor are the buffers" in text
     assert "passes" in text

@@ -345,9 +345,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """Move the weights to theta + eps for the body, from the clean gradients in p.grad.
 
         Gradients are cleared on entry; on exit the weights are back bit for bit and the buffers as
-        on entry. The state before the clean backward is not known here, so dropout draws new masks
-        and the body starts from the buffers that the clean backward left (a queue of keys holds
-        this batch's own): :meth:`passes` replays both.
+        on entry. The random state before the clean backward is not known here, nor are the buffers,
+        so dropout draws new masks and the body starts from the buffers that the clean backward left
+        (a queue of keys holds this batch's own): :meth:`passes` replays both.
 
         Args:
             scaler: the GradScaler that scaled the clean backward; gradients are divided by its
