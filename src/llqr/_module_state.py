@@ -1,33 +1,26 @@
 """Save and restore what a second pass or a refresh changes.
 
-That is: buffers, parameters that a forward writes to, modes and random state.
+That is: buffers, parameters that a forward writes to, and modes.
 """
 
 from __future__ import annotations
 
-import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "Buffers",
     "ForwardState",
     "ParameterValues",
-    "RandomState",
     "TensorValues",
     "WrittenParameters",
-    "autocast_off",
-    "autocast_overruled",
     "evaluation_mode",
-    "without_autocast",
 ]
 
 
@@ -311,39 +304,6 @@ class ForwardState:
         self._parameters.restore()
 
 
-# -- random state ----------------------------------------------------------------------------------
-
-
-class RandomState:
-    """The global random number generators at one moment.
-
-    Those of torch on the CPU and on the given accelerators, Python's and, if it is imported,
-    numpy's. Generators that somebody holds are not among them.
-
-    Args:
-        devices: where torch draws numbers; None and the CPU add nothing.
-    """
-
-    def __init__(self, *devices: torch.device | None) -> None:
-        self._cpu = torch.get_rng_state()
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy.random")
-        self._numpy = None if numpy is None else numpy.get_state(legacy=False)
-        accelerators = {d for d in devices if d is not None and d.type not in ("cpu", "meta")}
-        self._accelerators = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in accelerators
-        }
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self._cpu)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy.random"].set_state(self._numpy)
-        for device, state in self._accelerators.items():
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
 # -- modes -----------------------------------------------------------------------------------------
 
 
@@ -361,65 +321,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-# -- precision -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def without_autocast(*devices: torch.device) -> Iterator[None]:
-    """Switch the caller's autocast off for the body, on the devices where it is on."""
-    with ExitStack() as stack:
-        for kind in {d.type for d in devices}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-@contextmanager
-def autocast_off(device: torch.device, notice: Callable[[], None]) -> Iterator[None]:
-    """Switch autocast off, around the call and wherever a forward switches it on by itself.
-
-    Curvature products in bfloat16 are wrong in the third digit. A forward's own autocast is seen
-    where the forward runs within :func:`autocast_overruled`. All of it holds for this thread only.
-
-    Args:
-        device: where the model is.
-        notice: called when a forward's own autocast was overruled.
-    """
-    before = _overruling.set(_AutocastOverruled(device.type, notice))
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        _overruling.reset(before)
-
-
-def autocast_overruled() -> AbstractContextManager[Any]:
-    """Return what a forward runs within: it follows the ``autocast_off`` around it, if any."""
-    return _overruling.get() or nullcontext()
-
-
-class _AutocastOverruled(TorchFunctionMode):
-    """Switch autocast off again at the first function called after it was switched on."""
-
-    def __init__(self, device_type: str, notice: Callable[[], None]) -> None:
-        super().__init__()
-        self._device_type, self._notice = device_type, notice
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call ``func`` without autocast."""
-        if torch.is_autocast_enabled(self._device_type):
-            # The end of the forward's autocast sets what was before it, whatever is set now.
-            torch.set_autocast_enabled(self._device_type, False)
-            self._notice()
-        return func(*args, **(kwargs or {}))
-
-
-_overruling: ContextVar[_AutocastOverruled | None] = ContextVar("overruling", default=None)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._autocast import without_autocast
 from ._checks import value_at_step
 from ._current_pass import RunningPass, running_pass
-from ._module_state import ForwardState, RandomState, without_autocast
+from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._progress import Progress
+from ._random_state import RandomState
 from ._step_modules import StepModules
 from ._vectors import widen_to_float32
 from .distributed import Ranks

@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from ._autocast import autocast_off, autocast_overruled
 from ._current_pass import running_pass
-from ._module_state import (
-    ForwardState,
-    RandomState,
-    autocast_off,
-    autocast_overruled,
-    evaluation_mode,
-)
+from ._module_state import ForwardState, evaluation_mode
 from ._parameters import NamedParameters
 from ._progress import Progress
+from ._random_state import RandomState
 from ._step_modules import StepModules
 from .distributed import Ranks
 from .geometry import Geometry, RefreshError, RefreshReport

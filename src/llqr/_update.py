@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ._module_state import without_autocast
+from ._autocast import without_autocast
 from ._parameters import NamedParameters
 from ._passes import Passes
 from ._progress import Progress

@@ -433,7 +433,7 @@ def test_replay_can_be_switched_off_for_all():
 def test_numpy_is_not_imported():
     code = (
         "import sys, torch; before = 'numpy.random' in sys.modules\n"
-        "from llqr._module_state import RandomState; RandomState().restore()\n"
+        "from llqr._random_state import RandomState; RandomState().restore()\n"
         "assert ('numpy.random' in sys.modules) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

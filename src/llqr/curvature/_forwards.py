@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._module_state import RandomState
+from .._random_state import RandomState
 from ._graphs import gradients_of
 
 __all__ = [

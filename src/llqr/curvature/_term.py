@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .._module_state import autocast_overruled
+from .._autocast import autocast_overruled
 from ._curvatures import Curvature
 from ._forwards import Forward, RepeatableForward
 from ._graphs import release_failed_backward

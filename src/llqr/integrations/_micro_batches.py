@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._module_state import RandomState
 from .._optimizer import Optimizer
+from .._random_state import RandomState
 from ..distributed._sharded import local
 from ._once import metrics_put_back
 
