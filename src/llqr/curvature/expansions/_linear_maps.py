@@ -7,11 +7,13 @@ numbers and from an image of the map itself, so that neither number is small by 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from ..._devices import widest_dtype
 from ._differences import random_direction
 from ._random import random_normal
 
@@ -36,7 +38,7 @@ def inner_product(a: Vectors, b: Vectors) -> float:
     """Return Re(a'b) in float64; None is zero, and complex numbers are pairs of real ones."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     products = [(x.detach().conj() * y.detach()).real for x, y in pairs]
-    return sum(float(p.sum(dtype=_widest(p))) for p in products)
+    return sum(float(p.sum(dtype=widest_dtype(p.device))) for p in products)
 
 
 def norm(v: Vectors) -> float:
@@ -47,7 +49,7 @@ def norm(v: Vectors) -> float:
 def direction_along(image: Vectors, parameters: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
     """Return a random direction plus one along ``image``, both as long as the parameters."""
     random = random_direction(parameters, seed)
-    length = norm(random) / max(norm(image), torch.finfo(torch.float64).tiny)
+    length = norm(random) / max(norm(image), sys.float_info.min)
     if not 0 < length < float("inf"):
         return random
     return [r if v is None else r + length * v.detach() for r, v in zip(random, image, strict=True)]
@@ -90,7 +92,3 @@ def nearly_equal(
     eps = max(torch.finfo(t.dtype).eps for t in like)
     rounding = 100 * math.pow(eps, 1 / 3) if by_differences else 30 * math.sqrt(eps)
     return abs(sure - found) <= min(LARGEST_ERROR, rounding) * max(abs(sure), abs(found))
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
