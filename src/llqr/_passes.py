@@ -57,7 +57,7 @@ class PassRecord:
         for p, gradient in gradients:
             p.grad = gradient
         if after is not None:
-            self.lost = after.learn()
+            self.lost += after.learn()
             after.restore()
         return bool(weights)
 
@@ -201,7 +201,7 @@ class Passes:
         del clean
         others = self._parameters.parameters_not_held(modules)
         if start is not None:
-            start.learn()
+            record.lost += start.learn()
         record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
         self._parameters.base.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,54 +82,87 @@ def checked_modules(modules: Any) -> list[nn.Module]:
 def modules_named_in(function: Any) -> list[nn.Module]:
     """Return the modules that a function names, also through functions of its file that it names.
 
-    Names are those of globals, closures and bound arguments. What is an attribute of something
-    else is found only on the object whose method, or which itself, is called.
+    Names are those of globals, closures and bound arguments, and of attributes and entries of the
+    objects, lists and dicts among them. What is wrapped (by a decorator, by torch.compile) is
+    looked at in the place of the wrapper.
     """
     found: list[nn.Module] = []
     seen: dict[int, Any] = {}  # the objects too, since an id is used again
-    waiting = [method_of(function)]
+    waiting = [function]
     while waiting:
-        value = waiting.pop()
+        value = unwrap_callable(waiting.pop())
         if id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, nn.Module):
             found.append(value)
         elif isinstance(value, partial):
-            waiting += map(method_of, [value.func, *value.args, *value.keywords.values()])
+            waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, MethodType):
-            attributes = [value.__self__, *getattr(value.__self__, "__dict__", {}).values()]
-            found += [v for v in attributes if isinstance(v, nn.Module)]
-            waiting.append(value.__func__)
+            names = names_in(getattr(value.__func__, "__code__", None))
+            waiting += [value.__func__, *attributes_of(value.__self__, names)]
         elif isinstance(value, FunctionType):
             waiting += values_named_in(value)
+        elif isinstance(value, (list, tuple, dict)):
+            entries = value.values() if isinstance(value, dict) else value
+            found += [v for v in entries if isinstance(v, nn.Module)]
     return found
 
 
-def method_of(value: Any) -> Any:
-    """Return the method that a call of an object runs; anything else as it is."""
-    known = isinstance(value, (FunctionType, MethodType, partial, nn.Module))
-    return value.__call__ if callable(value) and not known else value
+def unwrap_callable(value: Any) -> Any:
+    """Return the function that a decorator or torch.compile wraps, and an object's ``__call__``."""
+    for _ in range(16):
+        if isinstance(value, nn.Module):
+            return value
+        inner = getattr(value, "_torchdynamo_orig_callable", None)
+        inner = getattr(value, "__wrapped__", None) if inner is None else inner
+        if inner is None:
+            break
+        value = inner
+    known = (FunctionType, MethodType, partial, type)
+    # An object that is called runs its class's method of that name.
+    method = None if isinstance(value, known) else getattr(value, "__call__", None)  # noqa: B004
+    return method if isinstance(method, MethodType) else value
+
+
+def attributes_of(value: Any, names: frozenset[str]) -> list[Any]:
+    """Return the attributes of an object, as far as they are named and may hold modules."""
+    kinds = (nn.Module, list, tuple, dict)
+    found = [v for n, v in getattr(value, "__dict__", {}).items() if n in names]
+    inner = [w for v in found if not isinstance(v, kinds) for w in _modules_within(v, names)]
+    return [v for v in found if isinstance(v, kinds)] + inner + _modules_within(value, names)
+
+
+def _modules_within(value: Any, names: frozenset[str]) -> list[Any]:
+    """Return an object itself if it is a module, else the modules among its named attributes."""
+    if isinstance(value, nn.Module):
+        return [value]
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, (type, ModuleType, FunctionType)):
+        return []
+    return [v for n, v in attributes.items() if n in names and isinstance(v, nn.Module)]
 
 
 def values_named_in(function: FunctionType) -> list[Any]:
-    """Return what a function's names stand for, functions of other files left out."""
-    names = function.__globals__
-    values = [
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-        *(names[n] for n in names_in(function.__code__) if n in names),
-    ]
+    """Return what a function's names stand for; of other files only what its closure holds."""
+    names, globals_of = names_in(function.__code__), function.__globals__
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:
-            values.append(cell.cell_contents)
+            held.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             continue
-    return [v for v in values if not (isinstance(v, FunctionType) and v.__globals__ is not names)]
+    named = [globals_of[n] for n in names if n in globals_of]
+    held += [
+        v for v in named if not (isinstance(v, FunctionType) and v.__globals__ is not globals_of)
+    ]
+    return held + [w for v in held for w in attributes_of(v, names)]
 
 
 @lru_cache(maxsize=256)
-def names_in(code: CodeType) -> frozenset[str]:
-    """Return the global names of a function's code, those of functions inside it included."""
+def names_in(code: CodeType | None) -> frozenset[str]:
+    """Return the global and attribute names of a function's code, and of functions inside it."""
+    if code is None:
+        return frozenset()
     inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return frozenset(code.co_names).union(*inner)

@@ -315,3 +315,34 @@ def test_a_deep_equilibrium():
     expected = llqr.quadratic_model(unrolled, parameters)
     agree(vector(model.gradient), vector(expected.gradient), 1e-9)
     agree(C, curvature_matrix(expected, parameters), 1e-9)
+
+
+class ClippedAt(torch.autograd.Function):
+    """Pass through, with gradients clipped on the way back."""
+
+    @staticmethod
+    def forward(ctx, x, limit):
+        ctx.limit = limit
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-ctx.limit, ctx.limit), None
+
+
+@pytest.mark.parametrize("limit", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_backward_that_clips_is_refused_at_whatever_size_it_clips(seed, limit):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(4, 5), torch.arange(4) % 3
+
+    def forward():
+        z = model[2](ClippedAt.apply(model[:2](x), limit))
+        return nn.functional.cross_entropy(z, y), z
+
+    optimizer = llqr.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, geometry=llqr.LLQR("kfac")
+    )
+    with pytest.raises(ValueError, match="ClippedAt.*linear in"):
+        optimizer.refresh(forward)

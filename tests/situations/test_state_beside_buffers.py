@@ -489,3 +489,79 @@ def test_nothing_of_the_users_is_touched_by_a_refresh():
     optimizer.refresh(problem)
     same([problem.beside(), weights(problem.model), gradients(problem.model)], before)
     same([random.getstate(), torch.get_rng_state()], states)
+
+
+# -- however a forward reaches a module ------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """A loss that counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z):
+        self.calls += 1
+        return z.square().mean()
+
+
+class Holder:
+    """An object of the user's that holds modules."""
+
+    def __init__(self, model, crit):
+        self.model, self.crit, self.losses = model, crit, {"a": crit}
+
+    def by_attribute(self):
+        z = self.model(torch.ones(4, 5))
+        return self.crit(z), z
+
+    def by_entry(self):
+        z = self.model(torch.ones(4, 5))
+        return self.losses["a"](z), z
+
+    def nested(self):
+        return lambda: (self.crit(z := self.model(torch.ones(4, 5))), z)
+
+
+def ways_to_reach(model, crit):
+    holder, losses, x = Holder(model, crit), [crit], torch.ones(4, 5)
+
+    def plain():
+        z = model(x)
+        return crit(z), z
+
+    def listed():
+        z = model(x)
+        return losses[0](z), z
+
+    def through_object():
+        z = model(x)
+        return holder.losses["a"](z), z
+
+    return {
+        "decorated": torch.enable_grad()(plain),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16)(plain),
+        "compiled": torch.compile(plain, backend="eager"),
+        "list": listed,
+        "object": through_object,
+        "method": holder.by_attribute,
+        "entry": holder.by_entry,
+        "nested": holder.nested(),
+    }
+
+
+@pytest.mark.parametrize("way", ways_to_reach(nn.Linear(5, 3), Counting()))
+@pytest.mark.filterwarnings("ignore:the forward's autocast is switched off")
+def test_a_loss_module_counts_once_however_it_is_reached(way):
+    model, crit = nn.Linear(5, 3), Counting()
+    forward = ways_to_reach(model, crit)[way]
+    optimizer = llqr.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        geometry=llqr.LLQR("diagonal", every=1),
+        perturbation=llqr.SAM(0.1),
+    )
+    for _ in range(2):
+        optimizer.minimize(forward)
+    assert float(crit.calls) == 2

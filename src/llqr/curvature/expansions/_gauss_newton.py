@@ -20,7 +20,7 @@ from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
 from ._compare_replacements import PlainDerivatives, derivatives_to_compare
 from ._differences import central_difference, differ_too_much, random_direction
-from ._linear_maps import are_transposes, random_cotangents
+from ._linear_maps import are_transposes, is_homogeneous, random_cotangents
 from ._missing_derivative import MissingDerivative
 from ._output_hessian import OutputHessian
 from ._output_jacobian import (
@@ -72,13 +72,17 @@ class GaussNewtonExpansion(Expansion):
         # curvature of that surrogate, and symmetric. Differences are of the forward itself.
         v, jacobian = random_cotangents(self._jacobian.outputs), self._jacobian
         maps = jacobian.transposed_product, jacobian.product
+        if not is_homogeneous(jacobian.transposed_product, v):
+            self._refuse_custom_functions("J'v is not linear in v")
         if not are_transposes(v, *maps, self._parameters, self.by_differences):
             if self.by_differences:
                 self._refuse_custom_functions("J' is not the transpose of a linear map J")
             raise MissingDerivative(", ".join(self._unchecked))
-        if not self.by_differences:  # whose H was checked by the ways before
-            self._check_symmetry()
+        # With J and J' transposes of each other, C is as symmetric as H, which torch computes
+        # unless a Function stands in the loss. (Of a saturated H, which is rounding, ask nothing.)
         if self._slope is not None:
+            if not self.by_differences:
+                self._check_symmetry()
             self._check_output_hessian(self._slope)
 
     def _check_output_hessian(self, slope: RepeatedOutputs) -> None:

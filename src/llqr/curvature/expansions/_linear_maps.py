@@ -21,6 +21,7 @@ __all__ = [
     "are_transposes",
     "direction_along",
     "inner_product",
+    "is_homogeneous",
     "is_symmetric",
     "nearly_equal",
     "norm",
@@ -58,6 +59,23 @@ def direction_along(image: Vectors, parameters: Sequence[Tensor], seed: int = 0)
 def random_cotangents(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """Return random numbers shaped like outputs, whose sum over entries is a mean."""
     return [random_normal(z.shape, z.dtype, seed).to(z.device) / max(1, z.numel()) for z in outputs]
+
+
+def is_homogeneous(linear_map: LinearMap, v: Sequence[Tensor]) -> bool:
+    """Tell whether A(s v) = s A v, for small and large s: a map that clips is not.
+
+    Powers of two, so that a linear map gives the same digits; float16 has room for small ones.
+    """
+    image = linear_map(v)
+    size = norm(image)
+    half = any(x.dtype == torch.float16 for x in v)
+    for scale in (2.0**-3, 2.0**3) if half else (2.0**-14, 2.0**7, 2.0**14):
+        scaled = linear_map([x * scale for x in v])
+        pairs = [(a, b) for a, b in zip(image, scaled, strict=True) if a is not None]
+        rest = norm([a.detach() - (0 if b is None else b.detach() / scale) for a, b in pairs])
+        if not rest <= LARGEST_ERROR * size and size < float("inf"):
+            return False
+    return True
 
 
 def are_transposes(
