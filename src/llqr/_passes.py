@@ -172,14 +172,24 @@ class Passes:
         with self._displaced("the first pass", scaler, modules, start=start, random=random):
             yield 1
 
+    def keep_start(self) -> ForwardState:
+        """Return what a forward may write to, as it is now: before the clean pass of a step."""
+        modules = self._modules.all()
+        return self._state_of(modules, self._parameters.parameters_not_held(modules), "start")
+
     @contextmanager
-    def run_perturbed(self, scaler: Any) -> Iterator[None]:
-        """Run the body at theta + eps, from the gradients that are there."""
+    def run_perturbed(self, scaler: Any, start: ForwardState | None = None) -> Iterator[None]:
+        """Run the body at theta + eps, from the gradients that are there.
+
+        Args:
+            scaler: the GradScaler of the clean backward.
+            start: what :meth:`keep_start` gave before it; None: the body goes on from what it left.
+        """
         check_scaler(scaler)
         self.close()
         self.forget_step()
         modules = self._modules.all()
-        with self._displaced("the clean backward", scaler, modules, start=None, random=None):
+        with self._displaced("the clean backward", scaler, modules, start=start, random=None):
             yield
 
     @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._module_state import ForwardState
 from .._optimizer import Optimizer
 from .._random_state import RandomState
 from ..distributed._sharded import local
@@ -39,6 +40,7 @@ class MicroBatches:
 
     def __init__(self) -> None:
         self._started: _MicroBatch | None = None
+        self._start: ForwardState | None = None  # before the first micro-batch of the step
         self._seen: list[_MicroBatch] = []
         self._left = _Traces()
 
@@ -53,6 +55,9 @@ class MicroBatches:
                 number of micro-batches).
             forward: returns (loss, outputs) or the loss, for a refresh.
         """
+        if self._begins_step(optimizer):
+            probes = optimizer.needs_second_pass
+            self._start = optimizer._passes.keep_start() if probes else None
         random = RandomState(optimizer._parameters.device)
         self._started = _MicroBatch(optimizer, backward, forward, random)
 
@@ -62,13 +67,17 @@ class MicroBatches:
         micro_batch, self._started = self._started, None
         assert micro_batch is not None
         optimizer = micro_batch.optimizer
-        if self._seen and (
-            self._seen[-1].optimizer is not optimizer or self._left.outdated(optimizer)
-        ):
+        if self._begins_step(optimizer):
             self._seen = []
         yield
         self._seen.append(micro_batch)
         self._left = _Traces(optimizer)
+
+    def _begins_step(self, optimizer: Optimizer) -> bool:
+        """Tell whether nothing that is held is in the gradients of this optimizer."""
+        if not self._seen:
+            return True
+        return self._seen[-1].optimizer is not optimizer or self._left.outdated(optimizer)
 
     def finish(
         self, optimizer: Optimizer, scaler: Any = None, module: nn.Module | None = None
@@ -83,6 +92,7 @@ class MicroBatches:
             module: whose metrics count once; default: the optimizer's model.
         """
         seen, self._seen, self._left = self._seen, [], _Traces()
+        start, self._start = self._start, None
         if not seen:
             return
         now = RandomState(optimizer._parameters.device)
@@ -90,7 +100,8 @@ class MicroBatches:
             optimizer.refresh_if_due([m.forward for m in seen])
             if optimizer.needs_second_pass:
                 try:
-                    with optimizer.perturbed(scaler):
+                    # As optimizer.perturbed(scaler), from the state before the first micro-batch.
+                    with optimizer._passes.run_perturbed(scaler, start):
                         for m in seen:
                             m.random.restore()
                             m.backward()
