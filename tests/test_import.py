@@ -23,8 +23,10 @@ for name in ("lightning", "fabric", "accelerate", "transformers"):
 
 def run(code):
     command = [sys.executable, "-W", "error", "-c", code]
-    # Compiled files are kept, as they are for users; else each run would compile the sources.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    # Compiled files are kept, as they are for users; else each run would compile the sources. And
+    # no tracer of coverage, which would take most of the time.
+    left_out = ("PYTHONDONTWRITEBYTECODE", "COV")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
