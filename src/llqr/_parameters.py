@@ -136,6 +136,11 @@ class NamedParameters:
         """The device of the first parameter."""
         return next(iter(self.named.values())).device
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices of all parameters."""
+        return {p.device for p in self.named.values()}
+
     def gradients(self) -> dict[str, Tensor]:
         """Return p.grad of all parameters that have one; refuse sparse ones."""
         found = {}

@@ -151,7 +151,7 @@ class Passes:
         modules = self._modules.all(functions)
         others = self._parameters.parameters_not_held(modules) if self.needed else []
         start = self._start = self._state_of(modules, others, "start")
-        random = RandomState(*self._devices) if self._replay_rng else None
+        random = RandomState(*self._parameters.devices) if self._replay_rng else None
         self._parameters.base.zero_grad()
         quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
         with quiet, running_pass("clean") as record.running:
@@ -262,7 +262,7 @@ class Passes:
         metric = dict if self._geometry is None else self._geometry.apply
         probe = Probe(chosen, self._parameters.named, radii, metric, self._parameters.layers)
         # The passes may run within the caller's autocast.
-        with without_autocast(*self._devices):
+        with without_autocast(*self._parameters.devices):
             eps = perturbation.displacement(probe)
         if eps is None:
             self._progress.skipped_probes += 1
@@ -307,7 +307,7 @@ class Passes:
     ) -> None:
         """Put the combination of both passes' gradients into p.grad, scaled as it was."""
         assert self._perturbation is not None
-        with without_autocast(*self._devices):
+        with without_autocast(*self._parameters.devices):
             chosen = self._perturbation.combine(clean, widen_gradients(second, scaler))
         scale = loss_scale(scaler)
         for name, gradient in second.items():
@@ -357,10 +357,6 @@ class Passes:
             reshard(self._parameters.model)
         if record.lost:
             self._modules.warn_of_lost(record.lost, "a second pass", self._progress)
-
-    @property
-    def _devices(self) -> set[torch.device]:
-        return {p.device for p in self._parameters.named.values()}
 
     def close(self) -> None:
         """End the passes so far, bringing the weights back if one was left open."""

@@ -118,7 +118,7 @@ class Refresher:
             watched = []
         values = self._modules.written.values_of(watched, "refresh", named.values())
         before = ForwardState(modules, values)
-        random = RandomState(*{p.device for p in named.values()})
+        random = RandomState(*self._parameters.devices)
         try:
             with evaluation_mode(self._parameters.model):
                 yield

@@ -82,7 +82,7 @@ class Update:
         self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
     ) -> bool:
         """Step the base along U g~ (algorithm 1, line 8); False: U g~ leaves half precision."""
-        with without_autocast(self._parameters.device):  # a step may be taken within the caller's
+        with without_autocast(*self._parameters.devices):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
             if graft:
                 moved = rescale_to_norm(moved, gradients)

@@ -58,7 +58,7 @@ class MicroBatches:
         if self._begins_step(optimizer):
             probes = optimizer.needs_second_pass
             self._start = optimizer._passes.keep_start() if probes else None
-        random = RandomState(optimizer._parameters.device)
+        random = RandomState(*optimizer._parameters.devices)
         self._started = _MicroBatch(optimizer, backward, forward, random)
 
     @contextmanager
@@ -95,7 +95,7 @@ class MicroBatches:
         start, self._start = self._start, None
         if not seen:
             return
-        now = RandomState(optimizer._parameters.device)
+        now = RandomState(*optimizer._parameters.devices)
         with torch.enable_grad(), metrics_put_back(optimizer.model if module is None else module):
             optimizer.refresh_if_due([m.forward for m in seen])
             if optimizer.needs_second_pass:
