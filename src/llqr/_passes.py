@@ -290,8 +290,7 @@ class Passes:
     @property
     def geometry_observes(self) -> bool:
         """Whether the geometry learns from the gradients of steps."""
-        geometry = self._geometry
-        return geometry is not None and type(geometry).observe is not Geometry.observe
+        return self._geometry is not None and self._geometry.observes
 
     @property
     def combines(self) -> bool:

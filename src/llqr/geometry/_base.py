@@ -65,6 +65,11 @@ class Geometry:
     def observe(self, gradients: Tensors) -> None:
         """See the clean gradients of a step that counted, unscaled, in float32 or float64."""
 
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` is to be called; the steps then keep their clean gradients."""
+        return type(self).observe is not Geometry.observe
+
     def due(self, step: int) -> bool:
         """Tell whether a refresh is due before optimizer step ``step``."""
         return False

@@ -81,6 +81,8 @@ class StructuredGeometry(Geometry):
     layout: Layout
     blocks: BlockDiagonal
     states: States
+    #: The structure of 1-D parameters in layers whose structure needs matrices.
+    vector_kind: type[Structure] = Vector
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -149,7 +151,7 @@ class StructuredGeometry(Geometry):
             self.parameters,
             layers,
             self.find_kind,
-            Vector,
+            self.vector_kind,
             self.settings.block_size,
             transposed,
         )
