@@ -28,6 +28,7 @@ from .geometry import Geometry as Geometry
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport
 from .geometry import StructuredGeometry as StructuredGeometry
+from .geometry import growing as growing
 
 # Where the loss is probed
 from .perturbations import ASAM as ASAM

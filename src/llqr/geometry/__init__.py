@@ -8,4 +8,5 @@ from ._metric_settings import Learned as Learned
 from ._metric_settings import MetricSettings as MetricSettings
 from ._report import RefreshError as RefreshError
 from ._report import RefreshReport as RefreshReport
+from ._schedules import growing as growing
 from ._structured import StructuredGeometry as StructuredGeometry
