@@ -51,7 +51,7 @@ def expected(positional, keywords):
             {"structure": "diagonal"},
             {
                 "curvature": "fisher",
-                "every": 500,
+                "every": llqr.growing(5, 500),
                 "steps": 50,
                 "lr": 1e-2,
                 "momentum": 0.9,
@@ -68,6 +68,7 @@ def expected(positional, keywords):
                 "start": 0,
             },
         ),
+        (llqr.growing, {"first": REQUIRED, "last": REQUIRED, "rate": 4}, {}),
         (
             llqr.Optimizer.minimize,
             {"forward": REQUIRED},

@@ -29,6 +29,7 @@ from .geometry import NaturalGradient as NaturalGradient
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport
 from .geometry import StructuredGeometry as StructuredGeometry
+from .geometry import growing as growing
 
 # Where the loss is probed
 from .perturbations import ASAM as ASAM

@@ -38,6 +38,43 @@ def test_every_as_a_function_of_the_step():
     assert refreshes(12, every=lambda step: 1 if step < 3 else 4) == [0, 1, 2, 6, 10]
 
 
+@pytest.mark.parametrize(
+    "every, steps",
+    [
+        (llqr.growing(5, 500), [0, 5, 10, 15, 20, 25, 32, 40, 50, 63, 79, 99]),
+        (llqr.growing(2, 8, rate=1), [0, 2, 4, 8, 16, 24, 32]),
+    ],
+)
+def test_gaps_grow_with_the_steps_made(every, steps):
+    """Each gap is clamp(t / rate, first, last) of the refresh before it, also after a reload."""
+    problem = mlp()
+    geometry = bound(problem, "scalar", every=every, steps=1)
+    at = []
+    for step in range(steps[-1] + 1):
+        if geometry.due(step):
+            at.append(geometry.refresh([problem], step=step).step)
+            state, counters = geometry.state(), geometry.counters()
+            geometry = bound(problem, "scalar", every=every, steps=1)
+            geometry.load_state(state)
+            geometry.load_counters(counters)
+    assert at == steps
+
+
+def test_growing():
+    every = llqr.growing(5, 500)
+    assert [every(t) for t in (0, 20, 100, 2000, 10**6)] == [5, 5, 25, 500, 500]
+    assert every == llqr.growing(5, 500, 4) != llqr.growing(5, 500, 3)
+    assert pickle.loads(pickle.dumps(every)) == every
+    assert [repr(every), repr(llqr.growing(1, 9, rate=2))] == [
+        "growing(5, 500)",
+        "growing(1, 9, rate=2)",
+    ]
+    assert llqr.LLQR().settings.every == every and llqr.LLQR.paper().settings.every == 500
+    for wrong, name in [((0, 9), "first"), ((5, 4), "last"), ((5, 9, 0), "rate")]:
+        with pytest.raises(ValueError, match=f"{name}: expected a number"):
+            llqr.growing(*wrong)
+
+
 def test_due():
     problem = mlp()
     geometry = bound(problem, every=5, start=3)
@@ -180,7 +217,7 @@ def test_paper_settings():
 def test_repr_names_everything():
     text = repr(llqr.LLQR("kfac", curvature="newton", lr=0.5))
     assert text.startswith("LLQR('kfac', curvature=Newton(), ") and "lr=0.5" in text
-    assert eval(text.replace("LLQR", "llqr.LLQR").replace("Newton", "llqr.Newton")).settings
+    assert eval(text, vars(llqr)).settings
 
 
 # -- forwards --------------------------------------------------------------------------------------

@@ -10,4 +10,5 @@ from ._natural_gradient import NaturalGradient as NaturalGradient
 from ._natural_gradient import NaturalGradientSettings as NaturalGradientSettings
 from ._report import RefreshError as RefreshError
 from ._report import RefreshReport as RefreshReport
+from ._schedules import growing as growing
 from ._structured import StructuredGeometry as StructuredGeometry

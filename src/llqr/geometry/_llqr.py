@@ -20,7 +20,7 @@ from ..curvature import (
     quadratic_model,
 )
 from ._metric_settings import Application, Learned, MetricSettings
-from ._schedules import EMA, INNER_LR
+from ._schedules import EMA, INNER_LR, growing
 from ._structured import StructuredGeometry
 from .inner_solve import (
     FlatModel,
@@ -39,6 +39,7 @@ __all__ = ["LLQR", "LLQRSettings"]
 
 Bases = Literal["learned", "gradient"]
 Scale = Literal["mean", "sum"] | float
+EVERY_GROWING = growing(5, 500)
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
     "loss has become linear in `outputs`)"
@@ -49,6 +50,7 @@ SATURATED = (
 class LLQRSettings(MetricSettings):
     """The settings of :class:`LLQR`, which says what each of them means."""
 
+    every: Schedule = EVERY_GROWING
     steps: int = 50
     lr: Schedule = 1e-2
     momentum: float = 0.9
@@ -128,7 +130,8 @@ class LLQR(StructuredGeometry):
             (name, parameter) -> name. 1-D parameters are elementwise in all Kronecker structures.
         curvature: "fisher" (the paper's NGD; the forward must return outputs), "newton", or a
             :class:`llqr.Curvature`.
-        every: optimizer steps between refreshes; a number or a function of the step.
+        every: optimizer steps between refreshes; a number, :class:`llqr.growing` or a function of
+            the step.
         steps: inner steps T.
         lr: inner learning rate; a number or a function of the step.
         momentum: inner momentum, in [0, 1).
@@ -182,7 +185,7 @@ class LLQR(StructuredGeometry):
         structure: StructureOf = "diagonal",
         *,
         curvature: Literal["fisher", "newton"] | Curvature = "fisher",
-        every: Schedule = 500,
+        every: Schedule = EVERY_GROWING,
         steps: int = 50,
         lr: Schedule = 1e-2,
         momentum: float = 0.9,
@@ -243,6 +246,7 @@ class LLQR(StructuredGeometry):
         # The authors' code sums the Fisher over the batch, and takes the mean loss for Newton.
         gauss_newton = as_curvature(curvature).gauss_newton
         settings: dict[str, Any] = {
+            "every": 500,
             "lr": 1e-3,
             "ema": 0.95 if gauss_newton else 0.9,
             "scale": "sum" if gauss_newton else "mean",

@@ -17,7 +17,7 @@ from ..distributed._sharded import whole_parameters
 from ._base import Geometry, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
 from ._report import RefreshError, RefreshHistory, RefreshReport
-from ._schedules import EVERY
+from ._schedules import gap_after
 from .layout import Layout, layers_of, unwrap_model
 from .structures import BlockDiagonal, States, Structure, StructureOf, Vector, find_structure
 from .structures._table import check_structure
@@ -245,7 +245,7 @@ class StructuredGeometry(Geometry):
         if step < self.settings.start:
             return False
         last = self.history.last
-        return last < 0 or step - last >= EVERY.value_at(self.settings.every, step)
+        return last < 0 or step - last >= gap_after(self.settings.every, last, step)
 
     def refresh(
         self,

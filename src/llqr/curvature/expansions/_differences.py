@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ._random import random_normal
+from .._random import random_normal
 
 __all__ = ["central_difference", "differ_too_much", "random_direction"]
 

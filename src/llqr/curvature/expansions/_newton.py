@@ -15,7 +15,7 @@ from .._graphs import gradients_of
 from ._base import Expansion
 from ._differences import central_difference, differ_too_much
 from ._linear_maps import direction_along, inner_product, nearly_equal
-from ._missing_derivative import MissingDerivative
+from .._missing_derivative import MissingDerivative
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
 
