@@ -12,10 +12,9 @@ from torch import Tensor
 from .._checks import Schedule, check_choice, check_integer, check_number
 from .._devices import widen
 from .._vectors import Tensors
-from ..curvature import Curvature, LinearLoss, as_curvature
-from ..curvature.sampling import CurvatureSamples, curvature_samples
+from ..curvature import Curvature, LinearLoss, as_curvature, curvature_samples
 from ._metric_settings import Application, Learned, MetricSettings
-from ._schedules import EMA
+from ._schedules import EMA, growing
 from ._structured import StructuredGeometry
 from .structures import States, Structure, StructureOf
 from .structures.closed_form import ClosedForm, closed_form_of
@@ -24,6 +23,7 @@ from .structures.closed_form._elementwise import DiagonalMoments
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
 
 SecondMoment = Literal["samples", "gradients"]
+EVERY_GROWING = growing(5, 500)
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
     "loss has become linear in `outputs`)"
@@ -87,7 +87,7 @@ class NaturalGradient(StructuredGeometry):
         damping: float = 0.03,
         power: float = 1.0,
         ema: Schedule = 0.9,
-        every: Schedule = 50,
+        every: Schedule = EVERY_GROWING,
         second_moment: SecondMoment = "samples",
         gradient_ema: float = 0.95,
         block_size: int | None = 512,
