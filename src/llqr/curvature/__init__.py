@@ -11,5 +11,7 @@ from ._quadratic_model import QuadraticModel as QuadraticModel
 from ._quadratic_model import check_scale as check_scale
 from ._quadratic_model import normalised_weights as normalised_weights
 from ._quadratic_model import quadratic_model as quadratic_model
+from ._synchronised import is_synchronised as is_synchronised
+from ._synchronised import synchronised_batch_norm as synchronised_batch_norm
 from ._twice_differentiable import twice_differentiable as twice_differentiable
 from .expansions import LinearLoss as LinearLoss
