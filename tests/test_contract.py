@@ -66,6 +66,7 @@ def expected(positional, keywords):
                 "tolerance": 1e-2,
                 "solver": "momentum",
                 "start": 0,
+                "batch_norm": "batch",
             },
         ),
         (llqr.growing, {"first": REQUIRED, "last": REQUIRED, "rate": 4}, {}),

@@ -378,14 +378,17 @@ def test_one_device():
         llqr.LLQR("kfac").bind(model)
 
 
-def test_a_refresh_sees_batch_norm_in_evaluation_mode():
-    """Through the optimizer: the learned U is that of the network in evaluation mode."""
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_what_a_refresh_sees_of_batch_norm(batch_norm):
+    """Through the optimizer: no dropout, and the statistics of the batch or the running ones."""
     problem = norm_net(dropout=0.5)
-    optimizer = optimizer_of(problem, geometry=llqr.LLQR("kfac", ema=0.0))
+    geometry = llqr.LLQR("kfac", ema=0.0, batch_norm=batch_norm)
+    optimizer = optimizer_of(problem, geometry=geometry)
     problem.model.train()
     optimizer.refresh(problem)
     assert problem.model.training
     alone = bound(problem, "kfac", ema=0.0)
+    problem.model[1].train(batch_norm == "batch")
     alone.refresh([problem])
     same(optimizer.geometry.state(), alone.state())
 

@@ -13,5 +13,7 @@ from ._quadratic_model import normalised_weights as normalised_weights
 from ._quadratic_model import quadratic_model as quadratic_model
 from ._samples import CurvatureSamples as CurvatureSamples
 from ._samples import curvature_samples as curvature_samples
+from ._synchronised import is_synchronised as is_synchronised
+from ._synchronised import synchronised_batch_norm as synchronised_batch_norm
 from ._twice_differentiable import twice_differentiable as twice_differentiable
 from ._output_hessian import LinearLoss as LinearLoss

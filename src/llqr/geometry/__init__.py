@@ -1,6 +1,7 @@
 """U: the inverse metric, its structures, and how it is learned."""
 
 from ._base import Geometry as Geometry
+from ._base import NormStatistics as NormStatistics
 from ._fixed import FixedGeometry as FixedGeometry
 from ._llqr import LLQR as LLQR
 from ._llqr import LLQRSettings as LLQRSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,7 +12,9 @@ from ..distributed import Ranks
 from ._report import RefreshReport
 from .layout import unwrap_model
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "NormStatistics"]
+
+NormStatistics = Literal["batch", "running"]
 
 
 class Geometry:
@@ -40,6 +42,11 @@ class Geometry:
     ranks: Ranks
     #: Whether each process holds a shard of U, so that all must apply it together, to the same g.
     sharded: bool = False
+
+    @property
+    def batch_norm(self) -> NormStatistics:
+        """The statistics that a refresh sees in a BatchNorm in training mode."""
+        return "batch"
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Attach to a model and the parameters to precondition (called by the optimizer).

@@ -19,6 +19,7 @@ from ..curvature import (
     check_scale,
     quadratic_model,
 )
+from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
 from ._schedules import EMA, INNER_LR, growing
 from ._structured import StructuredGeometry
@@ -163,6 +164,10 @@ class LLQR(StructuredGeometry):
             is faster if the processor has instructions for it. What it rounds is U g - g, to
             some three parts in a thousand, never g itself; the solve and checkpoints stay in full.
             It holds a copy of the factors at half the size.
+        batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch",
+            those of its minibatch, so that U is learned on the function that is trained; or
+            "running", those of evaluation mode (the authors' choice). One that was frozen with
+            ``eval()`` uses its running statistics in both cases.
 
     Raises:
         ValueError: a value out of range; the message names argument and value.
@@ -205,6 +210,7 @@ class LLQR(StructuredGeometry):
         shard: bool = False,
         micro_batch: int | None = None,
         application: Application = "full",
+        batch_norm: NormStatistics = "batch",
     ) -> None:
         settings = LLQRSettings(
             every=every,
@@ -213,6 +219,7 @@ class LLQR(StructuredGeometry):
             block_size=block_size,
             shard=shard,
             application=application,
+            batch_norm=batch_norm,
             steps=steps,
             lr=lr,
             momentum=momentum,
@@ -240,6 +247,7 @@ class LLQR(StructuredGeometry):
     ) -> LLQR:
         """Return the paper's settings: lr 1e-3, no bounds, no splitting, all products computed.
 
+        A refresh sees BatchNorm's running statistics, as in the authors' code.
         Fisher is summed over the batch with EMA 0.95; Newton is the Hessian of the mean loss with
         EMA 0.9 (paper, appendix C). ``changes`` replace single settings.
         """
@@ -253,6 +261,7 @@ class LLQR(StructuredGeometry):
             "constraint": "none",
             "block_size": None,
             "tolerance": 0,
+            "batch_norm": "running",
         }
         return cls(structure, curvature=curvature, **{**settings, **changes})
 

@@ -13,6 +13,7 @@ from .._checks import Schedule, check_choice, check_integer, check_number
 from .._devices import widen
 from .._vectors import Tensors
 from ..curvature import Curvature, LinearLoss, as_curvature, curvature_samples
+from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
 from ._schedules import EMA, growing
 from ._structured import StructuredGeometry
@@ -96,6 +97,7 @@ class NaturalGradient(StructuredGeometry):
         max_failures: int = 3,
         shard: bool = False,
         application: Application = "full",
+        batch_norm: NormStatistics = "batch",
     ) -> None:
         settings = NaturalGradientSettings(
             every=every,
@@ -104,6 +106,7 @@ class NaturalGradient(StructuredGeometry):
             block_size=block_size,
             shard=shard,
             application=application,
+            batch_norm=batch_norm,
             samples=samples,
             damping=damping,
             power=power,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
-from ._base import Geometry, format_table, shape_text
+from ._base import Geometry, NormStatistics, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
 from ._report import RefreshError, RefreshHistory, RefreshReport
 from ._schedules import gap_after
@@ -91,6 +91,11 @@ class StructuredGeometry(Geometry):
         self.history = RefreshHistory()
         self._warned: set[str] = set()
         self._lowered: tuple[States, States] = [], []
+
+    @property
+    def batch_norm(self) -> NormStatistics:
+        """The statistics that a refresh sees in a BatchNorm in training mode."""
+        return self.settings.batch_norm
 
     # -- what a subclass says ------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from .._forwards import (
     tensors_in,
 )
 from .._graphs import custom_functions_in
+from .._synchronised import couples_processes
 from .._twice_differentiable import ExactWeightNorm, tensor_hooks_noted
 from ._linear_maps import is_symmetric
 
@@ -64,6 +65,10 @@ class Expansion(ABC):
         self._unchecked = custom_functions_in([loss, *tensors_in(outputs)])
         if tensor_hooks_noted():
             self._unchecked.append("a hook on a tensor")
+        # What the checks compare holds of the sums over processes, which only a product takes.
+        self._coupled = couples_processes([loss, *tensors_in(outputs)])
+        if self._coupled:
+            self._unchecked = []
         self.loss = loss.detach()
         self.rows = 1
         if outputs is None and (curvature.gauss_newton or count_rows):

@@ -118,7 +118,7 @@ class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
     ) -> None:
         super()._prepare_products(forward, loss, outputs, curvature)
         if self._plain is not None:
-            self._plain.compare(self._jacobian, forward_too=not self._unchecked)
+            self._plain.compare(self._jacobian, forward_too=not (self._unchecked or self._coupled))
             self._plain = None
 
 
