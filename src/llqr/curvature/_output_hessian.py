@@ -88,7 +88,7 @@ class OutputHessian:
         # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.
         noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
-        return sum(_real_inner_product(v, h) for v, h in pairs) < -noise
+        return bool(sum(_real_inner_product(v, h) for v, h in pairs) < -noise)
 
     def warn_if_indefinite(self) -> None:
         """Warn if H was seen not to be positive semidefinite."""
