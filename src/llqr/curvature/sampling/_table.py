@@ -60,7 +60,14 @@ class OutputSquareRoot:
 
     def _recognised(self) -> list[SquareRoot] | None:
         """Return the square root of each tensor, or None if one is of no known kind."""
-        vs = [[random_normal(z.shape, z.dtype, s).to(z.device) for z in self._zs] for s in (1, 2)]
+        # Tensors that get the same numbers would hide how they are coupled.
+        vs = [
+            [
+                random_normal(z.shape, z.dtype, 2 * i + s).to(z.device)
+                for i, z in enumerate(self._zs)
+            ]
+            for s in (1, 2)
+        ]
         images = [self._hessian_product(v) for v in vs]
         ones = self._hessian_product([torch.ones_like(z) for z in self._zs])
         roots: list[SquareRoot] = []
