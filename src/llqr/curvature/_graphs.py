@@ -11,7 +11,12 @@ from torch import Tensor
 from ._overrides import without_look_for_modes
 from .linearised import is_replaced
 
-__all__ = ["custom_functions_in", "gradients_of", "release_failed_backward"]
+__all__ = [
+    "UnsuitableBackward",
+    "custom_functions_in",
+    "gradients_of",
+    "release_failed_backward",
+]
 
 
 #: With the modes of this thread on: activation checkpointing runs parts of the forward there.
@@ -71,6 +76,18 @@ def release_failed_backward() -> None:
     with torch.enable_grad():
         x = torch.zeros((), device="cpu", requires_grad=True)
         torch.autograd.grad(x + 1, x)
+
+
+class UnsuitableBackward(ValueError):
+    """A backward of a user's own that does not do for a curvature."""
+
+    def __init__(self, names: Sequence[str], reason: str) -> None:
+        super().__init__(
+            f"forward: with the backward of {', '.join(names)} {reason}. A backward of one's own "
+            "must be linear in the gradient it gets (no clipping, normalising or random numbers) "
+            "and, if it is not the derivative of the forward, differentiable: a straight-through "
+            "estimate of f is x + (f(x) - x).detach()"
+        )
 
 
 def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:

@@ -71,7 +71,8 @@ class OutputHessian:
 
     def _check_curvature(self, may_be_stationary: bool) -> bool:
         """Refuse H = 0, and tell whether H is seen to be indefinite, from one random product."""
-        probes = [_random_like(z) for z in self.points]
+        # Another seed per tensor: of a loss in z1 - z2 the same one would see nothing.
+        probes = [_random_like(z, seed) for seed, z in enumerate(self.points)]
         images = self._product_or_say_why_not(probes)
         pairs = [(v, h) for v, h in zip(probes, images, strict=True) if h is not None]
         if not any(bool(h.any()) for _, h in pairs):
@@ -88,7 +89,7 @@ class OutputHessian:
         # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.
         noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
-        return sum(_real_inner_product(v, h) for v, h in pairs) < -noise
+        return bool(sum(_real_inner_product(v, h) for v, h in pairs) < -noise)
 
     def warn_if_indefinite(self) -> None:
         """Warn if H was seen not to be positive semidefinite."""
@@ -113,8 +114,8 @@ class OutputHessian:
             ) from error
 
 
-def _random_like(z: Tensor) -> Tensor:
-    return random_normal(z.shape, z.dtype).to(z.device)
+def _random_like(z: Tensor, seed: int) -> Tensor:
+    return random_normal(z.shape, z.dtype, seed).to(z.device)
 
 
 def _real_inner_product(a: Tensor, b: Tensor) -> float:

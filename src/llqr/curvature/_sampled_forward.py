@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .._autocast import autocast_overruled
 from ._curvatures import Curvature, square_root_of
-from ._forwards import Forward, RepeatableForward, differentiable_in, split_loss_and_outputs
-from ._graphs import custom_functions_in, gradients_of, release_failed_backward
-from ._twice_differentiable import twice_differentiable
+from ._forwards import (
+    Forward,
+    RepeatableForward,
+    RepeatedOutputs,
+    differentiable_in,
+    split_loss_and_outputs,
+)
+from ._graphs import (
+    UnsuitableBackward,
+    custom_functions_in,
+    gradients_of,
+    release_failed_backward,
+)
+from ._output_hessian import OutputHessian
+from ._twice_differentiable import differentiable_repeatedly, tensor_hooks_noted
+from .expansions._differences import central_difference, differ_too_much, random_direction
+from .expansions._linear_maps import is_homogeneous, random_cotangents
+from .sampling import widened
 
 __all__ = ["SampledForward"]
 
 Result = TypeVar("Result")
+
+#: How many numbers the samples of the outputs hold that are drawn at a time.
+ENTRIES_AT_ONCE = 1 << 26
 
 
 class SampledForward:
@@ -58,7 +77,7 @@ class SampledForward:
     def _use(self, use: Callable[[_Graph], Result]) -> Result:
         # Around all of it: activation checkpointing runs parts of the forward again in a backward
         # pass, and must meet the same kernels.
-        with autocast_overruled(), twice_differentiable():
+        with autocast_overruled(), differentiable_repeatedly():
             try:
                 if self._graph is None:
                     self._graph = _Graph(self._forward, self._parameters, self._curvature)
@@ -89,33 +108,69 @@ class _Graph:
                 f"forward returned only a loss, but curvature={curvature!r} needs what the loss "
                 "was computed from; return (loss, outputs) with the logits as `outputs`"
             )
-        self._parameters = parameters
+        self._forward, self._parameters, self._curvature = forward, parameters, curvature
         self._zs = differentiable_in(self._outputs)
-        self._curvature = curvature
         self.loss = self._scalar.detach()
-        custom_functions_in([self._scalar])
-
-    @cached_property
-    def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:
-        """Return H^(1/2) e for ``count`` and ``generator``."""
-        if type(self._curvature).sample is not Curvature.sample:
-            return partial(self._curvature.sample, self._scalar, self._outputs)
-        # What H is, is found once for all draws.
-        return square_root_of(self._curvature, self._scalar, self._outputs).draw
+        self._custom_functions = custom_functions_in([self._scalar, *self._zs])
+        if tensor_hooks_noted():
+            self._custom_functions.append("a hook on a tensor")
 
     def gradient(self) -> list[Tensor | None]:
         """Return the gradient of the loss."""
-        return gradients_of([self._scalar], self._parameters)
+        gradient = gradients_of([self._scalar], self._parameters)
+        if all(g is None for g in gradient):
+            raise ValueError(
+                "forward: the loss does not depend on any of the parameters; compute it with the "
+                "module whose parameters these are"
+            )
+        return gradient
 
     def draw(self, count: int, generator: torch.Generator) -> list[Tensor | None]:
-        """Return samples of every parameter, by one backward pass per sample."""
+        """Return samples of every parameter, in at least float32, by one backward pass each."""
+        at_once = max(1, ENTRIES_AT_ONCE // max(1, sum(z.numel() for z in self._zs)))
         samples: list[list[Tensor | None]] = []
-        for cotangent in zip(*self._draw_at_outputs(count=count, generator=generator), strict=True):
-            samples.append(self._transposed_product(cotangent))
+        for start in range(0, count, at_once):
+            n = min(at_once, count - start)
+            s = self._draw_at_outputs(count=n, generator=generator)
+            samples.extend(self._samples_of_parameters(s))
         return [
-            None if one[0] is None else torch.stack([w for w in one if w is not None])
-            for one in zip(*samples, strict=True)
+            None if ws[0] is None else torch.stack([w for w in ws if w is not None])
+            for ws in zip(*samples, strict=True)
         ]
+
+    def _samples_of_parameters(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
+        """Return w = J's for every sample s = H^(1/2) e."""
+        # One by one: a batched backward pass (vmap) takes twice to four times the memory and, from
+        # small convolutional nets on, is no faster, on a CPU and on a GPU; and it fails for some
+        # modules. Times a power of two, as a loss scale keeps numbers in the range of float16.
+        largest = max((float(s.abs().max()) for s in samples if s.numel()), default=0.0)
+        scale = 2.0 ** min(-math.frexp(largest)[1], 100)
+        for s in zip(*samples, strict=True):
+            image = self._transposed_product([x * scale for x in s])
+            yield [None if w is None else widened(w) / scale for w in image]
+
+    @cached_property
+    def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:
+        """Return samples H^(1/2) e for ``count`` and ``generator``."""
+        if self._custom_functions and not is_homogeneous(
+            self._transposed_product, random_cotangents(self._zs)
+        ):
+            raise UnsuitableBackward(self._custom_functions, "J'v is not linear in v")
+        if type(self._curvature).sample is not Curvature.sample:
+            return partial(self._curvature.sample, self._scalar, self._outputs)
+        # What H is, is found once for all draws.
+        root = square_root_of(self._curvature, self._scalar, self._outputs)
+        if root.hessian.of_loss and (hidden := custom_functions_in([self._scalar], self._zs)):
+            self._check_output_hessian(root.hessian, hidden)
+        return root.draw
+
+    def _check_output_hessian(self, hessian: OutputHessian, hidden: list[str]) -> None:
+        """Compare H J d with differences of dL/dz: fused losses keep it as a constant."""
+        d = random_direction(self._parameters)
+        repeats = (RepeatedOutputs(self._forward, self._outputs, slope) for slope in (False, True))
+        jd, hjd = (central_difference(f, self._parameters, d) for f in repeats)
+        if differ_too_much(hessian.product(jd), hjd):
+            raise UnsuitableBackward(hidden, "the second derivative of the loss is hidden")
 
     def _transposed_product(self, v: Sequence[Tensor]) -> list[Tensor | None]:
         vs = [x.to(z.dtype) for x, z in zip(v, self._zs, strict=True)]

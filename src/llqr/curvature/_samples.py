@@ -107,7 +107,7 @@ class CurvatureSamples:
 
     @property
     def gradient(self) -> list[Tensor]:
-        """g of the averaged loss: tensors shaped like the parameters, zeros without a part in it."""
+        """Gradient of the averaged loss, per parameter: zeros if it took no part."""
         total = [torch.zeros_like(p).detach() for p in self._parameters]
         for weight, term in self._terms:
             for i, g in zip(self._active, term.gradient, strict=True):

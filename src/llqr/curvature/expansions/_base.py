@@ -16,7 +16,7 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
-from .._graphs import custom_functions_in
+from .._graphs import UnsuitableBackward, custom_functions_in
 from .._synchronised import couples_processes
 from .._twice_differentiable import ExactWeightNorm, tensor_hooks_noted
 from ._linear_maps import is_symmetric
@@ -125,10 +125,4 @@ class Expansion(ABC):
             self._refuse_custom_functions("C would not be symmetric")
 
     def _refuse_custom_functions(self, reason: str) -> NoReturn:
-        names = ", ".join(self._unchecked)
-        raise ValueError(
-            f"forward: with the backward of {names} {reason}. A backward of one's own must be "
-            "linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
-            "it is not the derivative of the forward, differentiable: a straight-through estimate "
-            "of f is x + (f(x) - x).detach()"
-        )
+        raise UnsuitableBackward(self._unchecked, reason)

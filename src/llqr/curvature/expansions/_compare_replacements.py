@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._forwards import RepeatableForward, differentiable_in, split_loss_and_outputs
 from .._graphs import gradients_of
-from ._linear_maps import direction_along, inner_product, nearly_equal, norm, random_cotangents
 from .._missing_derivative import ReplacementsDisagree
+from ._linear_maps import direction_along, inner_product, nearly_equal, norm, random_cotangents
 from ._output_jacobian import OutputJacobian
 
 __all__ = ["PlainDerivatives", "derivatives_to_compare"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Probes:
     @property
     def tolerance(self) -> float:
         """The relative error up to which two images count as equal."""
-        return min(0.05, self.eps**0.5)
+        return min(0.05, math.sqrt(self.eps))
 
 
 class SquareRoot(ABC):

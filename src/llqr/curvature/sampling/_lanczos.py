@@ -43,7 +43,7 @@ def lanczos_square_root(
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []
     before = torch.zeros(0, dtype=e.dtype, device=e.device)
-    for k in range(1, min(most, e.numel()) + 1):
+    for _k in range(1, min(most, e.numel()) + 1):
         image = product(basis[-1])
         diagonal.append(basis[-1] @ image)
         # Twice: once leaves what rounding left of the first.
@@ -65,4 +65,5 @@ def lanczos_square_root(
         beside.append(rest)
         basis.append(image / rest)
         before = root
-    return length * (Q @ root)
+    result: Tensor = length * (Q @ root)
+    return result

@@ -57,26 +57,28 @@ def _row_weights(p: Tensor, dim: int, probes: Probes) -> Tensor | None:
     """Return w of every row, or None if H is not of this kind along ``dim``."""
 
     def norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        return length
 
     v, h, eps = probes.v, probes.image, probes.eps
     pv = p * v
     q = pv - p * pv.sum(dim, keepdim=True)  # H v = w q
-    # q is a difference of terms as large as `terms`: where the network is certain, most of it is
-    # rounding, and so is w.
+    # q is a difference of terms as large as `terms`, and errs by their rounding.
     terms, length = norm(pv), norm(q)
     smallest = torch.finfo(q.dtype).tiny
     w = (q[0] * h[0]).sum(dim, keepdim=True) / length[0].square().clamp(min=smallest)
+    # Where the network is certain, w is mostly rounding: how large it is, other rows tell.
+    clear = length[0] >= 0.01 * length[0].max()
+    typical = torch.where(clear, w.abs(), 0).max()
+    known = length[0] > 1e3 * eps * terms[0]
+    scale = torch.maximum(torch.where(known, w.abs(), 0), typical)
     # The first direction gave w; the second one tells whether it was right. With two classes
     # every first one would be, and a coupling of rows would not show in it.
-    known = length[0] > 10 * eps * terms[0]
-    typical = torch.where(known, w.abs(), 0).max() if bool(known.any()) else w.abs().max()
     noise = terms[1] + terms[0] * length[1] / length[0].clamp(min=smallest)
-    allowed = probes.tolerance * w.abs() * length[1]
-    allowed += 8 * eps * torch.maximum(w.abs(), typical) * noise
+    allowed = probes.tolerance * w.abs() * length[1] + 8 * eps * scale * noise
     if not bool((norm(h[1] - w * q[1]) <= allowed).all()):
         return None
-    least = float(torch.where(known, w, 0).min())
+    least = float(torch.where(known | clear, w, 0).min())
     if least < -probes.tolerance * float(typical):
         raise IndefiniteHessian(least)
     return w.clamp(min=0)

@@ -19,15 +19,15 @@ __all__ = ["OutputSquareRoot"]
 
 #: What a mean over many rows makes of a probe leaves the range of float16; times this it does not.
 LIFT = 2.0**10
-#: Kinds of H that are recognised from products with random directions.
-KINDS: tuple[type[SquareRoot], ...] = (SoftmaxRoot, DiagonalRoot)
+#: Kinds of H that are recognised from products with random directions; the stricter test first.
+KINDS: tuple[type[SquareRoot], ...] = (DiagonalRoot, SoftmaxRoot)
 
 
 class OutputSquareRoot:
     """H^(1/2) over all tensors of outputs, in closed form where H is of a kind that has one.
 
     Args:
-        hessian: products with H.
+        hessian: products with H; kept as an attribute.
 
     Raises:
         ValueError: the outputs are complex.
@@ -42,7 +42,7 @@ class OutputSquareRoot:
                     "curvature are drawn for real outputs only; return torch.view_as_real of it, "
                     "from which the loss is then computed"
                 )
-        self._hessian = hessian
+        self.hessian = hessian
         self._zs = [widened(z) for z in hessian.points]
         self._eps = max(torch.finfo(z.dtype).eps for z in hessian.points)
         self._roots = self._recognised()
@@ -60,7 +60,14 @@ class OutputSquareRoot:
 
     def _recognised(self) -> list[SquareRoot] | None:
         """Return the square root of each tensor, or None if one is of no known kind."""
-        vs = [[random_normal(z.shape, z.dtype, s).to(z.device) for z in self._zs] for s in (1, 2)]
+        # Tensors that get the same numbers would hide how they are coupled.
+        vs = [
+            [
+                random_normal(z.shape, z.dtype, 2 * i + s).to(z.device)
+                for i, z in enumerate(self._zs)
+            ]
+            for s in (1, 2)
+        ]
         images = [self._hessian_product(v) for v in vs]
         ones = self._hessian_product([torch.ones_like(z) for z in self._zs])
         roots: list[SquareRoot] = []
@@ -75,9 +82,9 @@ class OutputSquareRoot:
         return roots
 
     def _hessian_product(self, v: Sequence[Tensor]) -> list[Tensor]:
-        points = self._hessian.points
+        points = self.hessian.points
         lifted = [(x * LIFT).to(z.dtype) for x, z in zip(v, points, strict=True)]
-        image = self._hessian.product(lifted)
+        image = self.hessian.product(lifted)
         return [
             torch.zeros_like(z) if h is None else widened(h) / LIFT
             for h, z in zip(image, self._zs, strict=True)
@@ -88,11 +95,14 @@ class OutputSquareRoot:
         sizes = [z.numel() for z in self._zs]
 
         def product(v: Tensor) -> Tensor:
-            pieces = [x.view_as(z) for x, z in zip(v.split(sizes), self._zs, strict=True)]
+            pieces = [x.view_as(z) for x, z in zip(torch.split(v, sizes), self._zs, strict=True)]
             return _flat(self._hessian_product(pieces)).to(dtype)
 
         root = lanczos_square_root(product, _flat(e).to(dtype), self._eps)
-        return [x.view_as(z).to(z.dtype) for x, z in zip(root.split(sizes), self._zs, strict=True)]
+        return [
+            x.view_as(z).to(z.dtype)
+            for x, z in zip(torch.split(root, sizes), self._zs, strict=True)
+        ]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
