@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -12,9 +9,8 @@ from torch import nn
 import llqr
 from explicit import agree
 from llqr.curvature import curvature_samples
-from llqr.geometry.structures import verify_structure
-from llqr.geometry.structures.closed_form import CLOSED_FORMS, ClosedForm
-from tiny import F64, Problem, everything, mlp, norm_net, same, through_file, train
+from llqr.geometry.structures.closed_form import CLOSED_FORMS
+from tiny import F64, Problem, mlp, norm_net
 
 STRUCTURES = [kind.name for kind in CLOSED_FORMS]
 DAMPING, EMA = 0.1, 0.8

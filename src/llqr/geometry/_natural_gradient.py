@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -152,8 +152,8 @@ class NaturalGradient(StructuredGeometry):
             except LinearLoss:
                 if not self.history.accepted:
                     raise
-                drawn = gradient = None
-        if not self.ranks.all(drawn is not None) or drawn is None or gradient is None:
+                drawn, gradient = [], []
+        if not self.ranks.all(bool(drawn)):
             return Learned(None, SATURATED, is_failure=False)
         with torch.no_grad():
             w, g = self._pack_samples(drawn), self._pack_mean(gradient)
@@ -234,7 +234,9 @@ class NaturalGradient(StructuredGeometry):
         if not self.observes or not self.history.accepted:
             return
         flat, beta = self.layout.pack(gradients), self.settings.gradient_ema
-        self.states = self._invert_moments([
-            part.observe_gradient(state, self._samples_of(part, flat[None])[0], beta)
-            for part, state in zip(self.parts, self.states, strict=True)
-        ])
+        self.states = self._invert_moments(
+            [
+                part.observe_gradient(state, self._samples_of(part, flat[None])[0], beta)
+                for part, state in zip(self.parts, self.states, strict=True)
+            ]
+        )
