@@ -3,11 +3,11 @@
     python benchmarks/accelerator.py --device cuda --out DIR
 
 Parts: parity (the numerical core against float64 on the CPU), amp (mixed precision, compiled and
-recurrent nets, checkpoints), speed (steps and refreshes over the base's step), launches (kernels and
-device reads per step), extras (what this version of the library may not have). Each part runs in a
-process of its own with a time limit, so that one that crashes or hangs costs no other. Every result
-is appended to DIR/accelerator.jsonl at once; DIR/accelerator.json is written after each part. The
-exit status is 1 if a check failed or did not run.
+recurrent nets, checkpoints), speed (steps and refreshes over the base's step), launches (kernels
+and device reads per step), extras (what this version of the library may not have). Each part runs
+in a process of its own with a time limit, so that one that crashes or hangs costs no other. Every
+result is appended to DIR/accelerator.jsonl at once; DIR/accelerator.json is written after each
+part. The exit status is 1 if a check failed or did not run.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al., 2019); the default sizes are those of its smallest, without dropout."""
+    """GPT-2 (Radford et al., 2019), by default in its smallest size, without dropout."""
 
     def __init__(
         self,
