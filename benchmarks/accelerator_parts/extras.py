@@ -61,8 +61,7 @@ def run(report: Report) -> None:
     model = make("resnet18", device, report.reduced)
     for structure in STRUCTURES:
         if hasattr(llqr, "NaturalGradient"):
-            settings = {"structure": structure}
-            measure_refresh(report, "resnet18", lambda: model, llqr.NaturalGradient, settings)
+            measure_refresh(report, "resnet18", lambda: model, llqr.NaturalGradient, structure, {})
         else:
             report.check(f"resnet18: refresh of NaturalGradient {structure}", missing_natural)
 

@@ -20,6 +20,7 @@ COUNTED = {
     "copies": ("cudaMemcpyAsync",),
     "copies to the host": ("Memcpy DtoH",),
     "reads": ("aten::_local_scalar_dense",),
+    "items": ("aten::item",),
     "waits": ("cudaStreamSynchronize", "cudaDeviceSynchronize"),
 }
 

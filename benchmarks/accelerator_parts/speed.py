@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,10 +49,10 @@ def run(report: Report) -> None:
                 made.append(make(name, report.device, report.reduced))
             return made[0]
 
-        measure_memory(report, name, model)
+        peaks = measure_memory(report, name, model)
         measure_steps(report, name, model)
         for structure in GEOMETRIES:
-            measure_refresh(report, name, model, llqr.LLQR, {"structure": structure})
+            measure_refresh(report, name, model, llqr.LLQR, structure, peaks)
         made.clear()
 
 
@@ -132,15 +133,17 @@ def measure_steps(report: Report, name: str, model: Callable[[], Classifier]) ->
         )
 
 
-def measure_memory(report: Report, name: str, model: Callable[[], Classifier]) -> None:
-    """Take the peak of a step of each method by itself, over that of the base's."""
-    if report.device != "cuda":
-        return
+def measure_memory(report: Report, name: str, model: Callable[[], Classifier]) -> dict[str, float]:
+    """Take the peak of a step of each method by itself, over that of the base's; return MiB."""
     peaks: dict[str, float] = {}
+    if report.device != "cuda":
+        return peaks
 
     def peak(method: str) -> tuple[float, str]:
         p = model()
         p.model.zero_grad()
+        gc.collect()  # the method before is gone, circles included
+        torch.cuda.empty_cache()
         step = step_of(name, method, p)
         for _ in range(2):
             step()
@@ -152,15 +155,16 @@ def measure_memory(report: Report, name: str, model: Callable[[], Classifier]) -
 
     for method in ALL:
         report.check(f"{name}: peak memory of {method}, over the base's", lambda m=method: peak(m))
-    report.peaks = peaks
+    return peaks
 
 
 def measure_refresh(
     report: Report,
     name: str,
     model: Callable[[], Classifier],
-    kind: Callable[..., llqr.Geometry],
-    settings: dict[str, Any],
+    kind: Callable[..., llqr.StructuredGeometry],
+    structure: str,
+    peaks: dict[str, float],
 ) -> None:
     """Time a refresh, over the base's step just before it; with its peak memory."""
 
@@ -170,7 +174,7 @@ def measure_refresh(
         steps = {"base": lambda: plain_step(p, base)}
         step = clock.medians(steps, 2 if report.reduced else 7, warm=2)["base"]
         base.zero_grad()
-        refresh = Refresh(p, kind, **{"every": 10**9, "block_size": 512, **settings})
+        refresh = Refresh(p, kind, structure=structure, every=10**9, block_size=512)
         began = time.perf_counter()
         refresh()  # the first also compares the library's operations with torch's
         first = time.perf_counter() - began
@@ -179,13 +183,12 @@ def measure_refresh(
             torch.cuda.reset_peak_memory_stats()
         took = clock.medians({"refresh": refresh}, 1 if first > 5 else 3, warm=0)["refresh"]
         found = refresh.report
-        note = f"{took:.3f} s, {found.products} products, first {first:.2f} s, {found}"
+        note = f"{took:.3f} s, {found.products} products, first {first:.2f} s"
+        note += f", |Ug-g|/|g| {found.change:.2g}" if found.accepted else f", {found.reason}"
         if report.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
-            base_peak = getattr(report, "peaks", {}).get("base")
             note += f", peak {peak:.0f} MiB"
-            note += f" ({peak / base_peak:.2f} of a step's)" if base_peak else ""
+            note += f" ({peak / peaks['base']:.2f} of a step's)" if "base" in peaks else ""
         return took / step, note
 
-    said = settings["structure"]
-    report.check(f"{name}: refresh of {kind.__name__} {said}, in steps", take)
+    report.check(f"{name}: refresh of {kind.__name__} {structure}, in steps", take)
