@@ -61,11 +61,9 @@ class OutputSquareRoot:
     def _recognised(self) -> list[SquareRoot] | None:
         """Return the square root of each tensor, or None if one is of no known kind."""
         # Tensors that get the same numbers would hide how they are coupled.
+        numbered = list(enumerate(self._zs))
         vs = [
-            [
-                random_normal(z.shape, z.dtype, 2 * i + s).to(z.device)
-                for i, z in enumerate(self._zs)
-            ]
+            [random_normal(z.shape, z.dtype, 2 * i + s).to(z.device) for i, z in numbered]
             for s in (1, 2)
         ]
         images = [self._hessian_product(v) for v in vs]
