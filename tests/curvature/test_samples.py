@@ -82,7 +82,7 @@ COUPLED = {
     "contrastive": ((4, 4), contrastive),
     "coupled rows": ((6, 3), lambda z: F.cross_entropy(z, Y) + z.sum().square() / 50),
     "coupled binary rows": (
-        (6, 2), lambda z: F.cross_entropy(z, Y % 2) + ((z[0] - z[1]) @ WEIGHT[:2]).square() / 50,
+        (6, 2), lambda z: F.cross_entropy(z, Y % 2) + (z[0] - z[1]).diff().square().sum() / 50,
     ),
     "logsumexp squared": ((6, 3), lambda z: F.mse_loss(z, TARGET) + z.logsumexp(-1).square().sum()),
     "smooth norm": ((6, 3), lambda z: (1 + z.square().sum()).sqrt()),
@@ -288,6 +288,13 @@ def test_a_seed_decides_and_the_global_state_is_untouched():
     assert torch.equal(first, again) and torch.equal(first, parts[0])
     assert not torch.equal(first, other) and not torch.equal(*parts)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_loss_that_is_not_finite_gives_samples_that_are_not():
+    net = mlp()
+    net.x.fill_(torch.nan)
+    samples = curvature_samples(net, net.parameters).draw(2, torch.Generator())
+    assert all(bool(w.isnan().any()) for w in samples)
 
 
 # -- several forwards ------------------------------------------------------------------------------

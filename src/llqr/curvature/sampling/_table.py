@@ -68,6 +68,9 @@ class OutputSquareRoot:
         ]
         images = [self._hessian_product(v) for v in vs]
         ones = self._hessian_product([torch.ones_like(z) for z in self._zs])
+        if not all(bool(h.isfinite().all()) for image in (*images, ones) for h in image):
+            # Whoever uses the samples sees that they are not finite.
+            return [DiagonalRoot(torch.full_like(z, torch.nan)) for z in self._zs]
         roots: list[SquareRoot] = []
         for i, z in enumerate(self._zs):
             v, image = (torch.stack([x[i] for x in both]) for both in (vs, images))
