@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -29,7 +29,6 @@ from ._output_hessian import OutputHessian
 from ._twice_differentiable import differentiable_repeatedly, tensor_hooks_noted
 from .expansions._differences import central_difference, differ_too_much, random_direction
 from .expansions._linear_maps import is_homogeneous, random_cotangents
-from .sampling import widened
 
 __all__ = ["SampledForward"]
 
@@ -70,9 +69,11 @@ class SampledForward:
             self._gradient = self._use(lambda graph: graph.gradient())
         return self._gradient
 
-    def draw(self, count: int, generator: torch.Generator) -> list[Tensor | None]:
-        """Return ``count`` samples of every parameter; None is zero."""
-        return self._use(lambda graph: graph.draw(count, generator))
+    def draw_into(
+        self, rows: Sequence[Tensor], count: int, factor: float, generator: torch.Generator
+    ) -> None:
+        """Write ``count`` samples times a factor into zeros of shape (count, *p.shape)."""
+        self._use(lambda graph: graph.draw_into(rows, count, factor, generator))
 
     def _use(self, use: Callable[[_Graph], Result]) -> Result:
         # Around all of it: activation checkpointing runs parts of the forward again in a backward
@@ -125,29 +126,24 @@ class _Graph:
             )
         return gradient
 
-    def draw(self, count: int, generator: torch.Generator) -> list[Tensor | None]:
-        """Return samples of every parameter, in at least float32, by one backward pass each."""
+    def draw_into(
+        self, rows: Sequence[Tensor], count: int, factor: float, generator: torch.Generator
+    ) -> None:
+        """Write samples w = J'H^(1/2) e times a factor, by one backward pass each."""
         at_once = max(1, ENTRIES_AT_ONCE // max(1, sum(z.numel() for z in self._zs)))
-        samples: list[list[Tensor | None]] = []
         for start in range(0, count, at_once):
             n = min(at_once, count - start)
-            s = self._draw_at_outputs(count=n, generator=generator)
-            samples.extend(self._samples_of_parameters(s))
-        return [
-            None if ws[0] is None else torch.stack([w for w in ws if w is not None])
-            for ws in zip(*samples, strict=True)
-        ]
-
-    def _samples_of_parameters(self, samples: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
-        """Return w = J's for every sample s = H^(1/2) e."""
-        # One by one: a batched backward pass (vmap) takes twice to four times the memory and, from
-        # small convolutional nets on, is no faster, on a CPU and on a GPU; and it fails for some
-        # modules. Times a power of two, as a loss scale keeps numbers in the range of float16.
-        largest = max((float(s.abs().max()) for s in samples if s.numel()), default=0.0)
-        scale = 2.0 ** min(-math.frexp(largest)[1], 100)
-        for s in zip(*samples, strict=True):
-            image = self._transposed_product([x * scale for x in s])
-            yield [None if w is None else widened(w) / scale for w in image]
+            samples = self._draw_at_outputs(count=n, generator=generator)
+            # Times a power of two, as a loss scale keeps numbers in the range of float16.
+            largest = max((float(s.abs().max()) for s in samples if s.numel()), default=0.0)
+            lift = 2.0 ** min(-math.frexp(largest)[1], 100)
+            # One by one: a batched backward pass (vmap) takes two to four times the memory and is
+            # faster only for small multilayer perceptrons, on a CPU and on a GPU.
+            for k, s in enumerate(zip(*samples, strict=True), start):
+                image = self._transposed_product([x * lift for x in s])
+                for row, w in zip(rows, image, strict=True):
+                    if w is not None:
+                        row[k].copy_(w).mul_(factor / lift)
 
     @cached_property
     def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:

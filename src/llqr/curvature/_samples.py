@@ -135,18 +135,12 @@ class CurvatureSamples:
             for p in self._parameters
         ]
         start = 0
-        weights = [w for w, _ in self._terms]
-        shares = divide_samples(weights, count, generator)
-        for (_, term), (n, scale) in zip(self._terms, shares, strict=True):
-            if n == 0:
-                continue
-            rows = slice(start, start + n)
-            for i, w in zip(self._active, term.draw(n, generator), strict=True):
-                if w is not None:
-                    result[i][rows] = w
-                    if scale != 1.0:
-                        result[i][rows] *= scale
-            start += n
+        shares = divide_samples([w for w, _ in self._terms], count, generator)
+        for (_, term), (n, factor) in zip(self._terms, shares, strict=True):
+            if n > 0:
+                rows = [result[i][start : start + n] for i in self._active]
+                term.draw_into(rows, n, factor, generator)
+                start += n
         return result
 
 

@@ -61,15 +61,16 @@ class OutputSquareRoot:
     def _recognised(self) -> list[SquareRoot] | None:
         """Return the square root of each tensor, or None if one is of no known kind."""
         # Tensors that get the same numbers would hide how they are coupled.
+        numbered = list(enumerate(self._zs))
         vs = [
-            [
-                random_normal(z.shape, z.dtype, 2 * i + s).to(z.device)
-                for i, z in enumerate(self._zs)
-            ]
+            [random_normal(z.shape, z.dtype, 2 * i + s).to(z.device) for i, z in numbered]
             for s in (1, 2)
         ]
         images = [self._hessian_product(v) for v in vs]
         ones = self._hessian_product([torch.ones_like(z) for z in self._zs])
+        if not all(bool(h.isfinite().all()) for image in (*images, ones) for h in image):
+            # Whoever uses the samples sees that they are not finite.
+            return [DiagonalRoot(torch.full_like(z, torch.nan)) for z in self._zs]
         roots: list[SquareRoot] = []
         for i, z in enumerate(self._zs):
             v, image = (torch.stack([x[i] for x in both]) for both in (vs, images))
