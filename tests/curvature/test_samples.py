@@ -410,6 +410,11 @@ def test_what_cannot_be_sampled_is_refused(name):
         samples.draw(2, torch.Generator())
 
 
+class OneSample(llqr.Fisher):
+    def sample(self, loss, outputs, *, count, generator):
+        return [torch.ones_like(outputs)]
+
+
 def test_bad_arguments_are_refused():
     net = mlp()
     with pytest.raises(ValueError, match=r"curvature: Newton\(\) has no samples"):
@@ -420,5 +425,7 @@ def test_bad_arguments_are_refused():
         curvature_samples(net, net.parameters, weights=[1, 2])
     with pytest.raises(ValueError, match="count: expected an integer >= 1, got 0"):
         curvature_samples(net, net.parameters).draw(0, torch.Generator())
+    with pytest.raises(ValueError, match=r"of shapes \[\(6, 3\)\]; expected \[\(2, 6, 3\)\]"):
+        curvature_samples(net, net.parameters, OneSample()).draw(2, torch.Generator())
     with pytest.raises(ValueError, match="does not depend on any of the parameters"):
         _ = curvature_samples(net, [torch.zeros(2, requires_grad=True)]).gradient

@@ -134,6 +134,7 @@ class _Graph:
         for start in range(0, count, at_once):
             n = min(at_once, count - start)
             samples = self._draw_at_outputs(count=n, generator=generator)
+            self._check_shapes(samples, n)
             # Times a power of two, as a loss scale keeps numbers in the range of float16.
             largest = max((float(s.abs().max()) for s in samples if s.numel()), default=0.0)
             lift = 2.0 ** min(-math.frexp(largest)[1], 100)
@@ -167,6 +168,15 @@ class _Graph:
         jd, hjd = (central_difference(f, self._parameters, d) for f in repeats)
         if differ_too_much(hessian.product(jd), hjd):
             raise UnsuitableBackward(hidden, "the second derivative of the loss is hidden")
+
+    def _check_shapes(self, samples: Sequence[Tensor], count: int) -> None:
+        expected = [(count, *z.shape) for z in self._zs]
+        found = [tuple(s.shape) for s in samples]
+        if found != expected:
+            raise ValueError(
+                f"curvature: sample of {self._curvature!r} returned tensors of shapes {found}; "
+                f"expected {expected}, count samples of every output that carries a graph"
+            )
 
     def _transposed_product(self, v: Sequence[Tensor]) -> list[Tensor | None]:
         vs = [x.to(z.dtype) for x, z in zip(v, self._zs, strict=True)]
