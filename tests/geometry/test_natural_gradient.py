@@ -31,7 +31,7 @@ def nets():
 
 
 def bound(problem, structure, **settings):
-    settings = {"samples": 3, "damping": DAMPING, "ema": EMA, **settings}
+    settings = {"samples": 25, "damping": DAMPING, "ema": EMA, **settings}
     geometry = llqr.NaturalGradient(structure, **settings)
     geometry.bind(problem.model)
     return geometry
@@ -62,12 +62,12 @@ class ByHand:
         for name, w in samples.items():
             new = self._moments(self.known.get(name), w, keep)
             self.known[name] = new
-        moments = torch.cat([m.reshape(-1) for _, m, _ in self.known.values()])
+        moments = torch.cat([m.reshape(-1) for _, m, *_ in self.known.values()])
         lam = DAMPING * moments.mean()
         c = 1 / (1 / (moments + lam)).mean()
         self.U = {
             name: turn @ torch.diag(c / (m.reshape(-1) + lam)) @ turn.mT
-            for name, (turn, m, _) in self.known.items()
+            for name, (turn, m, *_) in self.known.items()
         }
 
     def _moments(self, old, w, keep):
@@ -78,23 +78,33 @@ class ByHand:
             c = flat.mT @ flat / len(w)
             c = c if old is None else keep * old[2] + (1 - keep) * c
             values, q = torch.linalg.eigh(c)
-            return q, values.clamp(min=0), c
+            return q, values.clamp(min=0), c, None
         if kind == "diagonal" or x is None:
             m = flat.square().mean(0)
-            return torch.eye(len(m), dtype=F64), _mix(old and old[1], m, keep), None
+            return torch.eye(len(m), dtype=F64), _mix(old and old[1], m, keep), None, None
         left, right = (x @ x.mT).mean(0), (x.mT @ x).mean(0)
         if old is not None:
             left = keep * old[2][0] + (1 - keep) * left
             right = keep * old[2][1] + (1 - keep) * right
-        (a, qb), (b, qa) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+        qb, qa = (_bases(s, old and old[3][i]) for i, s in enumerate((left, right)))
+        a, b = ((q * (s @ q)).sum(0) for q, s in ((qb, left), (qa, right)))
         turn = torch.kron(qb, qa)
         if kind == "kfac":
-            return turn, torch.outer(a, b).reshape(-1) / b.sum(), (left, right)
+            return turn, torch.outer(a, b).reshape(-1) / b.sum(), (left, right), (qb, qa)
         m = (qb.mT @ x @ qa).square().mean(0).reshape(-1)
         if old is not None:
             before = old[0] @ torch.diag(old[1]) @ old[0].mT
             m = keep * (turn.mT @ before @ turn).diagonal() + (1 - keep) * m
-        return turn, m, (left, right)
+        return turn, m, (left, right), (qb, qa)
+
+
+def _bases(s, old):
+    """Eigenvectors at first; then orthogonal iteration, the greatest first."""
+    if old is None:
+        return torch.linalg.eigh(s)[1].flip(-1)
+    values = (old * (s @ old)).sum(0)
+    y = s @ old + 1e-3 * values.mean() * old
+    return torch.linalg.qr(y[:, values.argsort(descending=True)])[0]
 
 
 def _mix(old, new, keep):
@@ -109,7 +119,7 @@ def test_formula(structure, net):
     for step in range(3):
         by_hand.refresh(draw(geometry, problem))
         report = geometry.refresh([problem], step=step)
-        assert report.accepted and report.samples == 3
+        assert report.accepted and report.samples == 25
         with torch.no_grad():  # another curvature each time
             for p in problem.model.parameters():
                 p.add_(0.1 * torch.randn_like(p))

@@ -18,7 +18,7 @@ from ._metric_settings import Application, Learned, MetricSettings
 from ._schedules import EMA, growing
 from ._structured import StructuredGeometry
 from .structures import States, Structure, StructureOf
-from .structures.closed_form import ClosedForm, closed_form_of
+from .structures.closed_form import Averaging, ClosedForm, closed_form_of
 from .structures.closed_form._elementwise import DiagonalMoments
 
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
@@ -41,6 +41,7 @@ class NaturalGradientSettings(MetricSettings):
     ema: Schedule = 0.9
     second_moment: SecondMoment = "samples"
     gradient_ema: float = 0.95
+    renew_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +53,7 @@ class NaturalGradientSettings(MetricSettings):
         EMA.check(self.ema)
         check_choice("second_moment", self.second_moment, SecondMoment)
         check_number("gradient_ema", self.gradient_ema, low=0, high=1)
+        check_integer("renew_every", self.renew_every, low=1)
         check_integer("seed", self.seed, low=0)
 
 
@@ -91,6 +93,7 @@ class NaturalGradient(StructuredGeometry):
         every: Schedule = EVERY_GROWING,
         second_moment: SecondMoment = "samples",
         gradient_ema: float = 0.95,
+        renew_every: int = 1,
         block_size: int | None = 512,
         seed: int = 0,
         start: int = 0,
@@ -113,6 +116,7 @@ class NaturalGradient(StructuredGeometry):
             ema=ema,
             second_moment=second_moment,
             gradient_ema=gradient_ema,
+            renew_every=renew_every,
             seed=seed,
         )
         super().__init__(structure, settings)
@@ -158,13 +162,9 @@ class NaturalGradient(StructuredGeometry):
         with torch.no_grad():
             w, g = self._pack_samples(drawn), self._pack_mean(gradient)
             del drawn, gradient
-            # beta is corrected for the empty start: the first samples count fully, the second ones
-            # half at beta -> 1.
-            k, beta = self.history.accepted, EMA.value_at(settings.ema, step)
-            keep = beta * (1 - beta**k) / (1 - beta ** (k + 1))
-            mean = (lambda t: t) if self.sharded else self.ranks.mean_
+            averaging = self._averaging_at(step)
             states = [
-                part.update_moments(state, self._samples_of(part, w), keep, mean)
+                part.update_moments(state, self._samples_of(part, w), averaging)
                 for part, state in zip(self.parts, self.states, strict=True)
             ]
             states = self._invert_moments(states)
@@ -173,6 +173,19 @@ class NaturalGradient(StructuredGeometry):
         if not self.ranks.all(finite):
             return Learned(None, "the curvature samples are not finite", g, numbers)
         return Learned(states, None, g, numbers)
+
+    def _averaging_at(self, step: int) -> Averaging:
+        """Return the weights of the old averages, corrected for their empty start.
+
+        With k terms seen, the next one counts (1 - beta) / (1 - beta^(k+1)).
+        """
+        beta, period = EMA.value_at(self.settings.ema, step), self.settings.renew_every
+        seen = self.history.accepted
+        renewed = -(-seen // period)
+        keep, keep_bases = (beta * (1 - beta**k) / (1 - beta ** (k + 1)) for k in (seen, renewed))
+        # A shard has the samples of all processes; else each has its own.
+        mean = (lambda t: t) if self.sharded else self.ranks.mean_
+        return Averaging(keep, None if seen % period else keep_bases, mean)
 
     def _generator(self) -> torch.Generator:
         """Return the random numbers of this refresh: they depend on seed, count and process."""

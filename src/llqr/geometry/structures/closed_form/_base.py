@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,10 +12,22 @@ from torch import Tensor
 
 from .._base import Bounds, State, Structure
 
-__all__ = ["ClosedForm", "MeanOverRanks"]
+__all__ = ["Averaging", "ClosedForm"]
 
-#: Averages a statistic over the processes, in place.
-MeanOverRanks = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Averaging:
+    """How averages take in the samples of a refresh.
+
+    Attributes:
+        keep: the weight of the old averages.
+        keep_bases: that of the averages whose eigenvectors are the bases; None: the bases stay.
+        mean_over_ranks: averages a statistic over the processes, in place.
+    """
+
+    keep: float
+    keep_bases: float | None
+    mean_over_ranks: Callable[[Tensor], Tensor]
 
 
 class ClosedForm(Structure):
@@ -48,18 +61,16 @@ class ClosedForm(Structure):
             x: vectors, (m, count, *shape), or (m, n) for blocks of any length.
         """
 
-    def update_moments(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state whose averages (and bases) have seen new samples.
 
         Args:
             state: the present state.
             w: the samples, as :meth:`squares` takes them.
-            keep: beta, the weight of the old averages.
-            mean_over_ranks: averages a statistic over the processes, in place.
+            averaging: how.
         """
-        return {**state, "M": _average(state["M"], mean_over_ranks(self.squares(state, w)), keep)}
+        squares = averaging.mean_over_ranks(self.squares(state, w))
+        return {**state, "M": _average(state["M"], squares, averaging.keep)}
 
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose M has seen a gradient, in the present coordinates."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._base import State
 from .._dense import Dense
 from .._eigenvalues import decompose_symmetric
-from ._base import ClosedForm, MeanOverRanks
+from ._base import Averaging, ClosedForm
 
 __all__ = ["DenseMoments"]
 
@@ -35,13 +35,11 @@ class DenseMoments(ClosedForm, Dense):
         """Return the mean of (Q'x) o (Q'x)."""
         return (x.transpose(0, 1) @ state["Q"]).square().mean(1)
 
-    def update_moments(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Average w w'; renew its eigenvectors and eigenvalues."""
         rows = w.transpose(0, 1)  # (count, m, n)
-        square = mean_over_ranks(rows.mT @ rows / len(w))
-        average = torch.lerp(square, state["C"], keep)
+        square = averaging.mean_over_ranks(rows.mT @ rows / len(w))
+        average = torch.lerp(square, state["C"], averaging.keep)
         values, vectors = decompose_symmetric(average)
         q = vectors.contiguous()
         return {**state, "C": average, "Q": q, "M": values.clamp(min=0)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -9,14 +10,18 @@ from torch import Tensor
 
 from .._base import State
 from .._e_kfac import EKfac, squared_overlaps
-from .._eigenvalues import decompose_symmetric
-from ._base import ClosedForm, MeanOverRanks
+from .._eigenvalues import eigenvectors, follow_eigenvectors
+from ._base import Averaging, ClosedForm
 
 __all__ = ["EKfacMoments", "KfacMoments"]
 
 
 class KroneckerBases(ClosedForm, EKfac):
-    """Eigenvectors of the averages L of W W' and R of W'W as bases (base class)."""
+    """Eigenvectors of the averages L of W W' and R of W'W as bases (base class).
+
+    They are exact at the first refresh and follow by one step of orthogonal iteration at each later
+    one: M is measured in whatever bases there are.
+    """
 
     eigenvalue_entry: ClassVar[str] = "S"
 
@@ -38,19 +43,19 @@ class KroneckerBases(ClosedForm, EKfac):
         """Return the extremes of S: the bases are orthogonal."""
         return state["S"].amin((1, 2)), state["S"].amax((1, 2))
 
-    def update_bases(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_bases(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state with L, R and their eigenvectors."""
+        keep = averaging.keep_bases
+        if keep is None:
+            return state
         wide, tall = side_by_side(w), stacked(w)
         new = dict(state)
-        for entry, basis, square in (
-            ("L", "QB", wide @ wide.mT),
-            ("R", "QA", tall.mT @ tall),
-        ):
-            new[entry] = torch.lerp(mean_over_ranks(square / len(w)), state[entry], keep)
+        for entry, basis, square in (("L", "QB", wide @ wide.mT), ("R", "QA", tall.mT @ tall)):
+            mean = averaging.mean_over_ranks(square / len(w))
+            new[entry] = torch.lerp(mean, state[entry], keep)
+            turn = partial(follow_eigenvectors, bases=state[basis]) if keep else eigenvectors
             # Contiguous, as a checkpoint brings them back: products round by the strides.
-            new[basis] = decompose_symmetric(new[entry])[1].contiguous()
+            new[basis] = turn(new[entry]).contiguous()
         return new
 
 
@@ -62,15 +67,13 @@ class EKfacMoments(KroneckerBases):
         state = super().identity(device)
         return {**state, "M": torch.zeros_like(state["S"])}
 
-    def update_moments(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Renew the bases, carry M over, and average the squares in them."""
-        new = self.update_bases(state, w, keep, mean_over_ranks)
-        if keep:  # the diagonal of the old operator in the new bases
+        new = self.update_bases(state, w, averaging)
+        if averaging.keep_bases:  # the diagonal of the old operator in the new bases
             turn_b, turn_a = squared_overlaps(state, new)
             new["M"] = turn_b @ state["M"] @ turn_a.mT
-        return super().update_moments(new, w, keep, mean_over_ranks)
+        return super().update_moments(new, w, averaging)
 
 
 class KfacMoments(KroneckerBases):
@@ -78,11 +81,9 @@ class KfacMoments(KroneckerBases):
 
     observes_gradients: ClassVar[bool] = False
 
-    def update_moments(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Renew the bases."""
-        return self.update_bases(state, w, keep, mean_over_ranks)
+        return self.update_bases(state, w, averaging)
 
     def second_moment(self, state: State) -> Tensor:
         """Return the outer product of the factors' eigenvalues over their common trace."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._base import State
 from .._identity import Identity
-from ._base import ClosedForm, MeanOverRanks
+from ._base import Averaging, ClosedForm
 
 __all__ = ["IdentityMoments"]
 
@@ -19,9 +19,7 @@ class IdentityMoments(ClosedForm, Identity):
         """Return no number."""
         return x.new_zeros(0)
 
-    def update_moments(
-        self, state: State, w: Tensor, keep: float, mean_over_ranks: MeanOverRanks
-    ) -> State:
+    def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state."""
         return state
 
