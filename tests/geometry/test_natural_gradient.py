@@ -10,7 +10,7 @@ import llqr
 from explicit import agree
 from llqr.curvature import curvature_samples
 from llqr.geometry.structures.closed_form import CLOSED_FORMS
-from tiny import F64, Problem, mlp, norm_net
+from tiny import F64, Problem, mlp
 
 STRUCTURES = [kind.name for kind in CLOSED_FORMS]
 DAMPING, EMA = 0.1, 0.8
@@ -24,10 +24,21 @@ def nets():
     tied.weight = embedding.weight
     text = Problem(
         nn.Sequential(embedding, nn.Linear(4, 4).double(), nn.Tanh(), tied),
-        torch.randint(7, (9,)),
-        torch.randint(7, (9,)),
+        torch.arange(63) % 7,
+        torch.randint(7, (63,)),
     )
-    return {"mlp": mlp(), "norm_net": norm_net(), "text": text}
+    images = Problem(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        ).double(),
+        torch.randn(60, 2, 2, 2, dtype=F64),
+        torch.randint(3, (60,)),
+    )
+    return {"mlp": mlp(), "images": images, "text": text}
 
 
 def bound(problem, structure, **settings):
@@ -111,7 +122,7 @@ def _mix(old, new, keep):
     return new if old is None else keep * old + (1 - keep) * new
 
 
-@pytest.mark.parametrize("net", ["mlp", "norm_net", "text"])
+@pytest.mark.parametrize("net", ["mlp", "images", "text"])
 @pytest.mark.parametrize("structure", ["kfac", "e-kfac", "diagonal"])
 def test_formula(structure, net):
     problem = nets()[net]
