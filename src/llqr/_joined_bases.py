@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import count, islice
+from operator import is_
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class JoinedBases(torch.optim.Optimizer):
             check_base(optimizer, f"base[{i}]")
             if isinstance(optimizer, JoinedBases):
                 raise TypeError(f"base[{i}]: is a list of optimizers; give one flat list")
+            if any(optimizer is other for other in optimizers[:i]):
+                raise ValueError(f"base[{i}]: {type(optimizer).__name__} is in the list twice")
         # As for an optimizer that is not built from parameters: hooks only.
         super().__setstate__({"optimizers": tuple(optimizers), "_listed": [], "_known": []})
 
@@ -111,15 +114,18 @@ class JoinedBases(torch.optim.Optimizer):
         self._hand_on(groups)
 
     def _list_is_as_known(self) -> bool:
-        """Tell whether the list holds what was put in it, each group with its base."""
+        """Tell whether the list holds what was put in it."""
         return len(self._listed) == len(self._known) and all(
-            listed is group and group.get(BASE) == i
-            for listed, (i, group) in zip(self._listed, self._known, strict=True)
+            map(is_, self._listed, (group for _, group in self._known))
         )
 
     def _hand_on(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Give each optimizer its groups of a list."""
-        known = [(self._base_of(group, "param_groups"), group) for group in groups]
+        """Give each optimizer its groups of a list: those that it has, and those that name it."""
+        places = {id(group): i for i, group in self._known}
+        known = [
+            (places[id(g)] if id(g) in places else self._base_of(g, "param_groups"), g)
+            for g in groups
+        ]
         for i, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for j, group in known if j == i]
         self._known = known
@@ -142,13 +148,13 @@ class JoinedBases(torch.optim.Optimizer):
         index = self._base_of(param_group, "add_param_group")
         self.optimizers[index].add_param_group(param_group)
 
-    @property  # type: ignore[override]  # nothing to put in its place
-    def state(self) -> JoinedState:
+    @property
+    def state(self) -> JoinedState:  # type: ignore[override]
         """The states of all as one mapping; what is written goes to the holder's own."""
         return JoinedState(self.optimizers)
 
-    @property  # type: ignore[override]
-    def defaults(self) -> dict[str, Any]:
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The options that all have, as the first has them.
 
         Schedulers that cycle the momentum look here whether every group has one.
@@ -209,7 +215,8 @@ class JoinedBases(torch.optim.Optimizer):
                 f"state_dict: has the states of {len(parts)} optimizers, expected {len(self)}"
             )
         # torch's own loading makes new objects, so these stay what they are.
-        before = [{k: vars(o)[k] for k in ("state", "param_groups") if k in vars(o)} for o in self]
+        replaced = ("state", "param_groups")
+        before = [{k: v for k, v in vars(o).items() if k in replaced} for o in self.optimizers]
         try:
             for optimizer, part in zip(self.optimizers, parts, strict=True):
                 optimizer.load_state_dict(part)
