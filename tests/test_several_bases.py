@@ -26,7 +26,6 @@ from tiny import (
     poisoned,
     random_metric,
     same,
-    says,
     scaler_of,
     sgd,
     through_file,
@@ -476,10 +475,19 @@ def test_the_states_of_separate_optimizers_load():
     same(weights(problem.model), weights(plain.model))
 
 
-@pytest.mark.parametrize("wrong", ["order", "groups", "sizes", "number", "the second refuses"])
+MISFITS = {
+    "order": "group 0 belongs to optimizer 1 of the list",
+    "groups": "parameter groups of sizes",
+    "sizes": "parameter groups of sizes",
+    "count": "the states of 1 optimizers, expected 2",
+    "refusal": "the second will not",
+}
+
+
+@pytest.mark.parametrize("wrong", MISFITS)
 def test_a_state_that_does_not_fit_changes_nothing(wrong):
     problem, optimizer = start(steps=3)
-    state = copy.deepcopy(optimizer.state_dict())
+    state, load = copy.deepcopy(optimizer.state_dict()), optimizer.load_state_dict
     if wrong == "order":
         for group in state["param_groups"]:
             group["base"] = 1 - group["base"]
@@ -487,19 +495,17 @@ def test_a_state_that_does_not_fit_changes_nothing(wrong):
         del state["param_groups"][1]
     elif wrong == "sizes":
         state["param_groups"][1]["params"].pop()
-    elif wrong == "number":
-        state = [optimizer.base[0].state_dict()]
+    elif wrong == "count":
+        state, load = [optimizer.base[0].state_dict()], optimizer.base.load_state_dict
     else:
 
         def refuse(*_):
-            raise ValueError("optimizer 1 of the list will not")
+            raise ValueError("the second will not")
 
         optimizer.base[1].register_load_state_dict_pre_hook(refuse)
     train(optimizer, problem, 1)
     before = everything(optimizer)
-    load = optimizer.base.load_state_dict if wrong == "number" else optimizer.load_state_dict
-    with says(ValueError, {"order": "optimizer 1 of the list", "groups": "group", "sizes": "size",
-                           "number": "1 optimizers, expected 2"}.get(wrong, "will not")):  # fmt: skip
+    with pytest.raises(ValueError, match=MISFITS[wrong]):
         load(state)
     same(everything(optimizer), before)
     train(optimizer, problem, 1)
