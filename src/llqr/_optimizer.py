@@ -266,7 +266,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._follow_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; their blocks of U start at the identity."""
+        """Add parameters to the base; their blocks of U start at the identity.
+
+        If the base is a list, the group's ``"base"`` is the number of the optimizer it joins.
+        """
         groups = len(self.base.param_groups)
         self.base.add_param_group(param_group)
         try:
