@@ -12,6 +12,7 @@ import torch
 from ._wrapper import (
     OptimizerWrapper,
     attributes_to_copy,
+    call_if_there,
     load_with_hooks,
     save_with_hooks,
     step_base,
@@ -179,6 +180,16 @@ class JoinedBases(torch.optim.Optimizer):
         """Clear the gradients of all."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Call ``train`` of those that have it."""
+        for optimizer in self.optimizers:
+            call_if_there(optimizer, "train")
+
+    def eval(self) -> None:
+        """Call ``eval`` of those that have it."""
+        for optimizer in self.optimizers:
+            call_if_there(optimizer, "eval")
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
 from ._update import Update
-from ._wrapper import OptimizerWrapper, load_with_hooks, save_with_hooks
+from ._wrapper import OptimizerWrapper, call_if_there, load_with_hooks, save_with_hooks
 from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
@@ -278,6 +278,26 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             del self.base.param_groups[groups:]
             self._read_groups()
             raise
+
+    def train(self) -> None:
+        """Move the weights to where the base trains them, if it tells the two apart.
+
+        A schedule-free base evaluates an average of the weights it trains: call :meth:`eval` before
+        an evaluation or a checkpoint of the model, and this method after it. Frameworks that call
+        both of an optimizer (Accelerate, the Hugging Face Trainer) find them. For other bases
+        nothing happens, nor within a perturbed pass, whose base trains.
+        """
+        if not self._passes.displaced:
+            call_if_there(self.base, "train")
+
+    def eval(self) -> None:
+        """Move the weights to where the base evaluates them; see :meth:`train`.
+
+        Raises:
+            RuntimeError: called within a perturbed pass, whose end would bring other weights back.
+        """
+        self._passes.refuse_if_displaced("eval", "evaluate after the pass has ended")
+        call_if_there(self.base, "eval")
 
     def __repr__(self) -> str:
         lines = [f"geometry: {self.geometry!r}", f"perturbation: {self.perturbation!r}"]

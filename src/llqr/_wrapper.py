@@ -11,6 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 __all__ = [
     "OptimizerWrapper",
     "attributes_to_copy",
+    "call_if_there",
     "load_with_hooks",
     "save_with_hooks",
     "step_base",
@@ -71,6 +72,13 @@ def attributes_to_copy(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     kept = {k: v for k, v in vars(optimizer).items() if not k.startswith("_optimizer_")}
     kept.pop("step", None)
     return kept
+
+
+def call_if_there(optimizer: torch.optim.Optimizer, method: str) -> None:
+    """Call a method that not all optimizers have, such as ``train`` of schedule-free ones."""
+    found = getattr(optimizer, method, None)
+    if callable(found):
+        found()
 
 
 def save_with_hooks(

@@ -1,9 +1,10 @@
-"""Muon with AdamW, under one optimizer, in each framework."""
+"""Bases beyond one plain optimizer in each framework: Muon with AdamW, and one that averages."""
 
 import pytest
 import torch
 
 from integrations import small
+from situations.test_bases import Averaging
 from tiny import same, weights
 
 pytestmark = [
@@ -68,3 +69,21 @@ def test_trainer_of_transformers(monkeypatch, tmp_path):
     assert all(not torch.equal(p, start[n]) for n, p in model.named_parameters())
     assert trainer.state.global_step == 4 and len(optimizer.base) == 2
     test_transformers.test_a_checkpoint_of_the_trainer_resumes(tmp_path)
+
+
+def test_the_trainer_evaluates_where_the_base_does(monkeypatch, tmp_path):
+    """It calls train() in each training step, the second pass included, and eval() before eval."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from integrations import test_transformers
+
+    monkeypatch.setattr(
+        test_transformers, "base_of", lambda model: Averaging(list(model.parameters()))
+    )
+    model = test_transformers.causal()
+    trainer, optimizer = test_transformers.trained(tmp_path, model, structure=None)
+    trained = weights(model)
+    trainer.evaluate(test_transformers.sentences())
+    averages = weights(model)
+    assert all(not torch.equal(averages[n], trained[n]) for n in trained)
+    optimizer.train()
+    same(weights(model), trained)
