@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ._parameters import check_group_options
 from ._wrapper import (
     OptimizerWrapper,
     attributes_to_copy,
@@ -47,6 +48,8 @@ def check_base(base: Any, where: str, expected: str = "optimizer") -> None:
                 f"{where}: {kind} has no {needed!r}, which every torch.optim optimizer "
                 "has; call super().__init__ in it, or hand over the optimizer that it contains"
             )
+    # Not torch's own, which keep these options in their groups.
+    check_group_options([vars(base)])
 
 
 def defaults_of_group(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -108,6 +108,15 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         >>> losses = [float(optimizer.minimize(forward)) for _ in range(20)]
         >>> losses[-1] < losses[0]
         True
+
+        Muon steps matrices only, so another optimizer steps the rest:
+
+        >>> matrices = [p for p in model.parameters() if p.dim() == 2]
+        >>> rest = [p for p in model.parameters() if p.dim() != 2]
+        >>> bases = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.003)]
+        >>> optimizer = llqr.Optimizer(bases, model, perturbation=llqr.SAM(rho=0.05))
+        >>> [group["base"] for group in optimizer.param_groups]
+        [0, 1]
     """
 
     def __init__(

@@ -257,6 +257,17 @@ class TestStatesOfAnyForm:
             llqr.Optimizer(Shell(sgd(problem)), problem.model)
 
 
+@pytest.mark.parametrize("option", ["maximize", "capturable", "differentiable"])
+def test_an_option_that_a_base_keeps_on_itself_is_refused(option):
+    """pytorch_optimizer's keep maximize there and not in their groups."""
+    problem = mlp()
+    base = sgd(problem)
+    setattr(base, option, True)
+    for bases in (base, [base]):
+        with pytest.raises(ValueError, match=f"base: {option}=True is not supported"):
+            llqr.Optimizer(bases, problem.model)
+
+
 class TestWeightsForEvaluation:
     """Bases that train the weights elsewhere than they evaluate them."""
 
