@@ -271,6 +271,10 @@ def test_a_group_leaves_and_comes_back_through_the_list():
     assert muon.param_groups == [group] and optimizer.param_groups[0] is group
     train(optimizer, problem, 1)
     assert not torch.equal(before["0.weight"], problem.model[0].weight)
+    copies = [dict(group) for group in optimizer.param_groups]
+    optimizer.param_groups = copies
+    assert [base.param_groups[0] for base in optimizer.base] == copies
+    train(optimizer, problem, 1)
     optimizer.param_groups.append({"params": []})
     with pytest.raises(ValueError, match=r"param_groups: the group says base=None"):
         optimizer.step()
@@ -285,6 +289,10 @@ def test_two_lists_of_the_same_optimizers_do_not_move_groups():
         train(o, problem, 1)
         assert o.param_groups == [group for base in o.base for group in base.param_groups]
         assert [group["base"] for group in o.param_groups] == [0, 1]
+    held = optimizer.param_groups
+    train(other, problem, 1)
+    held.reverse()
+    assert [group["base"] for group in optimizer.param_groups] == [1, 0]
     assert "momentum" in muon.param_groups[0] and "betas" in adamw.param_groups[0]
 
 
