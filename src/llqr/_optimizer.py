@@ -473,9 +473,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     ) -> RefreshReport:
         """Refresh the geometry now, due or not.
 
-        The model is in evaluation mode meanwhile (set without calling ``train`` or ``eval``).
-        Afterwards modes, buffers, parameters that the forward wrote to, random state and p.grad are
-        as before.
+        The model is in evaluation mode meanwhile (set without calling ``train`` or ``eval``), but
+        for norms in training mode if the geometry's ``batch_norm`` is "batch". Afterwards modes,
+        buffers, parameters that the forward wrote to, random state and p.grad are as before.
 
         Args:
             forward: as in :meth:`minimize`; default ``refresh_forward``.

@@ -45,7 +45,10 @@ class Geometry:
 
     @property
     def batch_norm(self) -> NormStatistics:
-        """The statistics that a refresh sees in a BatchNorm in training mode."""
+        """The statistics that a refresh sees in a BatchNorm in training mode.
+
+        "batch": those of its minibatch, as in training; "running": those of evaluation mode.
+        """
         return "batch"
 
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:

@@ -95,14 +95,12 @@ class TrainBatchNorm(LinearisedOperation):
         return y
 
     def _backward(self, g: Tensor, needed: list[bool]) -> Any:
-        # Running statistics are not read in training mode.
         return torch.ops.aten._batch_norm_impl_index_backward(
             self._kernel,
             self.x,
             g,
             self.w,
-            None,
-            None,
+            *self.written,  # not read in training mode
             self.mean,
             self.rstd,
             True,
