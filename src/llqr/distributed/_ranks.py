@@ -18,6 +18,9 @@ from ._sharded import is_sharded, local
 
 __all__ = ["Ranks"]
 
+#: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
+EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
+
 
 class Ranks:
     """The processes of one data-parallel training; one process is the trivial case.
@@ -96,9 +99,17 @@ class Ranks:
         """Send row i to process i; return the rows that all sent to this one, in their order."""
         if self.size == 1:
             return rows
-        received = torch.empty_like(rows)
+        if not self._exchanges(rows.device):  # all get everything, and keep theirs
+            return self.stack(rows)[:, self.rank].contiguous()
+        received = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         dist.all_to_all_single(received, rows.contiguous(), group=self.group)
         return received
+
+    def _exchanges(self, device: torch.device) -> bool:
+        """Tell whether the group's backend for a device has an all-to-all of tensors."""
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+        backend = backends.get(device.type)
+        return backend in EXCHANGING or (backend == "gloo" and device.type == "cpu")
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over the processes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._base import Bounds, State, Structure
 
-__all__ = ["Averaging", "ClosedForm"]
+__all__ = ["Averaging", "ClosedForm", "average"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Averaging:
     keep: float
     keep_bases: float | None
     mean_over_ranks: Callable[[Tensor], Tensor]
+
+    def from_nothing(self) -> Averaging:
+        """Return the weights with which averages start."""
+        return Averaging(0.0, 0.0, self.mean_over_ranks)
 
 
 class ClosedForm(Structure):
@@ -51,6 +55,8 @@ class ClosedForm(Structure):
     eigenvalue_entry: ClassVar[str] = "U"
     #: Whether M may follow gradients too, by :meth:`observe_gradient`.
     observes_gradients: ClassVar[bool] = True
+    #: How many tensors of the samples' size :meth:`update_moments` holds at a time.
+    copies_of_samples: ClassVar[int] = 1
 
     @abstractmethod
     def squares(self, state: State, x: Tensor) -> Tensor:
@@ -70,11 +76,11 @@ class ClosedForm(Structure):
             averaging: how.
         """
         squares = averaging.mean_over_ranks(self.squares(state, w))
-        return {**state, "M": _average(state["M"], squares, averaging.keep)}
+        return {**state, "M": average(state["M"], squares, averaging.keep)}
 
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose M has seen a gradient, in the present coordinates."""
-        return {**state, "M": _average(state["M"], self.squares(state, g[None]), keep)}
+        return {**state, "M": average(state["M"], self.squares(state, g[None]), keep)}
 
     def second_moment(self, state: State) -> Tensor:
         """Return M, the diagonal of Q'CQ."""
@@ -93,6 +99,6 @@ class ClosedForm(Structure):
         return state
 
 
-def _average(old: Tensor, new: Tensor, keep: float) -> Tensor:
+def average(old: Tensor, new: Tensor, keep: float) -> Tensor:
     """Return keep old + (1 - keep) new."""
     return torch.lerp(new, old, keep)

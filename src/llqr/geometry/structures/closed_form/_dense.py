@@ -19,6 +19,7 @@ class DenseMoments(ClosedForm, Dense):
     """Q are the eigenvectors of the average C of w w', M its eigenvalues."""
 
     eigenvalue_entry: ClassVar[str] = "S"
+    observes_gradients: ClassVar[bool] = False
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""

@@ -24,6 +24,7 @@ class KroneckerBases(ClosedForm, EKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
+    copies_of_samples: ClassVar[int] = 3
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
@@ -80,6 +81,7 @@ class KfacMoments(KroneckerBases):
     """M = outer(eigenvalues of L, eigenvalues of R) / trace of R: Kronecker factors."""
 
     observes_gradients: ClassVar[bool] = False
+    copies_of_samples: ClassVar[int] = 2
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Renew the bases."""

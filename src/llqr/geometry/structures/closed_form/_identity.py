@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,11 @@ __all__ = ["IdentityMoments"]
 class IdentityMoments(ClosedForm, Identity):
     """U = I: these blocks have no part in the scale of U."""
 
+    copies_of_samples: ClassVar[int] = 0
+
     def squares(self, state: State, x: Tensor) -> Tensor:
         """Return no number."""
-        return x.new_zeros(0)
+        return x.new_zeros(self.count, 0)
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state."""
@@ -29,7 +33,7 @@ class IdentityMoments(ClosedForm, Identity):
 
     def second_moment(self, state: State) -> Tensor:
         """Return no number."""
-        return torch.zeros(0)
+        return torch.zeros(self.count, 0)
 
     def set_eigenvalues(self, state: State, values: Tensor) -> State:
         """Return the state."""
