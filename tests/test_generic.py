@@ -5,6 +5,7 @@ What torch or this library does not offer for a row is skipped with the reason.
 
 import copy
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from tables import (
     MATRICES_ONLY,
     NO_FOREACH,
     PERTURBATIONS,
+    SAMPLED,
+    SOLVED,
 )
 from tiny import (
     F64,
@@ -78,9 +81,10 @@ def make(base, method="LLQR+SAM", problem=None, groups=None, **options):
 
 # -- the whole product -----------------------------------------------------------------------------
 
+PRODUCT = [*itertools.product(SOLVED, PERTURBATIONS), *((geometry, "SAM") for geometry in SAMPLED)]
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+
+@pytest.mark.parametrize("geometry, perturbation", PRODUCT)
 @pytest.mark.parametrize("base", BASES)
 def test_state_dict_deterministic(base, geometry, perturbation):
     """Two runs agree bitwise, and so does one that was saved and loaded on its way."""

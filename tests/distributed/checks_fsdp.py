@@ -24,7 +24,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
+from tables import PERTURBATIONS, SOLVED
 from tiny import F64, WAYS, Problem, llqr_of, same, train
 
 BASES = {
@@ -98,11 +98,11 @@ def against_one_process(base="SGD", way="minimize", steps=3, tied=False, toleran
 
 
 def check_every_geometry_and_perturbation():
-    for geometry, perturbation in itertools.product(GEOMETRIES, PERTURBATIONS):
+    for geometry, perturbation in itertools.product(SOLVED, PERTURBATIONS):
         if geometry == "kfac" or perturbation == "SAM":
             tolerance = 1e-6 if geometry == "e-kfac-gradient" else 1e-12
             optimizer, joined, *_ = against_one_process(
-                geometry=GEOMETRIES[geometry],
+                geometry=SOLVED[geometry],
                 perturbation=PERTURBATIONS[perturbation],
                 tolerance=tolerance,
             )

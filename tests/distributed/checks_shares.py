@@ -19,10 +19,10 @@ from replicas import (
 from torch import nn
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
+from tables import PERTURBATIONS, SOLVED
 from tiny import Problem, everything, llqr_of, mlp, same, through_file, train
 
-STRUCTURES = [name for name in GEOMETRIES if name != "none"]
+STRUCTURES = [name for name in SOLVED if name != "none"]
 
 
 def shared(name, **settings):
