@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
@@ -254,11 +255,14 @@ class NaturalGradient(StructuredGeometry):
                 drawn = samples.draw(settings.samples, self._generator())
                 gradient = samples.gradient
                 del samples  # and the graph with it
+                # The random vectors of a network that is certain of every answer are zero.
+                if not self.history.accepted and not any(bool(w.any()) for w in drawn):
+                    raise LinearLoss(f"forward: {SATURATED}, so its samples tell nothing of U")
             except LinearLoss:
                 if not self.history.accepted:
                     raise
                 drawn, gradient = [], []
-        if not self.ranks.all(bool(drawn)):
+        if not self.ranks.all(any(bool(w.any()) for w in drawn)):
             return Learned(None, SATURATED, is_failure=False)
         with torch.no_grad():
             g = self._pack_mean(gradient)
@@ -312,9 +316,9 @@ class NaturalGradient(StructuredGeometry):
 
     def _generator(self) -> torch.Generator:
         """Return the random numbers of this refresh: they depend on seed, count and process."""
-        count, rank = self.history.refreshes, self.ranks.rank
-        seed = (self.settings.seed << 48) ^ (count << 20) ^ rank
-        return torch.Generator().manual_seed(seed % (1 << 63))
+        key = self.settings.seed, self.history.refreshes, self.ranks.rank
+        # torch takes 32 bits of a seed on the CPU, so all three have to be in them.
+        return torch.Generator("cpu").manual_seed(zlib.crc32(repr(key).encode()))
 
     def _pack_mean(self, gradient: Sequence[Tensor]) -> Tensor:
         joined = self.layout.pack_all_shards(dict(zip(self.parameters, gradient, strict=True)))

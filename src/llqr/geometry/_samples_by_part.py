@@ -94,7 +94,7 @@ def peak_bytes(layout: Layout, parts: Sequence[ClosedForm], states: States, samp
     for part, state, own in zip(parts, states, held, strict=True):
         if ranks is None:
             peaks.append(kept + drawn + own)  # gathered, and not yet released where it was drawn
-        peaks.append(kept + drawn + part.copies_of_samples * own)
+        peaks.append(kept + drawn + part.work_bytes(own // max(1, size * part.group.numel)))
         drawn -= own if ranks is None else 0
         kept += sum(v.numel() * v.element_size() for v in state.values())
-    return max(*peaks, kept)
+    return max(*peaks, kept + 2 * gradient)  # and at the end M and its power, of all parts

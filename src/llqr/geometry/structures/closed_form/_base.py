@@ -55,8 +55,6 @@ class ClosedForm(Structure):
     eigenvalue_entry: ClassVar[str] = "U"
     #: Whether M may follow gradients too, by :meth:`observe_gradient`.
     observes_gradients: ClassVar[bool] = True
-    #: How many tensors of the samples' size :meth:`update_moments` holds at a time.
-    copies_of_samples: ClassVar[int] = 1
 
     @abstractmethod
     def squares(self, state: State, x: Tensor) -> Tensor:
@@ -89,6 +87,10 @@ class ClosedForm(Structure):
     def set_eigenvalues(self, state: State, values: Tensor) -> State:
         """Return the state whose U has these eigenvalues, in the order of M."""
         return {**state, self.eigenvalue_entry: values}
+
+    def work_bytes(self, samples: int) -> int:
+        """Return what :meth:`update_moments` allocates at a time, beside samples and states."""
+        return samples * self.group.numel * self.group.dtype.itemsize  # their squares
 
     def trace(self, values: Tensor) -> Tensor:
         """Return the trace of a matrix with these eigenvalues, a scalar."""

@@ -45,6 +45,10 @@ class DenseMoments(ClosedForm, Dense):
         q = vectors.contiguous()
         return {**state, "C": average, "Q": q, "M": values.clamp(min=0)}
 
+    def work_bytes(self, samples: int) -> int:
+        """Return four matrices like C: the decomposition's."""
+        return 4 * self.group.dtype.itemsize * self.group.numel * (self.group.numel // self.count)
+
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S."""
         return state["S"].amin(1), state["S"].amax(1)

@@ -24,7 +24,6 @@ class KroneckerBases(ClosedForm, EKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
-    copies_of_samples: ClassVar[int] = 3
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
@@ -43,6 +42,13 @@ class KroneckerBases(ClosedForm, EKfac):
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S: the bases are orthogonal."""
         return state["S"].amin((1, 2)), state["S"].amax((1, 2))
+
+    def work_bytes(self, samples: int) -> int:
+        """Return what the bases take, or the squares in them: three tensors like the samples."""
+        own = super().work_bytes(samples)
+        # Eight float64 matrices of the wider side follow the eigenvectors.
+        wide = 8 * 8 * self.count * max(self.group.matrix_shape) ** 2
+        return max(3 * own, 2 * own + wide)
 
     def update_bases(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state with L, R and their eigenvectors."""
@@ -80,8 +86,8 @@ class EKfacMoments(KroneckerBases):
 class KfacMoments(KroneckerBases):
     """M = outer(eigenvalues of L, eigenvalues of R) / trace of R: Kronecker factors."""
 
+    name: ClassVar[str] = "kfac"
     observes_gradients: ClassVar[bool] = False
-    copies_of_samples: ClassVar[int] = 2
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Renew the bases."""
