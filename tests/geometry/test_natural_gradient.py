@@ -16,7 +16,7 @@ from explicit import agree, gauss_newton, vector
 from llqr.curvature import curvature_samples
 from llqr.geometry.structures import ClosedForm, Structure, verify_structure
 from llqr.geometry.structures.closed_form import CLOSED_FORMS
-from moments import ByHand, in_model_order
+from moments import ByHand
 from tiny import (
     F64,
     Problem,

@@ -46,9 +46,10 @@ class KroneckerBases(ClosedForm, EKfac):
     def work_bytes(self, samples: int) -> int:
         """Return what the bases take, or the squares in them: three tensors like the samples."""
         own = super().work_bytes(samples)
+        copies = 1 if self.count == 1 else 2  # a single block is stacked without a copy
         # Eight float64 matrices of the wider side follow the eigenvectors.
         wide = 8 * 8 * self.count * max(self.group.matrix_shape) ** 2
-        return max(3 * own, 2 * own + wide)
+        return copies * own + max(own, wide)
 
     def update_bases(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state with L, R and their eigenvectors."""
