@@ -27,7 +27,7 @@ from .structures.closed_form._units import (
     choose,
     expand_mask,
     mask_of_parameters,
-    mask_without_samples,
+    masks_without_samples,
 )
 
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
@@ -288,15 +288,18 @@ class NaturalGradient(StructuredGeometry):
     ) -> States:
         """Return the states whose averages have seen the samples (which are used up)."""
         states, left_out = [], self._left_out(frozen)
+        # Blocks that joined later have nothing to keep.
+        fresh: Sequence[Tensor | None] = [None] * len(self.parts)
+        if averaging.keep:
+            fresh = self._without_samples()
         samples = samples_by_part(self.layout, self.parts, drawn)
-        for part, state, out, w in zip(self.parts, self.states, left_out, samples, strict=True):
-            new = part.update_moments(state, w, averaging)
-            if averaging.keep:  # blocks that joined later have nothing to keep
-                fresh = mask_without_samples(part, part.second_moment(state))
-                if bool(fresh.any()):
-                    begun = part.update_moments(state, w, averaging.from_nothing())
-                    new = choose(fresh, begun, new)
-            states.append(new if out is None else choose(out, state, new))
+        for part, old, begins, out, w in zip(
+            self.parts, self.states, fresh, left_out, samples, strict=True
+        ):
+            new = part.update_moments(old, w, averaging)
+            if begins is not None and bool(begins.any()):
+                new = choose(begins, part.update_moments(old, w, averaging.from_nothing()), new)
+            states.append(new if out is None else choose(out, old, new))
         return states
 
     def _averaging_at(self, step: int) -> Averaging:
@@ -330,17 +333,23 @@ class NaturalGradient(StructuredGeometry):
                  for p in self.parts]  # fmt: skip
         return masks
 
+    def _without_samples(self) -> list[Tensor]:
+        """Return the masks of blocks that no refresh has seen, part by part."""
+        return masks_without_samples(self.layout, self.parts, self._moments_of(self.states))
+
+    def _moments_of(self, states: States) -> list[Tensor]:
+        pairs = zip(self.parts, states, strict=True)
+        return [part.second_moment(state).to(self.ranks.device) for part, state in pairs]
+
     def _invert_moments(self, states: States, left_out: Sequence[Tensor | None]) -> States:
         """Return the states with U = c (M + lambda)^-power, but for what is left out."""
-        settings, parts, device = self.settings, self.parts, self.ranks.device
-        pairs = list(zip(parts, states, strict=True))
-        moments = [part.second_moment(state).to(device) for part, state in pairs]
+        settings, moments = self.settings, self._moments_of(states)
         count = self._total_trace([torch.ones_like(m) for m in moments], left_out)
         lam = settings.damping * self._total_trace(moments, left_out) / count
         values = [(m + lam.to(m.dtype)).pow_(-settings.power) for m in moments]
         c = count / self._total_trace(values, left_out)  # the mean of U is 1
         result = []
-        for (part, state), v, out in zip(pairs, values, left_out, strict=True):
+        for part, state, v, out in zip(self.parts, states, values, left_out, strict=True):
             new = part.set_eigenvalues(state, v.mul_(c.to(v.dtype)))
             result.append(new if out is None else choose(out, state, new))
         return result
@@ -385,15 +394,14 @@ class NaturalGradient(StructuredGeometry):
         self._move_to_device_of(next(iter(gradients.values())))
         flat, beta = self.layout.pack(gradients), self.settings.gradient_ema
         absent = self.parameters.keys() - gradients.keys()
-        states, left_out = [], []
-        for part, state, out in zip(self.parts, self.states, self._left_out(absent), strict=True):
-            # M and U of blocks without a gradient, or without a refresh so far, stay.
-            stays = mask_without_samples(part, part.second_moment(state))
-            stays = stays if out is None else stays | out
+        # M and U of blocks without a gradient, or that no refresh has seen, stay.
+        pairs = zip(self._without_samples(), self._left_out(absent), strict=True)
+        stays = [fresh if out is None else fresh | out for fresh, out in pairs]
+        states = []
+        for part, state, out in zip(self.parts, self.states, stays, strict=True):
             g = own_samples(part, flat[None])[0]
-            states.append(choose(stays, state, part.observe_gradient(state, g, beta)))
-            left_out.append(stays)
-        self.states = self._invert_moments(states, left_out)
+            states.append(choose(out, state, part.observe_gradient(state, g, beta)))
+        self.states = self._invert_moments(states, stays)
 
     # -- memory --------------------------------------------------------------------------------
 

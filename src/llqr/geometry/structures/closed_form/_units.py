@@ -6,14 +6,15 @@ A mask has an entry for each row of the state: a block, or an entry of an elemen
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from ...layout import Layout
 from .._base import State, Structure
 
-__all__ = ["choose", "expand_mask", "mask_of_parameters", "mask_without_samples"]
+__all__ = ["choose", "expand_mask", "mask_of_parameters", "masks_without_samples"]
 
 
 def mask_of_parameters(part: Structure, names: Collection[str], device: torch.device) -> Tensor:
@@ -26,12 +27,32 @@ def mask_of_parameters(part: Structure, names: Collection[str], device: torch.de
     return torch.tensor(held, device=device)
 
 
-def mask_without_samples(part: Structure, moments: Tensor) -> Tensor:
-    """Return the mask of blocks (of parameters, if elementwise) whose second moments are zero."""
-    if not part.elementwise:
-        return ~moments.reshape(part.count, math.prod(moments.shape[1:])).any(1)
-    runs = [moments[start : start + s.numel] for s, start in part.group.slice_offsets]
-    return torch.cat([~run.any().expand(len(run)) for run in runs])
+def masks_without_samples(
+    layout: Layout, parts: Sequence[Structure], moments: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the masks of blocks (of parameters, if elementwise) whose second moments are zero.
+
+    Args:
+        layout: of the parameters.
+        parts: the blocks of U in this process.
+        moments: of the parts, on one device.
+    """
+    pairs = list(zip(parts, moments, strict=True))
+    device = moments[0].device if moments else torch.device("cpu")
+    index = {name: i for i, name in enumerate(layout.views)}
+    filled = torch.zeros(len(index), device=device)
+    for part, m in pairs:
+        for s, start in part.group.slice_offsets if part.elementwise else ():
+            filled[index[s.name]] += m[start : start + s.numel].any()
+    # Each process may hold a run of a parameter.
+    counts = layout.space.sum_over_shards(filled).tolist()
+    empty = {name for name, count in zip(index, counts, strict=True) if not count}
+    return [
+        mask_of_parameters(part, empty, device)
+        if part.elementwise
+        else ~m.reshape(part.count, math.prod(m.shape[1:])).any(1)
+        for part, m in pairs
+    ]
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
