@@ -69,6 +69,28 @@ def expected(positional, keywords):
                 "batch_norm": "batch",
             },
         ),
+        (
+            llqr.NaturalGradient,
+            {"structure": "e-kfac"},
+            {
+                "curvature": "fisher",
+                "samples": 8,
+                "damping": 0.03,
+                "power": 1.0,
+                "ema": 0.9,
+                "every": llqr.growing(5, 500),
+                "second_moment": "samples",
+                "gradient_ema": 0.95,
+                "renew_every": 1,
+                "block_size": 512,
+                "seed": 0,
+                "start": 0,
+                "max_failures": 3,
+                "shard": False,
+                "batch_norm": "batch",
+                "report_J": False,
+            },
+        ),
         (llqr.growing, {"first": REQUIRED, "last": REQUIRED, "rate": 4}, {}),
         (
             llqr.Optimizer.minimize,
@@ -173,7 +195,10 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
         ("geometry/structures", ("llqr.geometry.inner_solve", "llqr.curvature")),
         ("geometry/inner_solve", ("torch.nn.Module", "torch.distributed")),
         ("perturbations", (*UPSTAIRS, "llqr.geometry", "llqr.curvature")),
-        *((file, ("llqr.geometry.LLQR", "llqr.geometry._llqr")) for file in PARTS),
+        *(
+            (file, tuple(f"llqr.geometry.{n}" for n in ("LLQR", "_llqr", "_natural_gradient")))
+            for file in PARTS
+        ),
         *((file, ("llqr._optimizer",)) for file in PARTS if file != "_optimizer.py"),
     ],
 )

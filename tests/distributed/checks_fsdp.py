@@ -15,11 +15,13 @@ from replicas import (
     data_parallel,
     near,
     one_process,
-    parameters as weights_of,
     raises,
     rank,
     replicas_equal,
     two_bases,
+)
+from replicas import (
+    parameters as weights_of,
 )
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
