@@ -325,8 +325,8 @@ def test_a_parameter_without_entries(geometry, perturbation):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-# Few samples leave eigenvectors of repeated zeros, which follow from rounding.
-@pytest.mark.parametrize("make", [lambda: llqr_of("kfac"), lambda: natural_of(samples=32)])
+# One refresh: eigenvectors of repeated zeros follow from rounding, and later samples meet them.
+@pytest.mark.parametrize("make", [lambda: llqr_of("kfac"), lambda: natural_of(every=100)])
 def test_channels_last_is_only_a_layout(make):
     ends = []
     for layout in (torch.contiguous_format, torch.channels_last):
