@@ -231,15 +231,23 @@ def check_natural_gradient_learns_from_the_samples_of_all():
         by_hand = ByHand(whole.model, structure, 3, damping=0.1, ema=0.5)
         pairs = [
             data_parallel(
-                make(), geometry=natural_of(structure, block_size=3, damping=0.1, shard=s)
+                make(),
+                geometry=natural_of(structure, block_size=3, damping=0.1, shard=s, report_J=True),
             )
             for s in (False, True)
         ]
+        reports = []
         for step in range(2):
             by_hand.refresh(samples_of_all(pairs[0][0].geometry, pairs[0][1]))
             for optimizer, share in pairs:
                 report = optimizer.geometry.refresh([share], step=step)
                 assert report.accepted and report.samples == 8
+                reports.append(report)
+        model = llqr.quadratic_model(whole, whole.model.parameters())
+        J = float(model.value([-g for g in model.gradient]))  # at U = I, of the joined batch
+        for first, other in zip(reports[::2], reports[1::2], strict=True):
+            assert abs(first.J_after - other.J_after) <= 1e-7 * abs(first.J_after)
+        assert all(abs(report.J_before - J) <= 1e-9 * abs(J) for report in reports[:2])
         torch.manual_seed(3)
         g = {n: torch.randn_like(p) for n, p in whole.model.named_parameters()}
         expected = by_hand.U @ vector(g.values())

@@ -249,20 +249,13 @@ class NaturalGradient(StructuredGeometry):
     ) -> Learned:
         """Average the second moments of new samples; U follows in closed form."""
         settings, names = self.settings, list(self.parameters)
-        with self.ranks.together("refresh"):
-            try:
-                samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
-                drawn = samples.draw(settings.samples, self._generator())
-                gradient = samples.gradient
-                del samples  # and the graph with it
-                # The random vectors of a network that is certain of every answer are zero.
-                if not self.history.accepted and not any(bool(w.any()) for w in drawn):
-                    raise LinearLoss(f"forward: {SATURATED}, so its samples tell nothing of U")
-            except LinearLoss:
-                if not self.history.accepted:
-                    raise
-                drawn, gradient = [], []
-        if not self.ranks.all(any(bool(w.any()) for w in drawn)):
+        drawn, gradient = self._draw_samples(forwards, parameters, weights)
+        if not self.ranks.all(bool(drawn)):
+            return Learned(None, SATURATED, is_failure=False)
+        # The random vectors of a network that is certain of every answer are zero.
+        if self.ranks.all(not any(bool(w.any()) for w in drawn)):
+            if not self.history.accepted:
+                raise LinearLoss(f"forward: {SATURATED}, so its samples tell nothing of U")
             return Learned(None, SATURATED, is_failure=False)
         with torch.no_grad():
             g = self._pack_mean(gradient)
@@ -282,6 +275,22 @@ class NaturalGradient(StructuredGeometry):
         if settings.report_J:
             numbers |= self._measure_J(forwards, parameters, weights, states)
         return Learned(states, None, g, numbers)
+
+    def _draw_samples(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        parameters: list[Tensor],
+        weights: Sequence[float] | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the samples (m, *shape) and the gradient per parameter; of a linear loss, none."""
+        with self.ranks.together("refresh"):
+            try:
+                samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
+                return samples.draw(self.settings.samples, self._generator()), samples.gradient
+            except LinearLoss:
+                if not self.history.accepted:
+                    raise
+                return [], []
 
     def _average_samples(
         self, drawn: dict[str, Tensor], averaging: Averaging, frozen: Collection[str]
@@ -329,9 +338,9 @@ class NaturalGradient(StructuredGeometry):
 
     def _left_out(self, names: Collection[str]) -> list[Tensor | None]:
         """Return the mask of what belongs to these parameters only, part by part; None: nothing."""
-        masks = [mask_of_parameters(p, names, self.ranks.device) if names else None
-                 for p in self.parts]  # fmt: skip
-        return masks
+        if not names:
+            return [None] * len(self.parts)
+        return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
 
     def _without_samples(self) -> list[Tensor]:
         """Return the masks of blocks that no refresh has seen, part by part."""
