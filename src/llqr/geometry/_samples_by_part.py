@@ -86,15 +86,16 @@ def peak_bytes(layout: Layout, parts: Sequence[ClosedForm], states: States, samp
     drawn, gradient = samples * vector, size * layout.numel
     held = [size * samples * part.group.numel for part in parts]
     peaks = [drawn + vector]  # the last backward pass, with the gradients of all
-    if ranks is not None:  # what was drawn, and twice what came of all processes
+    if ranks is not None:  # what was drawn here, and what came of all processes, twice for a while
         held = [ranks.size * own for own in held]
-        peaks.append(gradient + drawn + 2 * sum(held))
+        peaks += [gradient + drawn + sum(held) + 2 * vector, gradient + 2 * sum(held)]
         drawn = sum(held)
     kept = gradient
     for part, state, own in zip(parts, states, held, strict=True):
-        if ranks is None:
-            peaks.append(kept + drawn + own)  # gathered, and not yet released where it was drawn
-        peaks.append(kept + drawn + part.work_bytes(own // max(1, size * part.group.numel)))
-        drawn -= own if ranks is None else 0
+        count = own // max(1, size * part.group.numel)
+        peaks.append(kept + drawn + part.work_bytes(count, contiguous=ranks is None))
+        if ranks is None:  # gathered, and not yet released where it was drawn
+            peaks.append(kept + drawn + own)
+            drawn -= own
         kept += sum(v.numel() * v.element_size() for v in state.values())
     return max(*peaks, kept + 2 * gradient)  # and at the end M and its power, of all parts

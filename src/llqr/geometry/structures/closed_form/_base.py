@@ -88,8 +88,13 @@ class ClosedForm(Structure):
         """Return the state whose U has these eigenvalues, in the order of M."""
         return {**state, self.eigenvalue_entry: values}
 
-    def work_bytes(self, samples: int) -> int:
-        """Return what :meth:`update_moments` allocates at a time, beside samples and states."""
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
+        """Return what :meth:`update_moments` allocates at a time, beside samples and states.
+
+        Args:
+            samples: how many.
+            contiguous: whether they lie one behind the other, which those of a shard do not.
+        """
         return samples * self.group.numel * self.group.dtype.itemsize  # their squares
 
     def trace(self, values: Tensor) -> Tensor:

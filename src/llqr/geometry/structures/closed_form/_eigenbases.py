@@ -43,10 +43,11 @@ class KroneckerBases(ClosedForm, EKfac):
         """Return the extremes of S: the bases are orthogonal."""
         return state["S"].amin((1, 2)), state["S"].amax((1, 2))
 
-    def work_bytes(self, samples: int) -> int:
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
         """Return what the bases take, or the squares in them: three tensors like the samples."""
-        own = super().work_bytes(samples)
-        copies = 1 if self.count == 1 else 2  # a single block is stacked without a copy
+        own = super().work_bytes(samples, contiguous)
+        # A single block is stacked without a copy.
+        copies = 1 if self.count == 1 and contiguous else 2
         # Eight float64 matrices of the wider side follow the eigenvectors.
         wide = 8 * 8 * self.count * max(self.group.matrix_shape) ** 2
         return copies * own + max(own, wide)
