@@ -58,9 +58,13 @@ class Eigenvalues(Measurement):
                 self.values.tolist(), self.residuals.tolist(), errors, strict=True
             )
         ]
-        head = f"{kind} eigenvalue{'s' if len(lines) > 1 else ''} of {self.curvature!r}: "
-        end = f"; {self._effort()}" + ("" if self.converged else "; NOT converged")
-        return head + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines) + end
+        end = self._effort() + ("" if self.converged else "; NOT converged")
+        if len(lines) == 1:
+            return f"{kind} eigenvalue of {self.curvature!r}: {lines[0]}; {end}"
+        return "\n  ".join([f"{kind} eigenvalues of {self.curvature!r}; {end}:", *lines])
+
+    def __repr__(self) -> str:
+        return f"<Eigenvalues: {', '.join(f'{value:.4g}' for value in self.values.tolist())}>"
 
 
 def eigenvalues(
@@ -87,7 +91,8 @@ def eigenvalues(
     Lanczos with full orthogonalisation and thick restarts. Afterwards each vector is multiplied by
     C once more, so that value and residual are measured and not estimated.
 
-    Of an eigenvalue that is exactly multiple, a large matrix may show only one.
+    What is returned are eigenvalues, as their residuals show; but of one that is exactly multiple
+    (such as the zeros of a Fisher matrix of more parameters than outputs) there may be more.
 
     Args:
         forward: a function of a batch that returns the loss, or (loss, outputs) where the

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .._checks import check_integer, check_number
+from ..geometry import Geometry
 from ._data import Forwards, Parameters, Progress, measuring
 from ._mean_loss import MeanLoss
 from ._measurement import Effort, Measurement, error_text
@@ -108,6 +109,11 @@ def m_sharpness(
     check_number("eta", eta, low=0)
     if m is not None:
         check_integer("m", m, low=1)
+    if isinstance(norm, Geometry) and norm.sharded:
+        raise ValueError(
+            "norm: a geometry that is sharded over processes gives U g only where all have the "
+            "same g; use worst_case, or a geometry that is not sharded"
+        )
     with measuring(forward, parameters, batches, weights, process_group, rows=m) as data:
         effort = Effort(progress, len(data.forwards))
         losses = MeanLoss(data)
