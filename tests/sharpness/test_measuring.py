@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from explicit import F64, agree
+from explicit import F64, agree, gradient_and_hessian
 from llqr import sharpness
 from nets import case
 from sharpness_nets import network, quadratic
@@ -200,3 +200,51 @@ def test_things_of_other_types_are_refused(arguments, message):
         sharpness.trace(*arguments)
     with pytest.raises(TypeError, match="batches: with them forward is one function"):
         sharpness.trace([torch.sum], [nn.Parameter(torch.ones(1))], batches=[1])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_buffers_that_change_the_loss_are_those_of_the_start(several):
+    """Spectral norm moves its vectors in every forward; all products are of one matrix."""
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 2)
+    ).double()
+    x, y = torch.randn(8, 4, dtype=F64), torch.tensor([0, 1] * 4)
+
+    def loss():
+        return F.cross_entropy(model(x), y)
+
+    forwards = [loss, loss] if several else loss
+    found = sharpness.eigenvalues(forwards, model, 3, tolerance=1e-6)
+    state = copy.deepcopy(model.state_dict())
+    _, H = gradient_and_hessian(loss(), list(model.parameters()))
+    model.load_state_dict(state)
+    agree(found.values, torch.linalg.eigvalsh(H).flip(0)[:3], 1e-9)
+    plane = sharpness.landscape(forwards, model, 1, points=3)
+    assert torch.equal(plane.losses[1], loss().detach())
+
+
+def test_autocast_is_switched_off_and_told():
+    model = nn.Linear(4, 2)
+    x, y = torch.randn(8, 4), torch.tensor([0, 1] * 4)
+
+    def loss(autocast=True):
+        with torch.autocast("cpu", enabled=autocast):
+            return F.cross_entropy(model(x).float(), y)
+
+    with pytest.warns(UserWarning, match="autocast is switched off") as told:
+        found = sharpness.worst_case(loss, model, steps=2, starts=1)
+    assert len(told) == 1
+    assert found.rise == sharpness.worst_case(lambda: loss(False), model, steps=2, starts=1).rise
+
+
+def test_outputs_of_transformers():
+    class Output:
+        def __init__(self, loss, logits):
+            self.loss, self.logits = loss, logits
+
+    net = network()
+    plain = sharpness.trace(net, net.model, "fisher", batches=net.batches, products=6)
+    found = sharpness.trace(
+        lambda b: Output(*net(b)), net.model, "fisher", batches=net.batches, products=6
+    )
+    assert found.value == plain.value

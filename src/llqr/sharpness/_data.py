@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from .._autocast import autocast_off
 from .._module_state import ForwardState, TensorValues, WrittenParameters
 from .._random_state import RandomState
 from .._refresher import call_and_unpack
@@ -151,9 +153,10 @@ def measuring(
     start = ForwardState(modules, values)
     weights_before = TensorValues(tensors)
     random = RandomState(*{p.device for p in tensors})
+    told: list[str] = []
     ranks = _ranks_of(modules, tensors, process_group)
     try:
-        with ranks.bypassed():
+        with ranks.bypassed(), autocast_off(tensors[0].device, partial(_warn_of_autocast, told)):
             with ranks.together("reading the batches"):
                 calls, counts = _read_batches(functions, batches, rows)
                 amounts = _weights_of(weights, counts, len(calls))
@@ -167,6 +170,16 @@ def measuring(
         start.learn()
         start.restore()
         random.restore()
+
+
+def _warn_of_autocast(told: list[str]) -> None:
+    """Say once that the forward's own autocast was switched off."""
+    if not told:
+        told.append(
+            "the forward's autocast is switched off while its sharpness is measured: curvature "
+            "products in low precision are wrong in the third digit, and so are small rises"
+        )
+        warnings.warn(told[0], stacklevel=2)
 
 
 def _call_from(start: ForwardState, forward: Forward) -> Any:

@@ -21,7 +21,7 @@ from ._measurement import Effort, Measurement, plural
 __all__ = ["Density", "density"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Density(Measurement):
     """The spectral density of the curvature.
 

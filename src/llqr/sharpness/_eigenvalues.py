@@ -24,7 +24,7 @@ __all__ = ["Eigenvalues", "eigenvalues"]
 Which = Literal["largest", "smallest", "magnitude"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Eigenvalues(Measurement):
     """Eigenvalues of the curvature.
 

@@ -22,7 +22,7 @@ Normalise = Literal["filter", "none"]
 Direction = Sequence[Tensor]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Landscape(Measurement):
     """The loss on a line or a plane through the weights.
 

@@ -20,7 +20,7 @@ from ._norms import Metric, Norm, ascent_direction, metric_of, norm_name
 __all__ = ["MSharpness", "m_sharpness"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class MSharpness(Measurement):
     """The mean rise of the loss of sub-batches after SAM's step on each.
 
@@ -40,7 +40,7 @@ class MSharpness(Measurement):
     rho: float
     norm: str
 
-    unit = "gradient"
+    unit = "pass"
 
     def __str__(self) -> str:
         rows = "" if self.m is None else f"m = {self.m}, "

@@ -14,7 +14,7 @@ __all__ = ["Effort", "Measurement", "error_text", "plural"]
 log = logging.getLogger("llqr")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Measurement:
     """What was measured on, and the cost (base class).
 

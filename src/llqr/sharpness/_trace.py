@@ -21,7 +21,7 @@ from ._measurement import Effort, Measurement, error_text
 __all__ = ["Trace", "trace"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Trace(Measurement):
     """The trace of the curvature.
 

@@ -20,7 +20,7 @@ from ._norms import Metric, Norm, ascent_direction, metric_of, norm_name
 __all__ = ["WorstCase", "worst_case"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class WorstCase(Measurement):
     """The largest rise of the loss that was found within a ball.
 
