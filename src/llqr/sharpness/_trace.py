@@ -87,8 +87,8 @@ def trace(
         products: how many products are computed.
         sketch: rows of Q, each of which costs two products and is held in memory; default: a third
             of the products. 0 is Hutchinson's estimate.
-        diagonal: whether to return the diagonal too, which costs no product. Its entries are
-            noisier than the trace.
+        diagonal: whether to return the diagonal too, which costs no product. It sums to the
+            trace; its entries are noisier.
         seed: of the probes.
         process_group: as there.
         progress: as there.
@@ -139,8 +139,8 @@ def trace(
             image = product(pz)
             samples.append(float(dots(image, pz)))
             parts += product.quadratics / probes
-            if entries is not None:  # the mean of z * (C P z) is diag(C P)
-                entries.addcmul_(image, z, value=1 / probes)
+            if entries is not None:  # the mean of C P z z' P is C P
+                entries.addcmul_(image, pz, value=1 / probes)
 
         values = torch.tensor(samples, dtype=torch.float64, device="cpu")
         between = data.standard_error(exact_parts + parts)
