@@ -80,7 +80,7 @@ class Refresh:
 def main() -> None:
     """Print the table."""
     parser = arguments(__doc__, models=PROBLEMS, structures=tuple(STRUCTURES), cases=tuple(CASES))
-    parser.add_argument("--natural", nargs="*", default=NATURAL, help="of NaturalGradient")
+    parser.add_argument("--natural", nargs="*", default=list(NATURAL), help="of NaturalGradient")
     parser.add_argument("--plain", action="store_true", help="also with every product computed")
     parser.add_argument("--memory", action="store_true", help="also the peaks, in processes apart")
     parser.add_argument("--batch", type=int)

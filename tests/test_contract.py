@@ -99,6 +99,12 @@ def test_signatures_hold_what_was_promised(function, positional, keywords):
     [
         (llqr.quadratic_model, ["forward", "parameters", "curvature"]),
         (llqr.exact_lqr_step, ["layers", "x", "loss", "curvature", "damping"]),
+        (llqr.sharpness.eigenvalues, ["forward", "parameters", "k", "curvature"]),
+        (llqr.sharpness.trace, ["forward", "parameters", "curvature"]),
+        (llqr.sharpness.density, ["forward", "parameters", "curvature"]),
+        (llqr.sharpness.worst_case, ["forward", "parameters", "rho", "norm"]),
+        (llqr.sharpness.m_sharpness, ["forward", "parameters", "rho", "norm"]),
+        (llqr.sharpness.landscape, ["forward", "parameters", "directions"]),
     ],
 )
 def test_functions_take_their_arguments_by_these_names(function, names):
@@ -173,6 +179,7 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
         ("geometry/structures", ("llqr.geometry.inner_solve", "llqr.curvature")),
         ("geometry/inner_solve", ("torch.nn.Module", "torch.distributed")),
         ("perturbations", (*UPSTAIRS, "llqr.geometry", "llqr.curvature")),
+        *((p, ("llqr.sharpness",)) for p in ("geometry", "perturbations", "curvature", *PARTS)),
         *((file, ("llqr.geometry.LLQR", "llqr.geometry._llqr")) for file in PARTS),
         *((file, ("llqr._optimizer",)) for file in PARTS if file != "_optimizer.py"),
     ],

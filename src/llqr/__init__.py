@@ -4,6 +4,9 @@ Learn a structured inverse preconditioner U from the layerwise LQR objective, pr
 metric, and transport the update by it, around any torch.optim optimizer.
 """
 
+# Seeing the sharpness: eigenvalues, trace, density, rises and slices of the loss
+from . import sharpness as sharpness
+
 # Which pass of a step is running
 from ._current_pass import current_pass as current_pass
 
