@@ -49,6 +49,11 @@ PERTURBATIONS: dict[str, Callable[[], llqr.Perturbation | None]] = {
     "ASAM": lambda: llqr.ASAM(0.5),
     "FisherSAM": lambda: llqr.FisherSAM(0.05),
     "FriendlySAM": lambda: llqr.FriendlySAM(0.05),
+    "LookSAM": lambda: llqr.LookSAM(0.05, interval=2),
+    "GSAM": lambda: llqr.GSAM(0.05),
+    "WSAM": lambda: llqr.WSAM(0.05, gamma=0.6),
+    "ESAM": lambda: llqr.ESAM(0.05),
+    "MSAM": lambda: llqr.MSAM(0.05),
 }
 LEFT_OUT = {
     "LBFGS": "refused by name: it evaluates the closure several times a step (see test_bad_input)",
