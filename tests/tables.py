@@ -60,6 +60,9 @@ LEFT_OUT = {
     "SparseAdam": "refused by name: sparse gradients have no matrix view (see test_bad_input)",
 }
 MATRICES_ONLY = {"Muon"}
+WITHOUT_MOMENTUM = {"SGD", "Adadelta", "Adagrad", "ASGD", "Rprop", "Adafactor"}
+# Which steps they make does not depend on what U is made of, so they meet one U only.
+SHORT_ROWS = {"LookSAM", "GSAM", "WSAM", "ESAM", "MSAM"}
 # What torch.optim itself lacks for a base.
 NO_FOREACH = {"Adafactor", "Muon", "LBFGS", "SparseAdam"}
 FUSED = {"SGD", "SGD-momentum", "SGD-nesterov", "Adam", "Adam-amsgrad", "AdamW", "Adagrad"}
