@@ -17,9 +17,9 @@ from tables import (
     GEOMETRIES,
     LEFT_OUT,
     MATRICES_ONLY,
+    METRIC_AND_PROBE,
     NO_FOREACH,
     PERTURBATIONS,
-    SHORT_ROWS,
     WITHOUT_MOMENTUM,
 )
 from tiny import (
@@ -46,9 +46,6 @@ METHODS = {
     "LLQR+FisherSAM": ("scalar", "FisherSAM"),
     "MSAM": ("none", "MSAM"),
 }
-METRIC_AND_PROBE = [
-    (g, p) for g in GEOMETRIES for p in PERTURBATIONS if p not in SHORT_ROWS or g == "kfac"
-]
 base_and_method = pytest.mark.parametrize(
     "base, method", [pytest.param(b, m, id=f"{b}-{m}") for b in BASES for m in METHODS]
 )

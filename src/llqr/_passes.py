@@ -204,8 +204,10 @@ class Passes:
         clean = self._parameters.require_gradients(after)
         healthy = ranks.finite(clean)
         eps = self._probing.find_displacement(clean, scaler) if healthy else {}
+        displaces = self._probing.displaces
         # The clean gradients are as large as the model: only who combines both keeps them.
-        kept = copy_gradients(clean, scaler) if healthy and self._probing.combines else None
+        combines = healthy and displaces and self._probing.combines
+        kept = copy_gradients(clean, scaler) if combines else None
         del clean
         others = self._parameters.parameters_not_held(modules)
         if start is not None:
@@ -232,7 +234,7 @@ class Passes:
             self._put_back(record)
         if self._open is not record:
             return  # another step took over; nothing is left to clean up
-        self.probed = True
+        self.probed = displaces
         second = self._parameters.require_gradients("the second pass")
         if not healthy:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
