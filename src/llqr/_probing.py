@@ -199,8 +199,11 @@ class Probing:
             scaler: the GradScaler that scaled it.
         """
         assert self._perturbation is not None
+        wide = widen_gradients(second, scaler)
+        # A forward that takes another way may leave a parameter out of one of the passes.
+        clean = {n: clean[n] if n in clean else torch.zeros_like(g) for n, g in wide.items()}
         with without_autocast(*self._parameters.devices):
-            chosen = self._perturbation.combine(clean, widen_gradients(second, scaler))
+            chosen = self._perturbation.combine(clean, wide)
         scale = loss_scale(scaler)
         for name, gradient in second.items():
             gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import llqr
+from llqr.integrations._micro_batches import MicroBatches
 from tiny import (
     F64,
     close,
@@ -231,6 +232,37 @@ def test_a_scaler_changes_nothing(probe):
     same(*ends)
 
 
+def test_perturbed_between_probes_is_a_plain_step():
+    """A loop that does not ask needs_second_pass wastes a pass, and nothing else."""
+    problem, other = mlp(), mlp()
+    lazy, asking = (
+        optimizer_of(p, perturbation=llqr.LookSAM(RHO, interval=3)) for p in (problem, other)
+    )
+    for _ in range(5):
+        lazy.zero_grad()
+        problem.backward()
+        with lazy.perturbed():
+            problem.backward()
+        lazy.step()
+    train(asking, other, 5)
+    same(everything(lazy), everything(asking))
+
+
+@pytest.mark.parametrize("probe", ["GSAM", "WSAM", "LookSAM"])
+def test_a_parameter_that_one_pass_leaves_out(probe):
+    """Its gradient there is zero."""
+    problem = mlp()
+    optimizer = optimizer_of(problem, perturbation=TABLE[probe](RHO, interval=1))
+    for way in ((1, 0), (0, 1)):
+        for i in optimizer.passes():
+            bias = problem.model[2].bias
+            bias.requires_grad_(bool(way[i]))
+            problem.backward()
+        problem.model[2].bias.requires_grad_(True)
+        optimizer.step()
+    assert all(bool(torch.isfinite(p).all()) for p in problem.model.parameters())
+
+
 # -- LookSAM ---------------------------------------------------------------------------------------
 
 
@@ -366,6 +398,22 @@ def test_msam_in_a_plain_loop_is_the_base_and_says_so():
             p.backward()
             o.step()
     same(weights(problem.model), weights(plain.model))
+
+
+def test_msam_where_a_framework_has_run_a_pass_at_theta():
+    """The step is the same; it costs a second pass."""
+    problem, other = mlp(), mlp()
+    ours, framework = (optimizer_of(p, perturbation=llqr.MSAM(RHO)) for p in (problem, other))
+    batches = MicroBatches()
+    for _ in range(4):
+        framework.zero_grad()
+        batches.start(framework, other.backward, other)
+        with batches.clean_backward():
+            other.backward()
+        batches.finish(framework)
+        framework.step()
+    train(ours, problem, 4)
+    same(weights(other.model), weights(problem.model))
 
 
 # -- ESAM ------------------------------------------------------------------------------------------

@@ -61,8 +61,9 @@ class ESAM(SAM):
         super().__init__(
             rho, norm=norm, direction=direction, along=along, start=start, interval=interval
         )
-        if beta != 1:
-            check_number("beta", beta, low=0, high=1, open_low=True)
+        check_number("beta", beta, low=0, open_low=True)
+        if beta > 1:
+            raise ValueError(f"beta: expected a probability > 0 and <= 1, got {beta!r}")
         check_integer("seed", seed, low=0)
         self.beta, self.seed = beta, seed
 

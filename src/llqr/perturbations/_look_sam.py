@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import Tensors, scale_tensors, total_inner_product
+from .._vectors import Tensors, total_inner_product
 from ._memory import RememberingSAM
 from ._sam import Along, Direction, Norm
 
@@ -84,12 +84,15 @@ class LookSAM(RememberingSAM):
         """Return g~; keep the unit vector of its part that is orthogonal to g."""
         square = total_inner_product(clean, clean)
         c = total_inner_product(perturbed, clean) / square if square > 0 else 0.0
-        g_v = {n: p - c * clean[n] for n, p in perturbed.items()}
-        length = math.sqrt(total_inner_product(g_v, g_v))
+        g_v = torch._foreach_mul(list(clean.values()), -c)
+        torch._foreach_add_(g_v, [perturbed[n] for n in clean])
+        v = dict(zip(clean, g_v, strict=True))
+        part = total_inner_product(v, v)
         # Without a displacement g~ is g, and what differs is rounding: it has no direction to keep.
-        rounding = 16 * max((torch.finfo(p.dtype).eps for p in perturbed.values()), default=0.0)
-        found = length > rounding * math.sqrt(total_inner_product(perturbed, perturbed))
-        self._next_memory = scale_tensors(g_v, dict.fromkeys(g_v, 1 / length if found else 0.0))
+        rounding = 16 * max(torch.finfo(x.dtype).eps for x in g_v)
+        found = part > rounding**2 * (part + c**2 * square)  # |g~|^2
+        torch._foreach_mul_(g_v, 1 / math.sqrt(part) if found else 0.0)
+        self._next_memory = v
         return perturbed
 
     def adjust(self, gradients: Tensors) -> dict[str, Tensor]:
