@@ -67,5 +67,5 @@ SHORT_ROWS = {"LookSAM", "GSAM", "WSAM", "ESAM", "MSAM"}
 NO_FOREACH = {"Adafactor", "Muon", "LBFGS", "SparseAdam"}
 FUSED = {"SGD", "SGD-momentum", "SGD-nesterov", "Adam", "Adam-amsgrad", "AdamW", "Adagrad"}
 METRIC_AND_PROBE = [
-    (g, p) for g in GEOMETRIES for p in PERTURBATIONS if p not in SHORT_ROWS or g == "kfac"
+    (g, p) for g in GEOMETRIES for p in PERTURBATIONS if p not in SHORT_ROWS or g == "diagonal"
 ]
