@@ -53,7 +53,9 @@ def wrong(cls, name, *values):
         *wrong(llqr.SAM, "rho", -1, NAN, INF, "0.05", None, True),
         *wrong(llqr.SAM, "norm", "foo", None, 2),
         *wrong(llqr.SAM, "direction", "normalized", None),
+        *wrong(llqr.SAM, "along", "metrik", None),
         *wrong(llqr.SAM, "start", -1, 0.5, None),
+        *wrong(llqr.SAM, "interval", 0, -1, 0.5, None, True),
         *wrong(llqr.ASAM, "rho", -1, NAN),
         *wrong(llqr.ASAM, "eta", -1, NAN, INF),
         *wrong(llqr.FisherSAM, "rho", -1, NAN),
@@ -62,6 +64,13 @@ def wrong(cls, name, *values):
         *wrong(llqr.FriendlySAM, "sigma", -1, NAN, "1"),
         *wrong(llqr.FriendlySAM, "decay", 1, -0.1, NAN),
         *wrong(llqr.FriendlySAM, "norm", "foo"),
+        *wrong(llqr.LookSAM, "alpha", -1, NAN, None),
+        *wrong(llqr.GSAM, "alpha", -1, NAN, None),
+        *wrong(llqr.WSAM, "gamma", 1, -0.1, NAN),
+        *wrong(llqr.ESAM, "beta", 0, 1.5, NAN, None),
+        *wrong(llqr.ESAM, "seed", -1, 0.5, None),
+        *wrong(llqr.MSAM, "rho", -1, NAN),
+        *wrong(llqr.MSAM, "interval", 0),
     ],
 )
 def test_a_wrong_value_is_named_with_its_argument(cls, name, value):

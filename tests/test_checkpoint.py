@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llqr
-from tables import BASES, GEOMETRIES, LEFT_OUT, MATRICES_ONLY, PERTURBATIONS
+from tables import BASES, GEOMETRIES, LEFT_OUT, MATRICES_ONLY, METRIC_AND_PROBE, PERTURBATIONS
 from tiny import (
     WAYS,
     everything,
@@ -51,8 +51,7 @@ def saved(problem, optimizer):
 
 
 @pytest.mark.parametrize("when", [0, 1, 3, 4])
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_resume_is_bitwise(geometry, perturbation, when):
     """In the middle of momentum, between refreshes (every 2 steps), through a file."""
     options = {"geometry": geometry, "perturbation": perturbation}

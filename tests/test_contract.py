@@ -15,6 +15,7 @@ from tiny import llqr_of, mlp, optimizer_of, train
 SOURCE = Path(llqr.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 REQUIRED = inspect.Parameter.empty
+PROBED = {"along": "metric", "start": 0, "interval": 1}
 
 
 def parameters(function):
@@ -80,10 +81,19 @@ def expected(positional, keywords):
         (llqr.Optimizer.passes, {"scaler": None}, {}),
         (llqr.Optimizer.perturbed, {"scaler": None}, {}),
         (llqr.Optimizer.load_state_dict, {"state_dict": REQUIRED}, {}),
-        (llqr.SAM, {"rho": 0.05}, {"norm": "metric", "direction": "raw"}),
-        (llqr.ASAM, {"rho": 0.5}, {"eta": 0.01}),
-        (llqr.FisherSAM, {"rho": 0.1}, {"eta": 0.1}),
-        (llqr.FriendlySAM, {"rho": 0.1}, {"sigma": 1.0, "decay": 0.9, "norm": "metric"}),
+        (llqr.SAM, {"rho": 0.05}, {"norm": "metric", "direction": "raw", **PROBED}),
+        (llqr.ASAM, {"rho": 0.5}, {"eta": 0.01, "start": 0, "interval": 1}),
+        (llqr.FisherSAM, {"rho": 0.1}, {"eta": 0.1, "start": 0, "interval": 1}),
+        (
+            llqr.FriendlySAM,
+            {"rho": 0.1},
+            {"sigma": 1.0, "decay": 0.9, "norm": "metric", **PROBED},
+        ),
+        (llqr.LookSAM, {"rho": 0.05}, {"alpha": 0.7, **PROBED, "interval": 5}),
+        (llqr.GSAM, {"rho": 0.05}, {"alpha": 0.4, **PROBED}),
+        (llqr.WSAM, {"rho": 0.05}, {"gamma": 0.9, **PROBED}),
+        (llqr.ESAM, {"rho": 0.05}, {"beta": 0.6, "seed": 0, **PROBED}),
+        (llqr.MSAM, {"rho": 0.3}, {"start": 0, "interval": 1}),
     ],
 )
 def test_signatures_hold_what_was_promised(function, positional, keywords):

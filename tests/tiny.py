@@ -132,13 +132,22 @@ def by_passes(optimizer: llqr.Optimizer, problem: Problem) -> Tensor:
 
 def by_perturbed(optimizer: llqr.Optimizer, problem: Problem) -> Tensor:
     optimizer.refresh_if_due(problem)
-    optimizer.zero_grad()
-    loss = problem.backward()
-    if optimizer.needs_second_pass:
+    if looks_ahead(optimizer):
         with optimizer.perturbed():
-            problem.backward()
+            loss = problem.backward()
+    else:
+        optimizer.zero_grad()
+        loss = problem.backward()
+        if optimizer.needs_second_pass:
+            with optimizer.perturbed():
+                problem.backward()
     optimizer.step()
     return loss
+
+
+def looks_ahead(optimizer: llqr.Optimizer) -> bool:
+    """Whether the body of perturbed() is the only pass."""
+    return optimizer.perturbation is not None and optimizer.perturbation.looks_ahead
 
 
 WAYS: dict[str, Callable[[llqr.Optimizer, Problem], Tensor]] = {
@@ -198,11 +207,15 @@ def scaled_passes_without_unscale(
 
 def scaled_perturbed(optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler) -> None:
     optimizer.refresh_if_due(problem)
-    optimizer.zero_grad()
-    scaler.scale(problem.loss()).backward()
-    if optimizer.needs_second_pass:
+    if looks_ahead(optimizer):
         with optimizer.perturbed(scaler):
             scaler.scale(problem.loss()).backward()
+    else:
+        optimizer.zero_grad()
+        scaler.scale(problem.loss()).backward()
+        if optimizer.needs_second_pass:
+            with optimizer.perturbed(scaler):
+                scaler.scale(problem.loss()).backward()
     scaler.step(optimizer)
     scaler.update()
 

@@ -36,9 +36,14 @@ from .geometry import growing as growing
 
 # Where the loss is probed
 from .perturbations import ASAM as ASAM
+from .perturbations import ESAM as ESAM
+from .perturbations import GSAM as GSAM
+from .perturbations import MSAM as MSAM
 from .perturbations import SAM as SAM
+from .perturbations import WSAM as WSAM
 from .perturbations import FisherSAM as FisherSAM
 from .perturbations import FriendlySAM as FriendlySAM
+from .perturbations import LookSAM as LookSAM
 from .perturbations import Perturbation as Perturbation
 from .perturbations import Probe as Probe
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
+from tables import GEOMETRIES, PERTURBATIONS, SHORT_ROWS
 from tiny import (
     F64,
     WAYS,
@@ -191,18 +191,21 @@ def check_replicas_stay_equal_over_200_steps():
         **{k: f for k, f in PERTURBATIONS.items() if k not in ("SAM", "none")},
     }
     for (name, make), sync in itertools.product(probes.items(), (True, False)):
+        if name in SHORT_ROWS and not sync:
+            continue  # those that combine both gradients are refused
+        steps = 50 if name in SHORT_ROWS else 200
         torch.manual_seed(0)
         problem = noisy()
         geometry = llqr_of("kfac" if name == "SAM" else "diagonal", every=50)
         optimizer, share = data_parallel(problem, geometry=geometry, perturbation=make(), sync=sync)
         torch.manual_seed(100 + rank())
-        for _ in range(200):
+        for _ in range(steps):
             share.x, share.y = torch.randn(6, 5), torch.randint(3, (6,))
             optimizer.minimize(share)
         replicas_equal(parameters(share.model), name)
         replicas_equal(optimizer.base.state_dict(), name)
         replicas_equal(optimizer.geometry.state(), name)
-        assert optimizer.geometry.counters()["refreshes"] == 4
+        assert optimizer.geometry.counters()["refreshes"] == steps // 50
         assert all(bool(torch.isfinite(p).all()) for p in share.model.parameters())
 
 
