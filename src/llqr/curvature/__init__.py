@@ -13,3 +13,4 @@ from ._quadratic_model import normalised_weights as normalised_weights
 from ._quadratic_model import quadratic_model as quadratic_model
 from ._twice_differentiable import twice_differentiable as twice_differentiable
 from .expansions import LinearLoss as LinearLoss
+from .expansions import SaturatedLoss as SaturatedLoss

@@ -3,4 +3,5 @@
 from ._base import Expansion as Expansion
 from ._missing_derivative import missing_derivative_in as missing_derivative_in
 from ._output_hessian import LinearLoss as LinearLoss
+from ._output_hessian import SaturatedLoss as SaturatedLoss
 from ._table import ways_of_expanding as ways_of_expanding

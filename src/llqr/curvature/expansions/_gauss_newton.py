@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .._curvatures import Curvature
@@ -19,10 +20,15 @@ from .._graphs import custom_functions_in
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
 from ._compare_replacements import PlainDerivatives, derivatives_to_compare
-from ._differences import central_difference, differ_too_much, random_direction
+from ._differences import (
+    central_difference,
+    differ_too_much,
+    parameters_moved,
+    random_direction,
+)
 from ._linear_maps import are_transposes, is_homogeneous, random_cotangents
 from ._missing_derivative import MissingDerivative
-from ._output_hessian import OutputHessian
+from ._output_hessian import LinearLoss, OutputHessian, SaturatedLoss
 from ._output_jacobian import (
     JacobianByDifferences,
     JacobianByDoubleBackward,
@@ -56,9 +62,29 @@ class GaussNewtonExpansion(Expansion):
         self._repeat = RepeatedOutputs(forward, outputs)
         self._jacobian = self.jacobian_class(loss, zs, self._parameters, self._repeat)
         self._keep_gradient(self._jacobian.loss_gradient)
-        self._hessian = OutputHessian(curvature, loss, outputs, zs)
+        try:
+            self._hessian = OutputHessian(curvature, loss, outputs, zs)
+        except LinearLoss as error:
+            if self._bends_at_smaller_outputs(forward, curvature):
+                raise SaturatedLoss(str(error)) from None
+            raise
         hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
         self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
+
+    def _bends_at_smaller_outputs(self, forward: RepeatableForward, curvature: Curvature) -> bool:
+        """Tell whether H is not zero where the parameters, and so the outputs, are smaller.
+
+        A loss that is linear in the outputs is so everywhere; a softmax that is certain of every
+        answer has a curvature that underflows, and at logits of zero has its largest.
+        """
+        values = [p.detach().clone() for p in self._parameters]
+        for part in (0.9, 0.999, 1.0):
+            with torch.enable_grad(), parameters_moved(self._parameters, values, -part):
+                loss, outputs = split_loss_and_outputs(forward())
+                zs = differentiable_in(outputs)
+                if OutputHessian(curvature, loss, outputs, zs, check=False).bends():
+                    return True
+        return False
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         # d -> J d -> H J d -> J' H J d

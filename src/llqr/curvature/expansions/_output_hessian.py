@@ -15,11 +15,15 @@ from .._graphs import gradients_of
 from ._missing_derivative import missing_derivative_in
 from ._random import random_normal
 
-__all__ = ["LinearLoss", "OutputHessian"]
+__all__ = ["LinearLoss", "OutputHessian", "SaturatedLoss"]
 
 
 class LinearLoss(ValueError):
     """A loss that has no second derivative in its outputs."""
+
+
+class SaturatedLoss(LinearLoss):
+    """A loss whose second derivative in its outputs has underflowed: it has one at smaller ones."""
 
 
 class OutputHessian:
@@ -30,6 +34,7 @@ class OutputHessian:
         loss: the loss, computed from the outputs.
         outputs: what the forward handed over.
         zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
+        check: refuse H = 0, and warn of an indefinite H.
 
     Attributes:
         of_loss: whether D is the loss itself.
@@ -42,7 +47,14 @@ class OutputHessian:
         UserWarning: H is not positive semidefinite.
     """
 
-    def __init__(self, curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
+    def __init__(
+        self,
+        curvature: Curvature,
+        loss: Tensor,
+        outputs: Any,
+        zs: list[Tensor],
+        check: bool = True,
+    ) -> None:
         objective, self._points = _objective_and_points(curvature, loss, outputs, zs)
         gradient = gradients_of([objective], self._points, create_graph=True)
         self._gradient = [
@@ -54,7 +66,8 @@ class OutputHessian:
                 "function was given (not a detached or recomputed copy)"
             )
         self.of_loss = objective is loss
-        self._check_curvature(may_be_stationary=self.of_loss)
+        if check:
+            self._check_curvature(may_be_stationary=self.of_loss)
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
@@ -68,6 +81,11 @@ class OutputHessian:
         if not pairs:
             return [None] * len(self._points)
         return gradients_of([g for g, _ in pairs], self._points, [x for _, x in pairs])
+
+    def bends(self) -> bool:
+        """Tell whether H is not zero, from one random product."""
+        images = self.product([_random_like(z) for z in self._points])
+        return any(bool(h.isfinite().all()) and bool(h.any()) for h in images if h is not None)
 
     def _check_curvature(self, may_be_stationary: bool) -> None:
         """Refuse H = 0, and warn of an indefinite H, from one random product."""
