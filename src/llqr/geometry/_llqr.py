@@ -385,6 +385,9 @@ class LLQR(StructuredGeometry):
         vector = self.layout.numel * self.layout.dtype.itemsize
         directions = basis_capacity(self.layout, settings.steps)
         basis = 2 * directions * vector if settings.tolerance else 0
+        # What the solves at several inner rates share, beside what each keeps on coefficients.
+        if settings.lr == "auto" and self.blocks.linear:
+            basis *= 2
         # Nothing of U's size but the result if the solve runs on coefficients; else the new
         # state, its gradient and its momentum. And six flat work vectors.
         literal = not settings.tolerance or not settings.inner_solver.heavy_ball

@@ -110,13 +110,13 @@ def inner_rates(
     if not 0 < square < math.inf:
         return []
     # Short enough that U, which may be quadratic in its state, is linear along it.
-    short = 1e-3 * math.sqrt(_square_norm(objective, states) / square)
+    short = 1e-4 * math.sqrt(_square_norm(objective, states) / square)
     moved = [
         {k: v - short * change[k] if k in change else v for k, v in state.items()}
         for state, change in zip(states, slope, strict=True)
     ]
     v = (-blocks.apply(moved, objective.gradient) - u) / short
-    bend = abs(float(blocks.space.dot(v, objective.product(v))))
+    bend = abs(float(blocks.space.dot(v, objective.product(v) + objective.damping * v)))
     if not 0 < bend < math.inf:
         return []
     momentum = solver.momentum_of(options)
