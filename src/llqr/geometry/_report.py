@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 __all__ = ["INACTIVE", "RefreshError", "RefreshHistory", "RefreshReport"]
 
 #: |Ug - g| / |g| below which training with U is hardly told from training without.
-INACTIVE = 0.02
+INACTIVE = 0.015
 
 
 class RefreshError(RuntimeError):
