@@ -95,14 +95,19 @@ class Learner:
     def _solve_in_own_units(self, objective: Objective, old: States, start: States) -> Outcome:
         """Solve at the rate that J itself gives, and at smaller ones until J goes down."""
         capacity = basis_capacity(objective.blocks.layout, self.options.steps)
-        if not bool(objective.gradient.any()):
+        dot, g = objective.blocks.space.dot, objective.gradient
+        if float(dot(g, g)) == 0:
             return Outcome(start, 0.0, 0.0, None)  # a minimum: nothing to learn, nothing wrong
         scaled = in_own_units(objective, old, self.tolerance, capacity)
         if scaled is None:
             return Outcome(None, NAN, NAN, "the curvature along U g is zero or not finite")
         rates = inner_rates(scaled.objective, start, self.solver, self.options)
-        if not rates:  # J is flat in U, as of the identity
-            outcome = Outcome(start, value := float(scaled.objective.value(start)), value, None)
+        if not rates:  # J is flat in U, as of the identity, or not finite
+            value = float(scaled.objective.value(start))
+            flat = abs(value) < LARGEST
+            outcome = Outcome(
+                start if flat else None, value, value, None if flat else "J is not finite"
+            )
         for lr in rates:
             outcome = self._solve(scaled.objective, old, start, replace(self.options, lr=lr))
             if outcome.states is not None:
