@@ -48,7 +48,7 @@ def wrong(cls, name, *values):
         *wrong(llqr.LLQR, "solver", "foo", None),
         *wrong(llqr.LLQR, "application", "half", None),
         *wrong(llqr.LLQR, "start", -1, 1.5, None),
-        *wrong(llqr.LLQR, "max_failures", -1, 0.5, None),
+        *wrong(llqr.LLQR, "max_failures", -1, 0.5, "3"),
         *wrong(llqr.LLQR, "renew_every", 0, None),
         *wrong(llqr.SAM, "rho", -1, NAN, INF, "0.05", None, True),
         *wrong(llqr.SAM, "norm", "foo", None, 2),

@@ -54,7 +54,7 @@ def expected(positional, keywords):
                 "curvature": "fisher",
                 "every": llqr.growing(5, 500),
                 "steps": 50,
-                "lr": 1e-2,
+                "lr": "auto",
                 "momentum": 0.9,
                 "clip": 5.0,
                 "ema": 0.95,

@@ -103,6 +103,7 @@ class _Graph:
     def __init__(
         self, forward: RepeatableForward, parameters: list[Tensor], curvature: Curvature
     ) -> None:
+        self._forward = forward
         self._scalar, self._outputs = split_loss_and_outputs(forward())
         if self._outputs is None:
             raise ValueError(
@@ -156,7 +157,8 @@ class _Graph:
         if type(self._curvature).sample is not Curvature.sample:
             return partial(self._curvature.sample, self._scalar, self._outputs)
         # What H is, is found once for all draws.
-        root = square_root_of(self._curvature, self._scalar, self._outputs)
+        with saturation_told(self._forward, self._parameters, self._curvature.objective):
+            root = square_root_of(self._curvature, self._scalar, self._outputs)
         if root.hessian.of_loss and (hidden := custom_functions_in([self._scalar], self._zs)):
             self._check_output_hessian(root.hessian, hidden)
         return root.draw

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import Schedule, check_choice, check_integer, check_number
 from .._devices import widen
 from .._vectors import Tensors
-from ..curvature import Curvature, LinearLoss, as_curvature, curvature_samples
+from ..curvature import Curvature, LinearLoss, SaturatedLoss, as_curvature, curvature_samples
 from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
 from ._schedules import EMA, growing
@@ -97,7 +97,7 @@ class NaturalGradient(StructuredGeometry):
         block_size: int | None = 512,
         seed: int = 0,
         start: int = 0,
-        max_failures: int = 3,
+        max_failures: int | None = None,
         shard: bool = False,
         application: Application = "full",
         batch_norm: NormStatistics = "batch",
@@ -153,8 +153,9 @@ class NaturalGradient(StructuredGeometry):
                 samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
                 drawn = samples.draw(settings.samples, self._generator())
                 gradient = samples.gradient
-            except LinearLoss:
-                if not self.history.accepted:
+            except LinearLoss as error:
+                # A loss that had curvature before is not linear.
+                if not self.history.accepted and not isinstance(error, SaturatedLoss):
                     raise
                 drawn, gradient = [], []
         if not self.ranks.all(bool(drawn)):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._random import random_normal
 
-__all__ = ["central_difference", "differ_too_much", "random_direction"]
+__all__ = ["central_difference", "differ_too_much", "parameters_moved", "random_direction"]
 
 
 def central_difference(
@@ -25,15 +25,13 @@ def central_difference(
     with torch.no_grad():
         ends = []
         for step in (e, -e):
-            with _parameters_moved(parameters, d, step):
+            with parameters_moved(parameters, d, step):
                 ends.append([z.detach().clone() for z in function()])
     return [(a - b) / (2 * e) for a, b in zip(*ends, strict=True)]
 
 
 @contextmanager
-def _parameters_moved(
-    parameters: Sequence[Tensor], d: Sequence[Tensor], e: float
-) -> Iterator[None]:
+def parameters_moved(parameters: Sequence[Tensor], d: Sequence[Tensor], e: float) -> Iterator[None]:
     """Move the parameters for one forward, unseen by the graph that is kept."""
     kept = [p.detach().clone() for p in parameters]
     try:

@@ -21,7 +21,11 @@ from .._output_hessian import OutputHessian
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion
 from ._compare_replacements import PlainDerivatives, derivatives_to_compare
-from ._differences import central_difference, differ_too_much, random_direction
+from ._differences import (
+    central_difference,
+    differ_too_much,
+    random_direction,
+)
 from ._linear_maps import are_transposes, is_homogeneous, random_cotangents
 from ._output_jacobian import (
     JacobianByDifferences,
@@ -29,6 +33,7 @@ from ._output_jacobian import (
     JacobianByForwardMode,
     OutputJacobian,
 )
+from ._saturation import saturation_told
 
 __all__ = [
     "GaussNewtonExpansion",
@@ -56,7 +61,8 @@ class GaussNewtonExpansion(Expansion):
         self._repeat = RepeatedOutputs(forward, outputs)
         self._jacobian = self.jacobian_class(loss, zs, self._parameters, self._repeat)
         self._keep_gradient(self._jacobian.loss_gradient)
-        self._hessian = OutputHessian(curvature.objective, loss, outputs, zs)
+        with saturation_told(forward, self._parameters, curvature.objective):
+            self._hessian = OutputHessian(curvature.objective, loss, outputs, zs)
         self._hessian.warn_if_indefinite()
         hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
         self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
