@@ -29,6 +29,7 @@ from ._output_hessian import OutputHessian
 from ._twice_differentiable import differentiable_repeatedly, tensor_hooks_noted
 from .expansions._differences import central_difference, differ_too_much, random_direction
 from .expansions._linear_maps import is_homogeneous, random_cotangents
+from .expansions._saturation import saturation_told
 
 __all__ = ["SampledForward"]
 
