@@ -21,7 +21,7 @@ from ._eager_code import eager_where
 from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
-__all__ = ["ExactWeightNorm", "tensor_hooks_noted", "twice_differentiable"]
+__all__ = ["tensor_hooks_noted", "twice_differentiable"]
 
 
 @contextmanager
@@ -156,29 +156,3 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 
 def _tensors(nest: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(nest) if isinstance(t, Tensor)]
-
-
-# -- weight norm ---------------------------------------------------------------------------------
-
-
-class ExactWeightNorm(TorchFunctionMode):
-    """Compute weight norm from elementary operations, for a Hessian.
-
-    torch's fused kernel takes the norms for constants in its second backward, so that its Hessian
-    is wrong. A Gauss-Newton product does not need that backward.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace that one function."""
-        function = _weight_norm if func is torch._weight_norm else func
-        return function(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))

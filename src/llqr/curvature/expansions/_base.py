@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
 from .._curvatures import Curvature
+from .._exact_derivatives import ExactDerivatives
 from .._forwards import (
     RepeatableForward,
     count_nonzero_rows,
@@ -17,7 +19,7 @@ from .._forwards import (
     tensors_in,
 )
 from .._graphs import custom_functions_in
-from .._twice_differentiable import ExactWeightNorm, tensor_hooks_noted
+from .._twice_differentiable import tensor_hooks_noted
 from ._linear_maps import is_symmetric
 
 __all__ = ["Expansion"]
@@ -47,6 +49,8 @@ class Expansion(ABC):
     cost: ClassVar[str]
     #: Whether the first map of a product is itself computed by differences.
     by_differences: ClassVar[bool] = False
+    #: Whether functions with wrong higher derivatives in torch run in elementary operations.
+    exact: ClassVar[bool] = True
 
     gradient: list[Tensor | None]
 
@@ -58,6 +62,15 @@ class Expansion(ABC):
         count_rows: bool = False,
     ) -> None:
         self._parameters = parameters
+        self._exact: AbstractContextManager[Any] = (
+            ExactDerivatives() if self.exact else nullcontext()
+        )
+        with self._exact:
+            self._expand(forward, curvature, count_rows)
+
+    def _expand(
+        self, forward: RepeatableForward, curvature: Curvature, count_rows: bool
+    ) -> None:
         loss, outputs = self._run_forward(forward)
         # Double backward says if an operation lacks it, unless a user's own Function hides the
         # dependence or computes in its backward something else than a derivative.
@@ -78,15 +91,21 @@ class Expansion(ABC):
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d, unscaled; None is zero."""
-        if self._unchecked:
-            self._check_custom_functions()
-            self._unchecked = []
-        return self._curvature_product(d)
+        # Also here: activation checkpointing runs parts of the forward again.
+        with self._exact:
+            if self._unchecked:
+                self._check_custom_functions()
+                self._unchecked = []
+            return self._curvature_product(d)
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
         """Return (loss, outputs) with the graphs that this way differentiates."""
-        with ExactWeightNorm():
-            return split_loss_and_outputs(forward())
+        result = forward()
+        if isinstance(self._exact, ExactDerivatives) and self._exact.wanted_again:
+            self._exact.begin_again()
+            del result  # not two graphs at a time
+            result = forward()
+        return split_loss_and_outputs(result)
 
     @abstractmethod
     def _prepare_products(

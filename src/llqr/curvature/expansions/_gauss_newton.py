@@ -98,6 +98,7 @@ class GaussNewtonByReplacedOperations(GaussNewtonExpansion):
 
     name = "replaced operations"
     cost = "fastest"
+    exact = False
     jacobian_class = JacobianByDoubleBackward
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
