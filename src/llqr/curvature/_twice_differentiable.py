@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._eager_code import eager_where
+from ._embeddings import consistent_embedding, refuse_scaled_bag
 from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
@@ -111,6 +112,19 @@ def _call_math_attention(
     return values[0]
 
 
+# -- embeddings ----------------------------------------------------------------------------------
+
+
+def _consistent_embedding(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
+    return consistent_embedding(*args, **kwargs)
+
+
+def _unscaled_bag(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("scale_grad_by_freq", len(args) > 5 and args[5]):
+        refuse_scaled_bag()
+    return func(*args, **kwargs)
+
+
 # -- recurrent nets ------------------------------------------------------------------------------
 
 
@@ -142,6 +156,8 @@ def _elementary_form(func: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
 
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     Tensor.register_hook: _note_hook,
+    F.embedding: _consistent_embedding,
+    F.embedding_bag: _unscaled_bag,
     F.scaled_dot_product_attention: _math_attention,
     F.multi_head_attention_forward: _seen_within,
     # Activation checkpointing runs parts of the forward again in the backward pass.
