@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ._overrides import without_look_for_modes
 from .linearised import is_replaced
 
-__all__ = ["custom_functions_in", "gradients_of", "release_failed_backward"]
+__all__ = ["custom_functions_in", "gradients_of", "node_names_in", "release_failed_backward"]
 
 
 #: With the modes of this thread on: activation checkpointing runs parts of the forward there.
@@ -73,6 +74,23 @@ def release_failed_backward() -> None:
         torch.autograd.grad(x + 1, x)
 
 
+def _nodes(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[Any]:
+    """Walk over the nodes of a graph, each once, leaving out what ``above`` is computed by."""
+    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def node_names_in(tensors: Sequence[Tensor]) -> frozenset[str]:
+    """Return which nodes the graph is made of."""
+    return frozenset(node.name() for node in _nodes(tensors))
+
+
 def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
     """Return the names of users' autograd Functions in the graph above the parameters.
 
@@ -84,12 +102,7 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
         ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
     """
     names: dict[str, None] = {}
-    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(tensors, above):
         name = node.name()
         if name == "CheckpointFunctionBackward":
             raise ValueError(
@@ -99,5 +112,4 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not is_replaced(node):
             names[name.removesuffix("Backward")] = None
-        pending.extend(parent for parent, _ in node.next_functions)
     return list(names)

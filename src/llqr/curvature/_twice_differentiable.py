@@ -70,8 +70,14 @@ class _TwiceDifferentiable(TorchFunctionMode):
 
 
 def _note_hook(mode: _TwiceDifferentiable, func: Any, args: Any, kwargs: Any) -> Any:
-    """Note a hook; leave it out where a forward is run again without a graph, and torch raises."""
-    if not torch.is_grad_enabled():
+    """Note a hook; leave it out where a forward is run again without a graph, and torch raises.
+
+    Those of ``register_multi_grad_hook`` change nothing, and fail outside of ``backward()`` if a
+    parameter is among their tensors.
+    """
+    hook = args[1] if len(args) > 1 else kwargs.get("hook")
+    only_looks = getattr(hook, "__globals__", None) is vars(torch.autograd.graph)
+    if only_looks or not torch.is_grad_enabled():
         return RemovableHandle(OrderedDict())
     mode.hooks_noted = mode.hooks_noted or args[0].grad_fn is not None
     return func(*args, **kwargs)

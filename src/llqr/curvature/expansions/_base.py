@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor
 
 from .._curvatures import Curvature
@@ -18,11 +19,17 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
-from .._graphs import custom_functions_in
+from .._graphs import custom_functions_in, node_names_in
 from .._twice_differentiable import tensor_hooks_noted
 from ._linear_maps import is_symmetric
 
-__all__ = ["Expansion"]
+__all__ = ["Expansion", "checked_kinds"]
+
+#: What to suspect where no graph shows anything.
+UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
+
+#: The kinds of forward whose backward was checked: whether replaced operations were right there.
+checked_kinds: dict[Any, bool] = {}
 
 
 class Expansion(ABC):
@@ -37,6 +44,7 @@ class Expansion(ABC):
         parameters: the tensors to differentiate by. Directions and results are lists over them.
         curvature: which matrix C is.
         count_rows: whether to count ``rows``.
+        suspect: whether another way found that backward and derivative differ.
 
     Attributes:
         loss: the loss, detached.
@@ -60,16 +68,17 @@ class Expansion(ABC):
         parameters: list[Tensor],
         curvature: Curvature,
         count_rows: bool = False,
+        suspect: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._suspect = parameters, suspect
         self._exact: AbstractContextManager[Any] = (
             ExactDerivatives() if self.exact else nullcontext()
         )
         with self._exact:
-            self._expand(forward, curvature, count_rows)
+            self._expand(forward, curvature, count_rows, suspect)
 
     def _expand(
-        self, forward: RepeatableForward, curvature: Curvature, count_rows: bool
+        self, forward: RepeatableForward, curvature: Curvature, count_rows: bool, suspect: bool
     ) -> None:
         loss, outputs = self._run_forward(forward)
         # Double backward says if an operation lacks it, unless a user's own Function hides the
@@ -85,9 +94,32 @@ class Expansion(ABC):
                 "'mean' or 'sum') needs what the loss was computed from; return "
                 "(loss, outputs) with the logits as `outputs`"
             )
+        self._kind = self._kind_of_forward(loss, outputs)
         self._prepare_products(forward, loss, outputs, curvature)
+        if not self._unchecked and self._kind not in checked_kinds:
+            if suspect or not self.by_differences:
+                self._check_backward(loss)
+            checked_kinds[self._kind] = True
         if count_rows:
             self.rows = count_nonzero_rows(loss, differentiable_in(outputs))
+
+    def _kind_of_forward(self, loss: Tensor, outputs: Any) -> tuple[Any, ...]:
+        """Return what forwards of one kind have in common."""
+        self._names = node_names_in([loss, *tensors_in(outputs)])
+        parameters = tuple((id(p), p.shape, p.dtype) for p in self._parameters)
+        return type(self), parameters, self._names
+
+    @property
+    def _can_be_judged(self) -> bool:
+        """Whether a Function is known to be there, or rounding is too small to look like one."""
+        if self._unchecked:
+            return True
+        single = all(torch.finfo(p.dtype).eps < 1e-6 for p in self._parameters)
+        return single and "ToCopyBackward0" not in self._names
+
+    @property
+    def _suspects(self) -> str:
+        return ", ".join(self._unchecked) or UNSEEN
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d, unscaled; None is zero."""
@@ -96,6 +128,7 @@ class Expansion(ABC):
             if self._unchecked:
                 self._check_custom_functions()
                 self._unchecked = []
+                checked_kinds.setdefault(self._kind, True)
             return self._curvature_product(d)
 
     def _run_forward(self, forward: RepeatableForward) -> tuple[Tensor, Any]:
@@ -118,6 +151,15 @@ class Expansion(ABC):
         """Return C d, unscaled; None is zero."""
 
     @abstractmethod
+    def _check_backward(self, loss: Tensor) -> None:
+        """Check that the backward pass is linear, once for each kind of forward.
+
+        Raises:
+            MissingDerivative: this way lacks something that another one may have.
+            ValueError: no way gives a symmetric C.
+        """
+
+    @abstractmethod
     def _check_custom_functions(self) -> None:
         """Check what users' own Functions may spoil.
 
@@ -136,13 +178,12 @@ class Expansion(ABC):
 
     def _check_symmetry(self) -> None:
         if not is_symmetric(self._curvature_product, self._parameters, self.by_differences):
-            self._refuse_custom_functions("C would not be symmetric")
+            self._refuse_backward("C would not be symmetric")
 
-    def _refuse_custom_functions(self, reason: str) -> NoReturn:
-        names = ", ".join(self._unchecked)
+    def _refuse_backward(self, reason: str) -> NoReturn:
         raise ValueError(
-            f"forward: with the backward of {names} {reason}. A backward of one's own must be "
-            "linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
+            f"forward: with the backward of {self._suspects} {reason}. A backward of one's own must "
+            "be linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
             "it is not the derivative of the forward, differentiable: a straight-through estimate "
             "of f is x + (f(x) - x).detach()"
         )

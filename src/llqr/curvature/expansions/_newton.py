@@ -14,7 +14,7 @@ from .._forwards import RepeatableForward, split_loss_and_outputs
 from .._graphs import gradients_of
 from ._base import Expansion
 from ._differences import central_difference, differ_too_much
-from ._linear_maps import direction_along, inner_product, nearly_equal
+from ._linear_maps import direction_along, inner_product, is_homogeneous, nearly_equal
 from ._missing_derivative import MissingDerivative
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
@@ -53,6 +53,13 @@ class NewtonExpansion(Expansion):
         self._repeat = _RepeatedLoss(forward, self._parameters)
         self._keep_gradient(self._differentiate_loss(loss))
 
+    def _check_backward(self, loss: Tensor) -> None:
+        def backward(v: Sequence[Tensor]) -> list[Tensor | None]:
+            return gradients_of([loss], self._parameters, v)
+
+        if self._can_be_judged and not is_homogeneous(backward, [torch.ones_like(loss)]):
+            self._refuse_backward("g is not linear in the loss")
+
     @abstractmethod
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         """Return the gradient, and keep what a product needs of it."""
@@ -84,7 +91,7 @@ class NewtonByDoubleBackward(NewtonExpansion):
         # differences would mix the two; it need not be symmetric.
         derivative = nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True)
         if derivative and differ_too_much(found, image):
-            raise MissingDerivative(", ".join(self._unchecked))
+            raise MissingDerivative(self._suspects)
         self._check_symmetry()
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
@@ -110,7 +117,7 @@ class NewtonByDifferences(NewtonExpansion):
         d = direction_along(self.gradient, self._parameters)
         slope, _ = self._differences(d)
         if not nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True):
-            self._refuse_custom_functions("g is not the derivative of the loss, C not that of g")
+            self._refuse_backward("g is not the derivative of the loss, C not that of g")
         self._check_symmetry()
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
