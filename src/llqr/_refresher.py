@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -120,7 +120,9 @@ class Refresher:
         before = ForwardState(modules, values)
         random = RandomState(*self._parameters.devices)
         try:
-            with evaluation_mode(self._parameters.model):
+            with ExitStack() as modes:
+                for root in self._modules.roots:
+                    modes.enter_context(evaluation_mode(root))
                 yield
         finally:
             lost = before.learn()

@@ -182,8 +182,8 @@ class Expansion(ABC):
 
     def _refuse_backward(self, reason: str) -> NoReturn:
         raise ValueError(
-            f"forward: with the backward of {self._suspects} {reason}. A backward of one's own must "
-            "be linear in the gradient it gets (no clipping, normalising or random numbers) and, if "
-            "it is not the derivative of the forward, differentiable: a straight-through estimate "
-            "of f is x + (f(x) - x).detach()"
+            f"forward: with the backward of {self._suspects} {reason}. A backward of one's own "
+            "must be linear in the gradient it gets (no clipping, normalising or random numbers) "
+            "and, if it is not the derivative of the forward, differentiable: a straight-through "
+            "estimate of f is x + (f(x) - x).detach()"
         )
