@@ -36,7 +36,7 @@ class ExactDerivatives(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._differentiates = self._ran_fused = False
+        self._differentiates = self._ran_fused = self._elementary = False
 
     @property
     def wanted_again(self) -> bool:
@@ -45,7 +45,7 @@ class ExactDerivatives(TorchFunctionMode):
 
     def begin_again(self) -> None:
         """Run in elementary operations from the start."""
-        self._ran_fused = False
+        self._ran_fused, self._elementary = False, True
 
     def __torch_function__(
         self,
@@ -56,9 +56,7 @@ class ExactDerivatives(TorchFunctionMode):
     ) -> Any:
         """Replace one of the functions."""
         kwargs = kwargs or {}
-        if func in _DIFFERENTIATE:
-            self._differentiates = True
-            return func(*args, **kwargs)
+        self._differentiates = self._differentiates or func in _DIFFERENTIATE
         # A tensor subclass with functions of its own does what it likes with the call.
         if has_subclass(types):
             return func(*args, **kwargs)
@@ -70,7 +68,7 @@ class ExactDerivatives(TorchFunctionMode):
         elementary = _WITH_WRONG_THIRD_DERIVATIVE.get(func)
         if elementary is None:
             return func(*args, **kwargs)
-        if self._differentiates or _within_transform():
+        if self._elementary or _within_transform():
             return elementary(*args, **kwargs)
         self._ran_fused = True
         return func(*args, **kwargs)
@@ -158,9 +156,9 @@ def _logit(x: Tensor, eps: float | None = None) -> Tensor:
     return (x / (1 - x)).log()
 
 
-_DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_DIFFERENTIATE = {torch.autograd.grad, Tensor.backward}
 
-_WRITTEN_IN_PYTHON = {F.layer_norm, F.batch_norm, F.instance_norm}
+_WRITTEN_IN_PYTHON = {F.layer_norm, F.batch_norm, F.instance_norm, *_DIFFERENTIATE}
 
 _WITH_WRONG_THIRD_DERIVATIVE: dict[Any, Callable[..., Tensor]] = {
     torch.layer_norm: _layer_norm,

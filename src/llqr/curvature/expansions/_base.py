@@ -26,7 +26,7 @@ from ._linear_maps import is_symmetric
 __all__ = ["Expansion", "checked_kinds"]
 
 #: What to suspect where no graph shows anything.
-UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
+UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook, a fake quantisation)"
 
 #: The kinds of forward whose backward was checked: whether replaced operations were right there.
 checked_kinds: dict[Any, bool] = {}
@@ -97,8 +97,7 @@ class Expansion(ABC):
         self._kind = self._kind_of_forward(loss, outputs)
         self._prepare_products(forward, loss, outputs, curvature)
         if not self._unchecked and self._kind not in checked_kinds:
-            if suspect or not self.by_differences:
-                self._check_backward(loss)
+            self._check_backward(loss)
             checked_kinds[self._kind] = True
         if count_rows:
             self.rows = count_nonzero_rows(loss, differentiable_in(outputs))
@@ -114,8 +113,11 @@ class Expansion(ABC):
         """Whether a Function is known to be there, or rounding is too small to look like one."""
         if self._unchecked:
             return True
-        single = all(torch.finfo(p.dtype).eps < 1e-6 for p in self._parameters)
-        return single and "ToCopyBackward0" not in self._names
+        return self._eps < 1e-6 and "ToCopyBackward0" not in self._names
+
+    @property
+    def _eps(self) -> float:
+        return max(torch.finfo(p.dtype).eps for p in self._parameters)
 
     @property
     def _suspects(self) -> str:

@@ -14,10 +14,23 @@ from .._forwards import RepeatableForward, split_loss_and_outputs
 from .._graphs import gradients_of
 from ._base import Expansion
 from ._differences import central_difference, differ_too_much
-from ._linear_maps import direction_along, inner_product, is_homogeneous, nearly_equal
+from ._linear_maps import (
+    direction_along,
+    inner_product,
+    is_another_function,
+    is_homogeneous,
+    nearly_equal,
+)
 from ._missing_derivative import MissingDerivative
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
+
+#: Nodes of a graph that torch differentiates wrongly twice.
+THIRD_DERIVATIVE_WRONG = {
+    "NativeLayerNormBackwardBackward0",
+    "NativeBatchNormBackwardBackward0",
+    "CudnnBatchNormBackwardBackward0",
+}
 
 
 class _RepeatedLoss:
@@ -77,6 +90,9 @@ class NewtonByDoubleBackward(NewtonExpansion):
     cost = "about as fast"
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        # In the reach of function modes these were replaced; in TorchScript they are not.
+        if self._names & THIRD_DERIVATIVE_WRONG:
+            raise MissingDerivative("a derivative of a layer norm or batch norm in TorchScript")
         gradient = gradients_of([loss], self._parameters, create_graph=True)
         # A gradient without a graph is constant: its row of C is zero.
         self._rows = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
@@ -112,6 +128,14 @@ class NewtonByDifferences(NewtonExpansion):
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         return gradients_of([loss], self._parameters)
+
+    def _check_backward(self, loss: Tensor) -> None:
+        super()._check_backward(loss)
+        d = direction_along(self.gradient, self._parameters)
+        slope, _ = self._differences(d)
+        size = abs(float(self.loss))
+        if is_another_function(inner_product(self.gradient, d), slope, size, self._eps):
+            self._refuse_backward("g is not the derivative of the loss")
 
     def _check_custom_functions(self) -> None:
         d = direction_along(self.gradient, self._parameters)
