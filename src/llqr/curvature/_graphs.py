@@ -15,6 +15,10 @@ from .linearised import is_replaced
 __all__ = ["custom_functions_in", "gradients_of", "node_names_in", "release_failed_backward"]
 
 
+#: Operations whose backward passes straight through a rounding, without a second derivative.
+SURROGATES_OF_TORCH = ("FakeQuantizeLearnable",)
+
+
 #: With the modes of this thread on: activation checkpointing runs parts of the forward there.
 _grad = without_look_for_modes(torch.autograd.grad)
 
@@ -94,6 +98,8 @@ def node_names_in(tensors: Sequence[Tensor]) -> frozenset[str]:
 def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
     """Return the names of users' autograd Functions in the graph above the parameters.
 
+    With them, torch's operations that are surrogates without a second derivative.
+
     Args:
         tensors: where the graph ends.
         above: leave out what these are computed by.
@@ -112,4 +118,6 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not is_replaced(node):
             names[name.removesuffix("Backward")] = None
+        if name.startswith(SURROGATES_OF_TORCH):
+            names[name.removesuffix("Backward0")] = None
     return list(names)

@@ -26,10 +26,13 @@ from ._linear_maps import is_symmetric
 __all__ = ["Expansion", "checked_kinds"]
 
 #: What to suspect where no graph shows anything.
-UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook, a fake quantisation)"
+UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
 
-#: The kinds of forward whose backward was checked: whether replaced operations were right there.
+#: Kinds of forward: whether replaced operations were right there.
 checked_kinds: dict[Any, bool] = {}
+
+#: Kinds of forward and ids of parameters: of these the backward was checked.
+_checked_models: set[Any] = set()
 
 
 class Expansion(ABC):
@@ -96,8 +99,10 @@ class Expansion(ABC):
             )
         self._kind = self._kind_of_forward(loss, outputs)
         self._prepare_products(forward, loss, outputs, curvature)
-        if not self._unchecked and self._kind not in checked_kinds:
+        model = self._kind, tuple(id(p) for p in self._parameters)
+        if not self._unchecked and model not in _checked_models:
             self._check_backward(loss)
+            _checked_models.add(model)
             checked_kinds[self._kind] = True
         if count_rows:
             self.rows = count_nonzero_rows(loss, differentiable_in(outputs))
@@ -105,19 +110,15 @@ class Expansion(ABC):
     def _kind_of_forward(self, loss: Tensor, outputs: Any) -> tuple[Any, ...]:
         """Return what forwards of one kind have in common."""
         self._names = node_names_in([loss, *tensors_in(outputs)])
-        parameters = tuple((id(p), p.shape, p.dtype) for p in self._parameters)
-        return type(self), parameters, self._names
+        return type(self), tuple((p.shape, p.dtype) for p in self._parameters), self._names
 
     @property
     def _can_be_judged(self) -> bool:
         """Whether a Function is known to be there, or rounding is too small to look like one."""
         if self._unchecked:
             return True
-        return self._eps < 1e-6 and "ToCopyBackward0" not in self._names
-
-    @property
-    def _eps(self) -> float:
-        return max(torch.finfo(p.dtype).eps for p in self._parameters)
+        single = all(torch.finfo(p.dtype).eps < 1e-6 for p in self._parameters)
+        return single and "ToCopyBackward0" not in self._names
 
     @property
     def _suspects(self) -> str:

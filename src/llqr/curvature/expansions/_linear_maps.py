@@ -21,7 +21,6 @@ __all__ = [
     "are_transposes",
     "direction_along",
     "inner_product",
-    "is_another_function",
     "is_homogeneous",
     "is_symmetric",
     "nearly_equal",
@@ -111,17 +110,3 @@ def nearly_equal(
     eps = max(torch.finfo(t.dtype).eps for t in like)
     rounding = 100 * math.pow(eps, 1 / 3) if by_differences else 30 * math.sqrt(eps)
     return abs(sure - found) <= min(LARGEST_ERROR, rounding) * max(abs(sure), abs(found))
-
-
-def is_another_function(sure: float, differences: float, size: float, eps: float) -> bool:
-    """Tell whether differences are of another function than a derivative is, as of a rounding.
-
-    Args:
-        sure: the derivative.
-        differences: along a direction as long as the parameters.
-        size: of the values whose differences were taken.
-        eps: their precision.
-    """
-    # Kinks explain an error of some percent, and rounding eps / (the relative step eps^(1/3)).
-    error = abs(sure - differences)
-    return error > 0.5 * max(abs(sure), abs(differences)) and error > 100 * eps ** (2 / 3) * size
