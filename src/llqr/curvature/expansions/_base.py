@@ -181,9 +181,9 @@ class Expansion(ABC):
 
     def _check_symmetry(self) -> None:
         if not is_symmetric(self._curvature_product, self._parameters, self.by_differences):
-            self._refuse_backward("C would not be symmetric")
+            self._refuse_custom_functions("C would not be symmetric")
 
-    def _refuse_backward(self, reason: str) -> NoReturn:
+    def _refuse_custom_functions(self, reason: str) -> NoReturn:
         raise ValueError(
             f"forward: with the backward of {self._suspects} {reason}. A backward of one's own "
             "must be linear in the gradient it gets (no clipping, normalising or random numbers) "

@@ -80,14 +80,14 @@ class GaussNewtonExpansion(Expansion):
         v, jacobian = random_cotangents(self._jacobian.outputs), self._jacobian
         maps = jacobian.transposed_product, jacobian.product
         if not is_homogeneous(jacobian.transposed_product, v):
-            self._refuse_backward("J'v is not linear in v")
+            self._refuse_custom_functions("J'v is not linear in v")
         # Without a suspicion, an error of differences comes from kinks.
         if self.by_differences and not (self._unchecked or self._suspect):
             return
         if are_transposes(v, *maps, self._parameters, self.by_differences):
             return
         if self.by_differences or (self.refuses_unseen and not self._unchecked):
-            self._refuse_backward("J' is not the transpose of a linear map J")
+            self._refuse_custom_functions("J' is not the transpose of a linear map J")
         raise MissingDerivative(self._suspects)
 
     def _check_custom_functions(self) -> None:
@@ -104,7 +104,7 @@ class GaussNewtonExpansion(Expansion):
         d = random_direction(self._parameters)
         found = self._hessian.product(self._jacobian.product(d))
         if differ_too_much(found, central_difference(slope, self._parameters, d)):
-            self._refuse_backward("the second derivative of the loss is hidden")
+            self._refuse_custom_functions("the second derivative of the loss is hidden")
 
 
 class GaussNewtonByReplacedOperations(GaussNewtonExpansion):

@@ -65,7 +65,7 @@ class NewtonExpansion(Expansion):
             return gradients_of([loss], self._parameters, v)
 
         if self._can_be_judged and not is_homogeneous(backward, [torch.ones_like(loss)]):
-            self._refuse_backward("g is not linear in the loss")
+            self._refuse_custom_functions("g is not linear in the loss")
 
     @abstractmethod
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
@@ -127,7 +127,7 @@ class NewtonByDifferences(NewtonExpansion):
         d = direction_along(self.gradient, self._parameters)
         slope, _ = self._differences(d)
         if not nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True):
-            self._refuse_backward("g is not the derivative of the loss, C not that of g")
+            self._refuse_custom_functions("g is not the derivative of the loss, C not that of g")
         self._check_symmetry()
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
