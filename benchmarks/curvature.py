@@ -21,7 +21,9 @@ from llqr.curvature import twice_differentiable
 
 def main() -> None:
     """Print the table."""
-    options = arguments(__doc__, models=PROBLEMS).parse_args()
+    parser = arguments(__doc__, models=PROBLEMS)
+    parser.add_argument("--training", action="store_true", help="batch norm sees the batch")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [r for name in options.models for r in compare(name, options)]
     show("One Gauss-Newton product, in steps", rows, options)
@@ -30,7 +32,7 @@ def main() -> None:
 def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the ways in turns."""
     p, clock = problem(name, options.device), Clock(options.device)
-    p.model.eval()
+    p.model.train(options.training)
     named = {n: q for n, q in p.model.named_parameters() if q.requires_grad}
     model = llqr.quadratic_model(p, list(named.values()))
     d = [torch.randn_like(q) for q in named.values()]

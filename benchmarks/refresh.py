@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,9 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
 class Refresh:
     """A refresh that starts from the same U every time it is called."""
 
-    def __init__(self, p: Classifier, **settings: Any) -> None:
+    def __init__(
+        self,
+        p: Classifier,
+        kind: Callable[..., llqr.StructuredGeometry] = llqr.LLQR,
+        **settings: Any,
+    ) -> None:
         self.problem = p
-        self.geometry = llqr.LLQR(**{"ema": 0.0, **settings})
+        self.geometry = kind(**{"ema": 0.0, **settings})
         self.optimizer = optimizer_of(p, self.geometry)
         self.start = {n: {k: v.clone() for k, v in e.items()} for n, e in self._state().items()}
         self.counters = self.geometry.counters()

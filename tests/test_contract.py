@@ -51,7 +51,7 @@ def expected(positional, keywords):
             {"structure": "diagonal"},
             {
                 "curvature": "fisher",
-                "every": 500,
+                "every": llqr.growing(5, 500),
                 "steps": 50,
                 "lr": 1e-2,
                 "momentum": 0.9,
@@ -66,8 +66,10 @@ def expected(positional, keywords):
                 "tolerance": 1e-2,
                 "solver": "momentum",
                 "start": 0,
+                "batch_norm": "batch",
             },
         ),
+        (llqr.growing, {"first": REQUIRED, "last": REQUIRED, "rate": 4}, {}),
         (
             llqr.Optimizer.minimize,
             {"forward": REQUIRED},

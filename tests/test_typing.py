@@ -26,6 +26,8 @@ every = optimizer.geometry.settings.every
 plain = llqr.Optimizer(base, model)
 fixed = llqr.Optimizer(base, model, geometry=llqr.FixedGeometry(torch.eye(3)))
 fixed.geometry.spectrum()
+joined = llqr.Optimizer([base, torch.optim.AdamW([])], model, geometry=llqr.LLQR("kfac"))
+joined.geometry.summary()
 
 
 def name_of(optimizer: llqr.Optimizer) -> str:

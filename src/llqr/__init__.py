@@ -25,9 +25,11 @@ from .curvature import quadratic_model as quadratic_model
 from .geometry import LLQR as LLQR
 from .geometry import FixedGeometry as FixedGeometry
 from .geometry import Geometry as Geometry
+from .geometry import NaturalGradient as NaturalGradient
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport
 from .geometry import StructuredGeometry as StructuredGeometry
+from .geometry import growing as growing
 
 # Where the loss is probed
 from .perturbations import ASAM as ASAM

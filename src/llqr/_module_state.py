@@ -1,13 +1,12 @@
 """Save and restore what a second pass or a refresh changes.
 
-That is: buffers, parameters that a forward writes to, and modes.
+That is: buffers, and parameters that a forward writes to.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ __all__ = [
     "ParameterValues",
     "TensorValues",
     "WrittenParameters",
-    "evaluation_mode",
 ]
 
 
@@ -302,22 +300,3 @@ class ForwardState:
         """Put everything back."""
         self._buffers.restore()
         self._parameters.restore()
-
-
-# -- modes -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules of a model into evaluation mode, and each back to its own.
-
-    An overridden ``train`` or ``eval`` is not called: adapters merge weights in theirs.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
+from ._joined_bases import join_bases
 from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
 from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
 from ._update import Update
-from ._wrapper import OptimizerWrapper
+from ._wrapper import OptimizerWrapper, call_if_there, load_with_hooks, save_with_hooks
 from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
@@ -57,8 +58,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     whose gradients are not finite is skipped and counts nowhere.
 
     Args:
-        base: any torch.optim optimizer but LBFGS and SparseAdam. It may hold fewer parameters
-            than the model.
+        base: any torch.optim optimizer but LBFGS and SparseAdam, or a list of them, such as Muon
+            for the matrices with AdamW for the rest. They may hold fewer parameters than the model,
+            none of them twice. A list is one optimizer from then on: ``optimizer.base[0]`` is the
+            first of it, and each parameter group has its number under ``"base"``.
         model: the network; its parameters' names, layers, buffers and mode are used.
         geometry: a :class:`llqr.Geometry` such as :class:`llqr.LLQR`, or None for U = I.
         perturbation: a :class:`llqr.SAM` or relative, or None for one pass.
@@ -105,11 +108,20 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         >>> losses = [float(optimizer.minimize(forward)) for _ in range(20)]
         >>> losses[-1] < losses[0]
         True
+
+        Muon steps matrices only, so another optimizer steps the rest:
+
+        >>> matrices = [p for p in model.parameters() if p.dim() == 2]
+        >>> rest = [p for p in model.parameters() if p.dim() != 2]
+        >>> bases = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.003)]
+        >>> optimizer = llqr.Optimizer(bases, model, perturbation=llqr.SAM(rho=0.05))
+        >>> [group["base"] for group in optimizer.param_groups]
+        [0, 1]
     """
 
     def __init__(
         self,
-        base: torch.optim.Optimizer,
+        base: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         model: nn.Module,
         *,
         geometry: G = None,  # type: ignore[assignment]  # left out, G is None
@@ -124,7 +136,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         sync: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        check_parts(base, model, geometry, perturbation)
+        one_base = join_bases(base)
+        check_parts(model, geometry, perturbation)
         check_choice("buffers", buffers, BufferPolicy)
         check_flags(
             transport=transport,
@@ -135,12 +148,12 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         )
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
-        super().__init__(base)
+        super().__init__(one_base)
         self.model, self.transport, self.graft = model, transport, graft
         self._geometry, self._perturbation = geometry, perturbation
         self.ranks = Ranks(model, process_group)
         self._progress = Progress()
-        self._parameters = NamedParameters(base, model)
+        self._parameters = NamedParameters(one_base, model)
         step_modules = StepModules(model, modules)
         self._passes = Passes(
             self._parameters,
@@ -262,7 +275,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._follow_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the base; their blocks of U start at the identity."""
+        """Add parameters to the base; their blocks of U start at the identity.
+
+        If the base is a list, the group's ``"base"`` is the number of the optimizer it joins.
+        """
         groups = len(self.base.param_groups)
         self.base.add_param_group(param_group)
         try:
@@ -271,6 +287,26 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             del self.base.param_groups[groups:]
             self._read_groups()
             raise
+
+    def train(self) -> None:
+        """Move the weights to where the base trains them, if it tells the two apart.
+
+        A schedule-free base evaluates an average of the weights it trains: call :meth:`eval` before
+        an evaluation or a checkpoint of the model, and this method after it. Frameworks that call
+        both of an optimizer (Accelerate, the Hugging Face Trainer) find them. For other bases
+        nothing happens, nor within a perturbed pass, whose base trains.
+        """
+        if not self._passes.displaced:
+            call_if_there(self.base, "train")
+
+    def eval(self) -> None:
+        """Move the weights to where the base evaluates them; see :meth:`train`.
+
+        Raises:
+            RuntimeError: called within a perturbed pass, whose end would bring other weights back.
+        """
+        self._passes.refuse_if_displaced("eval", "evaluate after the pass has ended")
+        call_if_there(self.base, "eval")
 
     def __repr__(self) -> str:
         lines = [f"geometry: {self.geometry!r}", f"perturbation: {self.perturbation!r}"]
@@ -437,9 +473,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     ) -> RefreshReport:
         """Refresh the geometry now, due or not.
 
-        The model is in evaluation mode meanwhile (set without calling ``train`` or ``eval``).
-        Afterwards modes, buffers, parameters that the forward wrote to, random state and p.grad are
-        as before.
+        The model is in evaluation mode meanwhile (set without calling ``train`` or ``eval``), but
+        for norms in training mode if the geometry's ``batch_norm`` is "batch". Afterwards modes,
+        buffers, parameters that the forward wrote to, random state and p.grad are as before.
 
         Args:
             forward: as in :meth:`minimize`; default ``refresh_forward``.
@@ -498,13 +534,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("state_dict", "make checkpoints after the pass has ended")
         self._follow_groups()
-        for pre in self._optimizer_state_dict_pre_hooks.values():
-            pre(self)
-        result = self._checkpoint.save()
-        for post in self._optimizer_state_dict_post_hooks.values():
-            changed = post(self, result)
-            result = result if changed is None else changed
-        return result
+        return save_with_hooks(self, self._checkpoint.save)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -516,14 +546,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("load_state_dict", "load after the pass has ended")
         self._follow_groups()
-        # A container of several optimizers may have saved a list.
-        given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
-        for pre in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre(self, given)
-            given = given if changed is None else changed
-        self._checkpoint.load(given)
-        for post in self._optimizer_load_state_dict_post_hooks.values():
-            post(self)
+        load_with_hooks(self, state_dict, self._checkpoint.load)
 
     @property
     def _checkpoint(self) -> Checkpoint:
@@ -538,18 +561,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         )
 
 
-def check_parts(base: Any, model: Any, geometry: Any, perturbation: Any) -> None:
-    """Refuse what is not an optimizer, a module, a geometry, a perturbation."""
-    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, Optimizer):
-        raise TypeError(f"base: expected a torch.optim optimizer, got {type(base).__name__}")
-    if isinstance(base, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        raise TypeError(f"base: {type(base).__name__} is not supported")
-    for needed in ("param_groups", "state", "defaults"):
-        if not hasattr(base, needed):
-            raise TypeError(
-                f"base: {type(base).__name__} has no {needed!r}, which every torch.optim optimizer "
-                "has; call super().__init__ in it, or hand over the optimizer that it contains"
-            )
+def check_parts(model: Any, geometry: Any, perturbation: Any) -> None:
+    """Refuse what is not a module, a geometry, a perturbation."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if geometry is not None and not isinstance(geometry, Geometry):

@@ -54,6 +54,7 @@ class NamedParameters:
         base, inner = self.base, unwrap_model(self.model)
         check_group_options(base.param_groups)
         groups: dict[int, int] = {}
+        twice: dict[int, int] = {}
         for index, group in enumerate(base.param_groups):
             for parameter in group["params"]:
                 if isinstance(parameter, nn.UninitializedParameter):
@@ -61,10 +62,19 @@ class NamedParameters:
                         f"base: group {index} has a parameter of a lazy module that is not "
                         "initialised; run the model once before the optimizer is made"
                     )
-                groups[id(parameter)] = index
+                first = groups.setdefault(id(parameter), index)
+                if first != index:
+                    twice[id(parameter)] = index
         named = {name: p for name, p in inner.named_parameters() if id(p) in groups}
         self._refuse_strangers(named)
         self._refuse_untied(inner, groups)
+        for name, parameter in named.items():
+            if id(parameter) in twice:
+                raise ValueError(
+                    f"base: parameter {name!r} is in groups {groups[id(parameter)]} and "
+                    f"{twice[id(parameter)]} of the parameter groups; each parameter belongs to "
+                    "one group of one optimizer"
+                )
         _refuse_unsupported(named)
         check_sharding(inner, named)
         layers, _ = layers_of(inner)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._autocast import without_autocast
 from ._checks import value_at_step
 from ._current_pass import RunningPass, running_pass
+from ._joined_bases import defaults_of_group
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._progress import Progress
@@ -116,8 +117,9 @@ class Passes:
         if perturbation is None or step < perturbation.start:
             return dict.fromkeys(named.named, 0.0)
         radii: list[float] = []
-        taken = "rho" in base.defaults  # Adadelta's own option of that name is no radius
         for index, group in enumerate(base.param_groups):
+            # Adadelta's own option of that name is no radius.
+            taken = "rho" in defaults_of_group(base, group)
             rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
             rho = value_at_step(rho, step)
             if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
@@ -290,8 +292,7 @@ class Passes:
     @property
     def geometry_observes(self) -> bool:
         """Whether the geometry learns from the gradients of steps."""
-        geometry = self._geometry
-        return geometry is not None and type(geometry).observe is not Geometry.observe
+        return self._geometry is not None and self._geometry.observes
 
     @property
     def combines(self) -> bool:

@@ -14,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ._autocast import autocast_off, autocast_overruled
 from ._current_pass import running_pass
-from ._module_state import ForwardState, evaluation_mode
+from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._progress import Progress
 from ._random_state import RandomState
+from ._refresh_modes import refresh_modes
 from ._step_modules import StepModules
 from .distributed import Ranks
 from .geometry import Geometry, RefreshError, RefreshReport
@@ -89,7 +90,7 @@ class Refresher:
         device = self._parameters.device
         precision = nullcontext() if self.autocast else autocast_off(device, self._warn_of_autocast)
         evaluated = [partial(call_in_evaluation, f) for f in forwards]
-        trace = self._without_trace(forwards)
+        trace = self._without_trace(self._geometry, forwards)
         try:
             with trace, precision, self._ranks.bypassed(), running_pass("refresh"):
                 report = self._geometry.refresh(
@@ -110,7 +111,7 @@ class Refresher:
             hook(optimizer, report)
 
     @contextmanager
-    def _without_trace(self, forwards: Sequence[Forward]) -> Iterator[None]:
+    def _without_trace(self, geometry: Geometry, forwards: Sequence[Forward]) -> Iterator[None]:
         """Evaluate the model in the body; its state and the random numbers are put back."""
         named, modules = self._parameters.named, self._modules.all(forwards)
         watched = [p for module in modules for p in module.parameters(recurse=False)]
@@ -122,7 +123,9 @@ class Refresher:
         try:
             with ExitStack() as modes:
                 for root in self._modules.roots:
-                    modes.enter_context(evaluation_mode(root))
+                    modes.enter_context(
+                        refresh_modes(root, geometry.batch_norm, self._warn_of_running_statistics)
+                    )
                 yield
         finally:
             lost = before.learn()
@@ -135,6 +138,12 @@ class Refresher:
         self._progress.warn_once(
             "the forward's autocast is switched off during a refresh, since curvature products in "
             "low precision are wrong in the third digit; refresh_autocast=True leaves it on"
+        )
+
+    def _warn_of_running_statistics(self) -> None:
+        self._progress.warn_once(
+            "a BatchNorm met one value per channel in a refresh, which has no variance, and used "
+            "its running statistics; give the refresh a larger minibatch"
         )
 
     def register_hook(self, hook: RefreshHook) -> HookHandle:
@@ -161,8 +170,9 @@ def as_forwards(forward: Forward | Sequence[Forward]) -> list[Forward]:
 #: Told where a forward fails in a refresh.
 EVALUATION_NOTE = (
     "llqr: this was raised in a refresh, which runs the model in evaluation mode (as model.eval() "
-    "does); if the forward needs what the model returns in training mode only, hand over one for "
-    "the refresh: minimize(forward, refresh=...) or llqr.Optimizer(refresh_forward=...)"
+    "does, norm layers excepted); if the forward needs what the model returns in training mode "
+    "only, hand over one for the refresh: minimize(forward, refresh=...) or "
+    "llqr.Optimizer(refresh_forward=...)"
 )
 
 

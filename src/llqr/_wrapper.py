@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-__all__ = ["OptimizerWrapper", "step_base"]
+__all__ = [
+    "OptimizerWrapper",
+    "attributes_to_copy",
+    "call_if_there",
+    "load_with_hooks",
+    "save_with_hooks",
+    "step_base",
+]
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -56,10 +64,48 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in torch, hooks and what schedulers put on `step` stay behind.
-        kept = {k: v for k, v in self.__dict__.items() if not k.startswith("_optimizer_")}
-        kept.pop("step", None)
-        return kept
+        return attributes_to_copy(self)
+
+
+def attributes_to_copy(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the attributes without hooks and what schedulers put on `step`, as torch does."""
+    kept = {k: v for k, v in vars(optimizer).items() if not k.startswith("_optimizer_")}
+    kept.pop("step", None)
+    return kept
+
+
+def call_if_there(optimizer: torch.optim.Optimizer, method: str) -> None:
+    """Call a method that not all optimizers have, such as ``train`` of schedule-free ones."""
+    found = getattr(optimizer, method, None)
+    if callable(found):
+        found()
+
+
+def save_with_hooks(
+    optimizer: torch.optim.Optimizer, save: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what ``save`` returns, between the hooks of ``state_dict``."""
+    for pre in optimizer._optimizer_state_dict_pre_hooks.values():
+        pre(optimizer)
+    result = save()
+    for post in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = post(optimizer, result)
+        result = result if changed is None else changed
+    return result
+
+
+def load_with_hooks(
+    optimizer: torch.optim.Optimizer, state_dict: Any, load: Callable[[Any], None]
+) -> None:
+    """Load a copy of the state dict, between the hooks of ``load_state_dict``."""
+    # A container of several optimizers may have saved a list.
+    given: Any = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+    for pre in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = pre(optimizer, given)
+        given = given if changed is None else changed
+    load(given)
+    for post in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post(optimizer)
 
 
 def step_base(base: torch.optim.Optimizer) -> None:

@@ -40,7 +40,7 @@ def test_a_refresh_leaves_no_trace(curvature, fails):
     modes, passes = [], []
 
     def forward() -> tuple[Tensor, Tensor]:
-        modes.append(any(m.training for m in model.modules()))
+        modes.append([m for m in model.modules() if m.training])
         torch.randn(3)
         z = model(x)
         if fails:
@@ -62,7 +62,7 @@ def test_a_refresh_leaves_no_trace(curvature, fails):
             optimizer.refresh(forward)
     else:
         optimizer.refresh(forward)
-    assert modes and not any(modes)
+    assert modes and all(training == [model.norm] for training in modes)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.backends.mha.get_fastpath_enabled() is fast
     assert {n: m.training for n, m in model.named_modules()} == training
@@ -73,19 +73,19 @@ def test_a_refresh_leaves_no_trace(curvature, fails):
     assert optimizer.state == {}
 
 
-def test_modules_beside_the_model_are_in_its_mode():
+def test_modules_beside_the_model_have_the_modes_of_a_refresh():
     model, beside = nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
     x, y, modes = torch.randn(6, 4), torch.arange(6) % 3, set()
 
     def forward() -> tuple[Tensor, Tensor]:
-        modes.update((model.training, beside[0].training))
-        z = model(x)
-        return F.cross_entropy(beside(z), y), z
+        modes.add((model.training, *(module.training for module in beside)))
+        z = beside(model(x))
+        return F.cross_entropy(z, y), z
 
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = llqr.Optimizer(base, model, geometry=llqr.LLQR("diagonal"), modules=[beside])
     optimizer.refresh(forward)
-    assert modes == {False}
+    assert modes == {(False, False, True)}  # norms see batch statistics
     assert all(module.training for module in [model, *beside.modules()])
 
 

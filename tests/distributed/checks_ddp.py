@@ -17,6 +17,7 @@ from replicas import (
     raises,
     rank,
     replicas_equal,
+    two_bases,
     wrapped,
 )
 from torch import nn
@@ -101,6 +102,20 @@ def check_graft_and_groups():
     train(joined, whole, 4)
     train(optimizer, share, 4)
     near(parameters(share.model), parameters(whole.model), TOLERANCE)
+
+
+def check_several_bases():
+    base = two_bases(
+        lambda ps: torch.optim.Muon(ps, lr=0.02), lambda ps: torch.optim.AdamW(ps, lr=0.01)
+    )
+    whole, options = mlp(), {"geometry": llqr_of, "perturbation": lambda: llqr.FriendlySAM(0.1)}
+    joined = one_process(whole, base=base, **{k: f() for k, f in options.items()})
+    optimizer, share = data_parallel(mlp(), base=base, **{k: f() for k, f in options.items()})
+    train(joined, whole, 4)
+    train(optimizer, share, 4)
+    # Muon orthogonalises in bfloat16, so the order of a sum shows in its third digit.
+    near(parameters(share.model), parameters(whole.model), 2e-2)
+    all_equal(optimizer)
 
 
 def check_accumulation():

@@ -47,6 +47,21 @@ def data_parallel(problem: Problem, **options: Any) -> tuple[llqr.Optimizer, Pro
     return llqr.Optimizer(base(share.model.parameters()), share.model, **options), share
 
 
+def two_bases(
+    matrices: Callable[[Any], torch.optim.Optimizer], rest: Callable[[Any], torch.optim.Optimizer]
+) -> Callable[[Any], list[torch.optim.Optimizer]]:
+    """Return a maker of two bases for a model's parameters."""
+
+    def make(parameters: Any) -> list[torch.optim.Optimizer]:
+        held = list(parameters)
+        return [
+            matrices([p for p in held if p.dim() == 2]),
+            rest([p for p in held if p.dim() != 2]),
+        ]
+
+    return make
+
+
 def replicas_equal(state: Any, where: str = "") -> None:
     """Assert that a nested structure has the same bits in all processes."""
     if isinstance(state, Tensor):

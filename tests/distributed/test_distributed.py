@@ -10,7 +10,7 @@ import pytest
 from launch import run
 
 HERE = Path(__file__).parent
-FILES = ("checks_ddp", "checks_shares", "checks_fsdp", "checks_checkpoint")
+FILES = ("checks_ddp", "checks_norms", "checks_shares", "checks_fsdp", "checks_checkpoint")
 
 
 def checks(file: str) -> list[str]:

@@ -38,6 +38,43 @@ def test_every_as_a_function_of_the_step():
     assert refreshes(12, every=lambda step: 1 if step < 3 else 4) == [0, 1, 2, 6, 10]
 
 
+@pytest.mark.parametrize(
+    "every, steps",
+    [
+        (llqr.growing(5, 500), [0, 5, 10, 15, 20, 25, 32, 40, 50, 63, 79, 99]),
+        (llqr.growing(2, 8, rate=1), [0, 2, 4, 8, 16, 24, 32]),
+    ],
+)
+def test_gaps_grow_with_the_steps_made(every, steps):
+    """Each gap is clamp(t / rate, first, last) of the refresh before it, also after a reload."""
+    problem = mlp()
+    geometry = bound(problem, "scalar", every=every, steps=1)
+    at = []
+    for step in range(steps[-1] + 1):
+        if geometry.due(step):
+            at.append(geometry.refresh([problem], step=step).step)
+            state, counters = geometry.state(), geometry.counters()
+            geometry = bound(problem, "scalar", every=every, steps=1)
+            geometry.load_state(state)
+            geometry.load_counters(counters)
+    assert at == steps
+
+
+def test_growing():
+    every = llqr.growing(5, 500)
+    assert [every(t) for t in (0, 20, 100, 2000, 10**6)] == [5, 5, 25, 500, 500]
+    assert every == llqr.growing(5, 500, 4) != llqr.growing(5, 500, 3)
+    assert pickle.loads(pickle.dumps(every)) == every
+    assert [repr(every), repr(llqr.growing(1, 9, rate=2))] == [
+        "growing(5, 500)",
+        "growing(1, 9, rate=2)",
+    ]
+    assert llqr.LLQR().settings.every == every and llqr.LLQR.paper().settings.every == 500
+    for wrong, name in [((0, 9), "first"), ((5, 4), "last"), ((5, 9, 0), "rate")]:
+        with pytest.raises(ValueError, match=f"{name}: expected a number"):
+            llqr.growing(*wrong)
+
+
 def test_due():
     problem = mlp()
     geometry = bound(problem, every=5, start=3)
@@ -180,7 +217,7 @@ def test_paper_settings():
 def test_repr_names_everything():
     text = repr(llqr.LLQR("kfac", curvature="newton", lr=0.5))
     assert text.startswith("LLQR('kfac', curvature=Newton(), ") and "lr=0.5" in text
-    assert eval(text.replace("LLQR", "llqr.LLQR").replace("Newton", "llqr.Newton")).settings
+    assert eval(text, vars(llqr)).settings
 
 
 # -- forwards --------------------------------------------------------------------------------------
@@ -341,14 +378,17 @@ def test_one_device():
         llqr.LLQR("kfac").bind(model)
 
 
-def test_a_refresh_sees_batch_norm_in_evaluation_mode():
-    """Through the optimizer: the learned U is that of the network in evaluation mode."""
+@pytest.mark.parametrize("batch_norm", ["batch", "running"])
+def test_what_a_refresh_sees_of_batch_norm(batch_norm):
+    """Through the optimizer: no dropout, and the statistics of the batch or the running ones."""
     problem = norm_net(dropout=0.5)
-    optimizer = optimizer_of(problem, geometry=llqr.LLQR("kfac", ema=0.0))
+    geometry = llqr.LLQR("kfac", ema=0.0, batch_norm=batch_norm)
+    optimizer = optimizer_of(problem, geometry=geometry)
     problem.model.train()
     optimizer.refresh(problem)
     assert problem.model.training
     alone = bound(problem, "kfac", ema=0.0)
+    problem.model[1].train(batch_norm == "batch")
     alone.refresh([problem])
     same(optimizer.geometry.state(), alone.state())
 

@@ -138,6 +138,39 @@ class Plain(torch.optim.SGD):
         self.state["steps"] += 1
 
 
+class Averaging(torch.optim.SGD):
+    """Evaluates the average of its steps, and trains elsewhere, as schedule-free ones do."""
+
+    def __init__(self, params):
+        super().__init__([{"params": list(params), "trains": True, "count": 0}], lr=0.1)
+
+    def _swap(self, trains):
+        for group in self.param_groups:
+            if group["trains"] is not trains:
+                group["trains"] = trains
+                for p in group["params"]:
+                    if "other" in self.state[p]:
+                        other = self.state[p]["other"].clone()
+                        self.state[p]["other"].copy_(p.data)
+                        p.data.copy_(other)
+
+    def train(self):
+        self._swap(True)
+
+    def eval(self):
+        self._swap(False)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert all(group["trains"] for group in self.param_groups)
+        super().step()
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                average = self.state[p].setdefault("other", p.detach().clone())
+                average.lerp_(p, 1 / group["count"])
+
+
 BASES = {
     "Lookahead": lambda model: Lookahead(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)),
     "Pair": Pair,
@@ -222,6 +255,63 @@ class TestStatesOfAnyForm:
         problem = mlp()
         with pytest.raises(TypeError, match="base: Shell has no 'state'.*super"):
             llqr.Optimizer(Shell(sgd(problem)), problem.model)
+
+
+@pytest.mark.parametrize("option", ["maximize", "capturable", "differentiable"])
+def test_an_option_that_a_base_keeps_on_itself_is_refused(option):
+    """pytorch_optimizer's keep maximize there and not in their groups."""
+    problem = mlp()
+    base = sgd(problem)
+    setattr(base, option, True)
+    for bases in (base, [base]):
+        with pytest.raises(ValueError, match=f"base: {option}=True is not supported"):
+            llqr.Optimizer(bases, problem.model)
+
+
+class TestWeightsForEvaluation:
+    """Bases that train the weights elsewhere than they evaluate them."""
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_they_are_there_between_eval_and_train(self, several):
+        problem, seen = mlp(), []
+        held = list(problem.model.parameters())
+        base = [sgd_of(held[:1]), Averaging(held[1:])] if several else Averaging(held)
+        optimizer = llqr.Optimizer(base, problem.model, perturbation=llqr.SAM(0.1))
+        for _ in range(4):
+            train(optimizer, problem, 1)
+            seen.append(weights(problem.model))
+        optimizer.eval()
+        average = torch.stack([w["2.weight"] for w in seen]).mean(0)
+        torch.testing.assert_close(problem.model[2].weight.detach(), average)
+        assert torch.equal(problem.model[0].weight, seen[-1]["0.weight"]) is several
+        optimizer.train()
+        same(weights(problem.model), seen[-1])
+
+    def test_not_within_a_perturbed_pass(self):
+        problem = mlp()
+        optimizer = optimizer_of(
+            problem, Averaging(problem.model.parameters()), perturbation=llqr.SAM(0.1)
+        )
+        train(optimizer, problem, 2)
+        for i in optimizer.passes():
+            optimizer.train()
+            problem.backward()
+            if i:
+                with pytest.raises(RuntimeError, match="eval: called within a perturbed pass"):
+                    optimizer.eval()
+        optimizer.step()
+
+    def test_for_other_bases_nothing_happens(self):
+        problem = mlp()
+        optimizer = optimizer_of(problem)
+        before = everything(optimizer)
+        optimizer.eval()
+        optimizer.train()
+        same(everything(optimizer), before)
+
+
+def sgd_of(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
 
 
 class TestAnotherSetOfPartsLoads:

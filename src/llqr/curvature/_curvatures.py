@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Curvature", "Divergence", "Fisher", "Newton", "as_curvature"]
+from ._forwards import differentiable_in
+from ._output_hessian import OutputHessian
+from .sampling import OutputSquareRoot
+
+__all__ = ["square_root_of", "Curvature", "Divergence", "Fisher", "Newton", "as_curvature"]
 
 
 class Curvature:
@@ -33,8 +38,57 @@ class Curvature:
         """
         raise NotImplementedError
 
+    def sample(
+        self, loss: Tensor, outputs: Any, *, count: int, generator: torch.Generator
+    ) -> list[Tensor]:
+        r"""Draw samples :math:`s = H^{1/2} e`, with e white, so that :math:`E[s s^\top] = H`.
+
+        What H is, is recognised from products with it: that of a softmax cross-entropy
+        (whatever its reduction, class weights, targets and layout) and a diagonal one have square
+        roots in closed form; that of any other loss is applied by Lanczos. Override it if you
+        know a faster way to draw.
+
+        Args:
+            loss: the scalar loss, computed from the outputs.
+            outputs: what the forward handed over (a tensor, or nested tuples, lists, dicts).
+            count: how many samples.
+            generator: the only source of random numbers, on the CPU.
+
+        Returns:
+            One tensor (count, \*z.shape) for each tensor z of ``outputs`` that carries a graph.
+
+        Raises:
+            ValueError: H is not positive semidefinite, or the outputs are complex.
+            LinearLoss: H is zero.
+
+        Example:
+            >>> import torch, llqr
+            >>> z = torch.randn(5, 3, requires_grad=True)
+            >>> loss = torch.nn.functional.cross_entropy(z, torch.tensor([0, 1, 2, 1, 0]))
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> [s.shape for s in llqr.Fisher().sample(loss, z, count=4, generator=generator)]
+            [torch.Size([4, 5, 3])]
+        """
+        return square_root_of(self, loss, outputs).draw(count, generator)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def square_root_of(curvature: Curvature, loss: Tensor, outputs: Any) -> OutputSquareRoot:
+    """Return H^(1/2), which ``Curvature.sample`` applies to random vectors."""
+    check_has_samples(curvature)
+    zs = differentiable_in(outputs)
+    return OutputSquareRoot(OutputHessian(curvature.objective, loss, outputs, zs))
+
+
+def check_has_samples(curvature: Curvature) -> None:
+    """Refuse a curvature that is not of the form J' H J."""
+    if not curvature.gauss_newton:
+        raise ValueError(
+            f"curvature: {curvature!r} has no samples, since it is not of the form J' H J with H "
+            "positive semidefinite; use 'fisher' or a llqr.Divergence"
+        )
 
 
 class Fisher(Curvature):

@@ -12,11 +12,22 @@ from torch import Tensor
 from ._overrides import without_look_for_modes
 from .linearised import is_replaced
 
-__all__ = ["custom_functions_in", "gradients_of", "node_names_in", "release_failed_backward"]
+__all__ = [
+    "UNSEEN",
+    "UnsuitableBackward",
+    "custom_functions_in",
+    "gradients_of",
+    "node_names_in",
+    "nodes_of",
+    "release_failed_backward",
+]
 
 
 #: Operations whose backward passes straight through a rounding, without a second derivative.
 SURROGATES_OF_TORCH = ("FakeQuantizeLearnable",)
+
+#: What to suspect where no graph shows anything.
+UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
 
 
 #: With the modes of this thread on: activation checkpointing runs parts of the forward there.
@@ -78,7 +89,7 @@ def release_failed_backward() -> None:
         torch.autograd.grad(x + 1, x)
 
 
-def _nodes(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[Any]:
+def nodes_of(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[Any]:
     """Walk over the nodes of a graph, each once, leaving out what ``above`` is computed by."""
     pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
     while pending:
@@ -92,7 +103,19 @@ def _nodes(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[
 
 def node_names_in(tensors: Sequence[Tensor]) -> frozenset[str]:
     """Return which nodes the graph is made of."""
-    return frozenset(node.name() for node in _nodes(tensors))
+    return frozenset(node.name() for node in nodes_of(tensors))
+
+
+class UnsuitableBackward(ValueError):
+    """A backward of a user's own that does not do for a curvature."""
+
+    def __init__(self, names: Sequence[str], reason: str) -> None:
+        super().__init__(
+            f"forward: with the backward of {', '.join(names)} {reason}. A backward of one's own "
+            "must be linear in the gradient it gets (no clipping, normalising or random numbers) "
+            "and, if it is not the derivative of the forward, differentiable: a straight-through "
+            "estimate of f is x + (f(x) - x).detach()"
+        )
 
 
 def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
@@ -108,7 +131,7 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
         ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
     """
     names: dict[str, None] = {}
-    for node in _nodes(tensors, above):
+    for node in nodes_of(tensors, above):
         name = node.name()
         if name == "CheckpointFunctionBackward":
             raise ValueError(

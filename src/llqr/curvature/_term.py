@@ -13,8 +13,9 @@ from .._autocast import autocast_overruled
 from ._curvatures import Curvature
 from ._forwards import Forward, RepeatableForward
 from ._graphs import release_failed_backward
+from ._missing_derivative import MissingDerivative, missing_derivative_in
 from ._twice_differentiable import twice_differentiable
-from .expansions import Expansion, MissingDerivative, missing_derivative_in, ways_of_expanding
+from .expansions import Expansion, ways_of_expanding
 
 __all__ = ["Term"]
 

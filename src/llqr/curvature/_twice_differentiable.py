@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from ._embeddings import consistent_embedding, refuse_scaled_bag
 from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
-__all__ = ["tensor_hooks_noted", "twice_differentiable"]
+__all__ = ["differentiable_repeatedly", "tensor_hooks_noted", "twice_differentiable"]
 
 
 @contextmanager
@@ -37,8 +37,19 @@ def twice_differentiable() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def differentiable_repeatedly() -> Iterator[None]:
+    """Choose kernels that have a backward which can run several times, in this thread.
+
+    Compiled graphs free what they keep at their first backward, and cuDNN's recurrent nets have
+    none in evaluation mode; fast attention stays.
+    """
+    with eager_where(_TwiceDifferentiable), torch.enable_grad(), _DifferentiableRepeatedly():
+        yield
+
+
 def tensor_hooks_noted() -> bool:
-    """Tell whether a forward within ``twice_differentiable`` put hooks on what it computed."""
+    """Tell whether a forward within one of these surroundings put hooks on what it computed."""
     modes: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(isinstance(m, _TwiceDifferentiable) and m.hooks_noted for m in modes)
 
@@ -53,6 +64,7 @@ class _TwiceDifferentiable(TorchFunctionMode):
     """
 
     hooks_noted = False
+    replacements: ClassVar[dict[Any, Callable[..., Any]]]
 
     def __torch_function__(
         self,
@@ -62,7 +74,7 @@ class _TwiceDifferentiable(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call the function, or what takes its place."""
-        replacement = _REPLACEMENTS.get(func)
+        replacement = self.replacements.get(func)
         # A tensor subclass with functions of its own does what it likes with the call.
         if replacement is None or has_subclass(types):
             return func(*args, **(kwargs or {}))
@@ -160,12 +172,12 @@ def _elementary_form(func: Any, args: Any, kwargs: Any) -> Callable[..., Any]:
     return decomposition_table[operation.data if packed else operation.input]
 
 
-_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
+class _DifferentiableRepeatedly(_TwiceDifferentiable):
+    """Run them by kernels that have a backward which can run several times."""
+
+
+_DifferentiableRepeatedly.replacements = {
     Tensor.register_hook: _note_hook,
-    F.embedding: _consistent_embedding,
-    F.embedding_bag: _unscaled_bag,
-    F.scaled_dot_product_attention: _math_attention,
-    F.multi_head_attention_forward: _seen_within,
     # Activation checkpointing runs parts of the forward again in the backward pass.
     torch.autograd.grad: _seen_within,
     Tensor.backward: _seen_within,
@@ -173,6 +185,13 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.gru: _without_cudnn,
     torch.rnn_tanh: _without_cudnn,
     torch.rnn_relu: _without_cudnn,
+}
+_TwiceDifferentiable.replacements = {
+    **_DifferentiableRepeatedly.replacements,
+    F.embedding: _consistent_embedding,
+    F.embedding_bag: _unscaled_bag,
+    F.scaled_dot_product_attention: _math_attention,
+    F.multi_head_attention_forward: _seen_within,
 }
 
 

@@ -92,6 +92,14 @@ class Ranks:
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.stack(parts)
 
+    def exchange(self, rows: Tensor) -> Tensor:
+        """Send row i to process i; return the rows that all sent to this one, in their order."""
+        if self.size == 1:
+            return rows
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows.contiguous(), group=self.group)
+        return received
+
     def sum(self, value: float) -> float:
         """Return the sum of a number over the processes."""
         whole = torch.tensor(value, dtype=widest_dtype(self.device), device=self.device)

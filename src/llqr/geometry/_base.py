@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,7 +12,9 @@ from ..distributed import Ranks
 from ._report import RefreshReport
 from .layout import unwrap_model
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "NormStatistics"]
+
+NormStatistics = Literal["batch", "running"]
 
 
 class Geometry:
@@ -41,6 +43,14 @@ class Geometry:
     #: Whether each process holds a shard of U, so that all must apply it together, to the same g.
     sharded: bool = False
 
+    @property
+    def batch_norm(self) -> NormStatistics:
+        """The statistics that a refresh sees in a BatchNorm in training mode.
+
+        "batch": those of its minibatch, as in training; "running": those of evaluation mode.
+        """
+        return "batch"
+
     def bind(self, model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Attach to a model and the parameters to precondition (called by the optimizer).
 
@@ -64,6 +74,11 @@ class Geometry:
 
     def observe(self, gradients: Tensors) -> None:
         """See the clean gradients of a step that counted, unscaled, in float32 or float64."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` is to be called; the steps then keep their clean gradients."""
+        return type(self).observe is not Geometry.observe
 
     def due(self, step: int) -> bool:
         """Tell whether a refresh is due before optimizer step ``step``."""

@@ -19,8 +19,9 @@ from ..curvature import (
     check_scale,
     quadratic_model,
 )
+from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
-from ._schedules import EMA, INNER_LR
+from ._schedules import EMA, INNER_LR, growing
 from ._structured import StructuredGeometry
 from .inner_solve import (
     FlatModel,
@@ -39,6 +40,7 @@ __all__ = ["LLQR", "LLQRSettings"]
 
 Bases = Literal["learned", "gradient"]
 Scale = Literal["mean", "sum"] | float
+EVERY_GROWING = growing(5, 500)
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
     "loss has become linear in `outputs`)"
@@ -49,6 +51,7 @@ SATURATED = (
 class LLQRSettings(MetricSettings):
     """The settings of :class:`LLQR`, which says what each of them means."""
 
+    every: Schedule = EVERY_GROWING
     steps: int = 50
     lr: Schedule = 1e-2
     momentum: float = 0.9
@@ -128,7 +131,8 @@ class LLQR(StructuredGeometry):
             (name, parameter) -> name. 1-D parameters are elementwise in all Kronecker structures.
         curvature: "fisher" (the paper's NGD; the forward must return outputs), "newton", or a
             :class:`llqr.Curvature`.
-        every: optimizer steps between refreshes; a number or a function of the step.
+        every: optimizer steps between refreshes; a number, :class:`llqr.growing` or a function of
+            the step.
         steps: inner steps T.
         lr: inner learning rate; a number or a function of the step.
         momentum: inner momentum, in [0, 1).
@@ -160,6 +164,10 @@ class LLQR(StructuredGeometry):
             is faster if the processor has instructions for it. What it rounds is U g - g, to
             some three parts in a thousand, never g itself; the solve and checkpoints stay in full.
             It holds a copy of the factors at half the size.
+        batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch",
+            those of its minibatch, so that U is learned on the function that is trained; or
+            "running", those of evaluation mode (the authors' choice). One that was frozen with
+            ``eval()`` uses its running statistics in both cases.
 
     Raises:
         ValueError: a value out of range; the message names argument and value.
@@ -182,7 +190,7 @@ class LLQR(StructuredGeometry):
         structure: StructureOf = "diagonal",
         *,
         curvature: Literal["fisher", "newton"] | Curvature = "fisher",
-        every: Schedule = 500,
+        every: Schedule = EVERY_GROWING,
         steps: int = 50,
         lr: Schedule = 1e-2,
         momentum: float = 0.9,
@@ -202,6 +210,7 @@ class LLQR(StructuredGeometry):
         shard: bool = False,
         micro_batch: int | None = None,
         application: Application = "full",
+        batch_norm: NormStatistics = "batch",
     ) -> None:
         settings = LLQRSettings(
             every=every,
@@ -210,6 +219,7 @@ class LLQR(StructuredGeometry):
             block_size=block_size,
             shard=shard,
             application=application,
+            batch_norm=batch_norm,
             steps=steps,
             lr=lr,
             momentum=momentum,
@@ -237,18 +247,21 @@ class LLQR(StructuredGeometry):
     ) -> LLQR:
         """Return the paper's settings: lr 1e-3, no bounds, no splitting, all products computed.
 
+        A refresh sees BatchNorm's running statistics, as in the authors' code.
         Fisher is summed over the batch with EMA 0.95; Newton is the Hessian of the mean loss with
         EMA 0.9 (paper, appendix C). ``changes`` replace single settings.
         """
         # The authors' code sums the Fisher over the batch, and takes the mean loss for Newton.
         gauss_newton = as_curvature(curvature).gauss_newton
         settings: dict[str, Any] = {
+            "every": 500,
             "lr": 1e-3,
             "ema": 0.95 if gauss_newton else 0.9,
             "scale": "sum" if gauss_newton else "mean",
             "constraint": "none",
             "block_size": None,
             "tolerance": 0,
+            "batch_norm": "running",
         }
         return cls(structure, curvature=curvature, **{**settings, **changes})
 

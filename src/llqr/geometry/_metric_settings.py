@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .._checks import Schedule, check_choice, check_flags, check_integer
+from ._base import NormStatistics
 from ._schedules import EVERY
 from .structures import States
 
@@ -28,6 +29,8 @@ class MetricSettings:
         block_size: sides of matrices wider than this are cut into blocks; None: whole.
         shard: with several processes, each keeps and applies its shard of U.
         application: "full", or "bfloat16" for structures that apply faster in it.
+        batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch",
+            as training does, or "running".
     """
 
     every: Schedule = 500
@@ -36,6 +39,7 @@ class MetricSettings:
     block_size: int | None = 512
     shard: bool = False
     application: Application = "full"
+    batch_norm: NormStatistics = "batch"
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the argument and the value."""
@@ -47,6 +51,7 @@ class MetricSettings:
             check_integer("block_size", self.block_size, low=1)
         check_flags(shard=self.shard)
         check_choice("application", self.application, Application)
+        check_choice("batch_norm", self.batch_norm, NormStatistics)
 
 
 @dataclass(frozen=True)

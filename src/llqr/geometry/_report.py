@@ -37,6 +37,7 @@ class RefreshReport:
         eigenvalue_min: smallest eigenvalue of U (an estimate; see Geometry.spectrum).
         eigenvalue_max: largest eigenvalue of U (an estimate).
         products: curvature products computed.
+        samples: curvature samples drawn, by all processes.
         seconds: wall-clock time.
 
     Example:
@@ -57,6 +58,7 @@ class RefreshReport:
     eigenvalue_min: float | None = None
     eigenvalue_max: float | None = None
     products: int | None = None
+    samples: int | None = None
     seconds: float | None = None
 
     def __str__(self) -> str:
@@ -76,6 +78,7 @@ class RefreshReport:
                 f"eigenvalues {_short(self.eigenvalue_min)} .. {_short(self.eigenvalue_max)}",
             ),
             (self.products, f"{self.products} products"),
+            (self.samples, f"{self.samples} samples"),
             (self.seconds, f"{self.seconds or 0.0:.2f} s"),
         ]
         return [text for value, text in shown if value is not None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .._checks import Schedule, check_number, value_at_step
 
-__all__ = ["EMA", "EVERY", "INNER_LR", "ScheduledSetting"]
+__all__ = ["EMA", "EVERY", "INNER_LR", "ScheduledSetting", "gap_after", "growing"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +52,56 @@ class ScheduledSetting:
 EVERY = ScheduledSetting("every", low=1)
 INNER_LR = ScheduledSetting("lr", low=0, open_low=True)
 EMA = ScheduledSetting("ema", low=0, high=1)
+
+
+@dataclass(frozen=True, repr=False)
+class growing:  # lower case, as functools.partial: it is called like a function
+    r"""Refresh often while the network changes fast, and rarely later.
+
+    .. math:: \text{gap after a refresh at step } t = \min(\max(t / \text{rate},
+        \text{first}), \text{last})
+
+    The curvature moves most in the first steps. With rate 4, each gap is a quarter of the steps
+    made so far, so that a run of T steps has about ``rate * log(T / (rate * first)) + rate``
+    refreshes, however long it is, until the gap is ``last``.
+
+    Args:
+        first: least gap, in optimizer steps.
+        last: largest gap.
+        rate: steps made so far per step of the gap.
+
+    Raises:
+        ValueError: ``first`` below 1, ``last`` below ``first``, or ``rate`` not positive.
+
+    Example:
+        >>> import llqr
+        >>> every = llqr.growing(5, 500)
+        >>> every, [every(step) for step in (0, 100, 10_000)]
+        (growing(5, 500), [5, 25.0, 500])
+        >>> geometry = llqr.LLQR("kfac", every=every)
+    """
+
+    first: float
+    last: float
+    rate: float = 4
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, naming the argument and the value."""
+        check_number("first", self.first, low=1)
+        check_number("last", self.last, low=self.first)
+        check_number("rate", self.rate, low=0, open_low=True)
+
+    def __call__(self, step: int) -> float:
+        """Return how many steps pass after a refresh at a step."""
+        return min(max(step / self.rate, self.first), self.last)
+
+    def __repr__(self) -> str:
+        rate = "" if self.rate == 4 else f", rate={self.rate}"
+        return f"growing({self.first}, {self.last}{rate})"
+
+
+def gap_after(every: Schedule, last: int, step: int) -> float:
+    """Return how many steps must have passed at ``step`` since the refresh at step ``last``."""
+    # A gap that grows is fixed by the refresh it follows: with every(step), rate=1 would never be
+    # reached. Other functions are asked at the present step, so that a change acts at once.
+    return EVERY.value_at(every, last if isinstance(every, growing) else step)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
-from ._base import Geometry, format_table, shape_text
+from ._base import Geometry, NormStatistics, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
 from ._report import RefreshError, RefreshHistory, RefreshReport
-from ._schedules import EVERY
+from ._schedules import gap_after
 from .layout import Layout, layers_of, unwrap_model
 from .structures import BlockDiagonal, States, Structure, StructureOf, Vector, find_structure
 from .structures._table import check_structure
@@ -81,6 +81,8 @@ class StructuredGeometry(Geometry):
     layout: Layout
     blocks: BlockDiagonal
     states: States
+    #: The structure of 1-D parameters in layers whose structure needs matrices.
+    vector_kind: type[Structure] = Vector
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -89,6 +91,11 @@ class StructuredGeometry(Geometry):
         self.history = RefreshHistory()
         self._warned: set[str] = set()
         self._lowered: tuple[States, States] = [], []
+
+    @property
+    def batch_norm(self) -> NormStatistics:
+        """The statistics that a refresh sees in a BatchNorm in training mode."""
+        return self.settings.batch_norm
 
     # -- what a subclass says ------------------------------------------------------------------
 
@@ -149,7 +156,7 @@ class StructuredGeometry(Geometry):
             self.parameters,
             layers,
             self.find_kind,
-            Vector,
+            self.vector_kind,
             self.settings.block_size,
             transposed,
         )
@@ -243,7 +250,7 @@ class StructuredGeometry(Geometry):
         if step < self.settings.start:
             return False
         last = self.history.last
-        return last < 0 or step - last >= EVERY.value_at(self.settings.every, step)
+        return last < 0 or step - last >= gap_after(self.settings.every, last, step)
 
     def refresh(
         self,

@@ -106,6 +106,7 @@ LLQR = Group(
         Setting("llqr.constraint", "none", RECIPE, "authors' code"),
         Setting("llqr.block_size", None, RECIPE, "authors' code: whole layers"),
         Setting("llqr.tolerance", 0.0, RECIPE, "authors' code: all 50 steps are computed"),
+        Setting("llqr.batch_norm", "running", RECIPE, "authors' code: evaluation mode"),
         Setting("refresh.batch", 128, PAPER),
         Setting("refresh.data", "a minibatch of its own", RECIPE, "authors' code"),
         Setting("optimizer.graft", False, PAPER),

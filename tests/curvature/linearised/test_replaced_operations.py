@@ -198,6 +198,7 @@ REPLACED = [
     (F.conv_transpose2d, (torch.randn(2, 3, 5, 5), torch.randn(3, 4, 2, 2))),
     (F.conv_transpose3d, (torch.randn(2, 3, 5, 5, 5), torch.randn(3, 4, 2, 2, 2))),
     (F.batch_norm, (torch.randn(2, 3, 5), torch.randn(3), torch.rand(3))),
+    (F.batch_norm, (torch.randn(2, 3, 5), None, None, torch.rand(3), None, True)),
     (F.layer_norm, (torch.randn(2, 3, 5), (5,))),
     (F.linear, (torch.randn(2, 5), torch.randn(4, 5))),
     (F.gelu, (torch.randn(2, 5),)),

@@ -19,14 +19,12 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
-from .._graphs import custom_functions_in, node_names_in
+from .._graphs import UNSEEN, UnsuitableBackward, custom_functions_in, node_names_in
+from .._synchronised import couples_processes
 from .._twice_differentiable import tensor_hooks_noted
 from ._linear_maps import is_symmetric
 
 __all__ = ["Expansion", "checked_kinds"]
-
-#: What to suspect where no graph shows anything.
-UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
 
 #: Kinds of forward: whether replaced operations were right there.
 checked_kinds: dict[Any, bool] = {}
@@ -89,6 +87,10 @@ class Expansion(ABC):
         self._unchecked = custom_functions_in([loss, *tensors_in(outputs)])
         if tensor_hooks_noted():
             self._unchecked.append("a hook on a tensor")
+        # What the checks compare holds of the sums over processes, which only a product takes.
+        self._coupled = couples_processes([loss, *tensors_in(outputs)])
+        if self._coupled:
+            self._unchecked = []
         self.loss = loss.detach()
         self.rows = 1
         if outputs is None and (curvature.gauss_newton or count_rows):
@@ -115,6 +117,8 @@ class Expansion(ABC):
     @property
     def _can_be_judged(self) -> bool:
         """Whether a Function is known to be there, or rounding is too small to look like one."""
+        if self._coupled:
+            return False
         if self._unchecked:
             return True
         single = all(torch.finfo(p.dtype).eps < 1e-6 for p in self._parameters)
@@ -184,9 +188,4 @@ class Expansion(ABC):
             self._refuse_custom_functions("C would not be symmetric")
 
     def _refuse_custom_functions(self, reason: str) -> NoReturn:
-        raise ValueError(
-            f"forward: with the backward of {self._suspects} {reason}. A backward of one's own "
-            "must be linear in the gradient it gets (no clipping, normalising or random numbers) "
-            "and, if it is not the derivative of the forward, differentiable: a straight-through "
-            "estimate of f is x + (f(x) - x).detach()"
-        )
+        raise UnsuitableBackward([self._suspects], reason)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._moved_parameters import parameters_moved
-from ._random import random_normal
+from .._random import random_normal
 
 __all__ = ["central_difference", "differ_too_much", "random_direction"]
 

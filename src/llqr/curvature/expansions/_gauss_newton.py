@@ -17,13 +17,13 @@ from .._forwards import (
     tensors_in,
 )
 from .._graphs import custom_functions_in
+from .._missing_derivative import MissingDerivative, ReplacementsDisagree
+from .._output_hessian import OutputHessian
 from ..linearised import ReplacedOperations, replaced_above
 from ._base import Expansion, checked_kinds
 from ._compare_replacements import PlainDerivatives
 from ._differences import central_difference, differ_too_much, random_direction
 from ._linear_maps import are_transposes, is_homogeneous, random_cotangents
-from ._missing_derivative import MissingDerivative, ReplacementsDisagree
-from ._output_hessian import OutputHessian
 from ._output_jacobian import (
     JacobianByDifferences,
     JacobianByDoubleBackward,
@@ -61,7 +61,8 @@ class GaussNewtonExpansion(Expansion):
         self._repeat = RepeatedOutputs(forward, outputs)
         self._jacobian = self.jacobian_class(loss, zs, self._parameters, self._repeat)
         self._keep_gradient(self._jacobian.loss_gradient)
-        self._hessian = OutputHessian(curvature, loss, outputs, zs)
+        self._hessian = OutputHessian(curvature.objective, loss, outputs, zs)
+        self._hessian.warn_if_indefinite()
         hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
         self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
 

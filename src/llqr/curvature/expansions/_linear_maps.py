@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..._devices import widest_dtype
+from .._random import random_normal
 from ._differences import random_direction
-from ._random import random_normal
 
 __all__ = [
     "are_transposes",

@@ -12,10 +12,10 @@ from torch import Tensor
 from .._curvatures import Curvature
 from .._forwards import RepeatableForward, split_loss_and_outputs
 from .._graphs import gradients_of
+from .._missing_derivative import MissingDerivative
 from ._base import Expansion
 from ._differences import central_difference, differ_too_much
 from ._linear_maps import direction_along, inner_product, is_homogeneous, nearly_equal
-from ._missing_derivative import MissingDerivative
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
 

@@ -51,7 +51,10 @@ class Call:
         inputs = {id(t): t for t, n in zip(self.op.tensors, needed, strict=True) if n}
         # Views: one input may be computed from another, and its gradient must not run through it.
         views = {key: t.view_as(t) for key, t in inputs.items() if t is not None}
-        args, kwargs = pytree.tree_map(lambda x: views.get(id(x), x), self._arguments)
+        # The call has been made: what it writes to besides is written once.
+        copies = {id(t): t.clone() for t in self.op.written if t is not None}
+        taken = views | copies
+        args, kwargs = pytree.tree_map(lambda x: taken.get(id(x), x), self._arguments)
         self.scope.replacing = False
         try:
             value = self._func(*args, **kwargs)

@@ -23,10 +23,12 @@ class LinearisedOperation(ABC):
     Attributes:
         tensors: the inputs that may carry gradients, with their graphs.
         value: the output, without a graph.
+        written: what the call writes to besides.
     """
 
     tensors: Values
     value: Tensor
+    written: Values = ()
 
     @abstractmethod
     def vjp(self, g: Tensor, needed: tuple[bool, ...]) -> Values:

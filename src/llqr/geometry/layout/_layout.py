@@ -172,6 +172,11 @@ class Layout:
         start = self.ranks.rank * self.width
         return joined[start : start + self.numel].clone()
 
+    def shards_of_all_ranks(self, joined: Tensor) -> Tensor:
+        """Return this process's part of the joined vector of each process, (processes, numel)."""
+        assert self.ranks is not None
+        return self.ranks.exchange(joined.view(self.ranks.size, self.width))[:, : self.numel]
+
     def pack_group(self, group: Group, tensors: Mapping[str, Tensor | None], out: Tensor) -> None:
         """Write a group's part of the flat vector (missing tensors: 0)."""
         targets, sources = [], []

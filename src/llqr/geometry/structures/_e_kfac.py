@@ -16,7 +16,13 @@ from ._base import Bounds, State, Structure
 from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
 from ._inner_step import InnerStep
 
-__all__ = ["EKfac", "EKfacGradientBases", "SquareEKfac", "SquareEKfacGradientBases"]
+__all__ = [
+    "EKfac",
+    "EKfacGradientBases",
+    "SquareEKfac",
+    "SquareEKfacGradientBases",
+    "squared_overlaps",
+]
 
 
 class EKfac(Structure):
@@ -98,7 +104,7 @@ class EKfac(Structure):
         """
         new = {**state, "QB": nearest_orthogonal(state["QB"])}
         new["QA"] = nearest_orthogonal(state["QA"])
-        turn_b, turn_a = _squared_overlaps(state, new)
+        turn_b, turn_a = squared_overlaps(state, new)
         values = turn_b @ self.eigenvalues_from(state["S"]) @ turn_a.mT
         new["S"] = self.store_eigenvalues(values.clamp(*bounds))
         return new
@@ -172,7 +178,7 @@ class EKfacGradientBases(EKfac):
         # Contiguous, as a checkpoint brings them back: products round by the strides.
         new["QB"], new["QA"] = (decompose_symmetric(new[k])[1].contiguous() for k in "LR")
         # The squares of an orthogonal matrix are doubly stochastic; undo rounding in that.
-        turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in _squared_overlaps(state, new))
+        turn_b, turn_a = (t / t.sum(-1, keepdim=True) for t in squared_overlaps(state, new))
         values = turn_b @ self.eigenvalues_from(state["S"]) @ turn_a.mT
         new["S"] = self.store_eigenvalues(values)
         return new
@@ -253,7 +259,7 @@ class EKfacStep(InnerStep):
         return self.e_kfac.eigenvalues_from(self.entries["S"])
 
 
-def _squared_overlaps(old: State, new: State) -> tuple[Tensor, Tensor]:
+def squared_overlaps(old: State, new: State) -> tuple[Tensor, Tensor]:
     """Return what takes S to the diagonal of the old operator in orthogonal new bases.
 
     With it the new operator is the nearest to the old one that these bases allow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from ..._devices import widest_dtype
 __all__ = [
     "clip_eigenvalues",
     "decompose_symmetric",
+    "eigenvectors",
     "extremes_of_kronecker",
     "extremes_of_matrices",
     "extremes_of_operator",
+    "follow_eigenvectors",
     "nearest_orthogonal",
 ]
 
@@ -59,6 +62,46 @@ def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
         found = torch.linalg.eigh((matrices if on_device else matrices.cpu()).double())
         values, vectors = (t.to(matrices.dtype).to(matrices.device) for t in found)
     return values, vectors
+
+
+def eigenvectors(matrices: Tensor) -> Tensor:
+    """Return those of symmetric (b, n, n) matrices, of the greatest eigenvalues first."""
+    return decompose_symmetric(matrices)[1].flip(-1)
+
+
+def follow_eigenvectors(matrices: Tensor, bases: Tensor) -> Tensor:
+    """Turn orthogonal bases towards the eigenvectors of matrices that changed: Q R = (L + dI) Q.
+
+    One step of orthogonal iteration, in products and Cholesky factors alone, which an accelerator
+    makes a hundred times faster than eigenvectors. The small shift d keeps directions of which L
+    knows nothing as they are.
+
+    Args:
+        matrices: L, symmetric positive semidefinite (b, n, n).
+        bases: Q, orthogonal (b, n, n).
+
+    Returns:
+        The new bases, those of the greatest eigenvalues first.
+    """
+    wide = widest_dtype(matrices.device)
+    if wide != torch.float64:  # the squared condition needs it
+        return eigenvectors(matrices)
+    n = matrices.shape[-1]
+    wide_matrices, q = matrices.to(wide), bases.to(wide)
+    lq = wide_matrices @ q
+    values = (q * lq).sum(-2)
+    shift = 1e-3 * values.mean(-1)[:, None, None]
+    y = lq + shift * q
+    # Each column is made orthogonal to those before it, so the greatest come first.
+    order = values.argsort(-1, descending=True)[:, None, :].expand(-1, n, -1)
+    y = y.gather(-1, order)
+    factor, info = torch.linalg.cholesky_ex(y.mT @ y)
+    if bool((info != 0).any()):
+        return eigenvectors(matrices)
+    q = cast(Tensor, torch.linalg.solve_triangular(factor.mT, y, upper=True, left=False))
+    q = q.to(bases.dtype)
+    # What the squared condition costs in orthogonality, one step of Newton and Schulz gives back.
+    return 1.5 * q - 0.5 * q @ (q.mT @ q)
 
 
 def nearest_orthogonal(matrices: Tensor) -> Tensor:

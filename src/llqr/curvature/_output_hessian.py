@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._curvatures import Curvature
-from .._graphs import gradients_of
+from ._graphs import gradients_of
 from ._missing_derivative import missing_derivative_in
 from ._random import random_normal
 
 __all__ = ["LinearLoss", "OutputHessian"]
+
+#: ``objective(loss, outputs, outputs0)``: the scalar D, or None for the loss itself.
+Objective = Callable[[Tensor, Any, Any], Tensor | None]
 
 
 class LinearLoss(ValueError):
@@ -26,39 +28,37 @@ class OutputHessian:
     """Products with H, the Q_N of the paper's equation (9), from the graph of dD/dz.
 
     Args:
-        curvature: says which scalar D of the outputs H is the second derivative of.
+        objective: says which scalar D of the outputs H is the second derivative of.
         loss: the loss, computed from the outputs.
         outputs: what the forward handed over.
         zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
 
     Attributes:
         of_loss: whether D is the loss itself.
+        points: the tensors that products are taken at and lists run over, valued as ``zs``.
 
     Raises:
         ValueError: the loss was not computed from the outputs, or one output from another.
         LinearLoss: H is zero.
-
-    Warns:
-        UserWarning: H is not positive semidefinite.
     """
 
-    def __init__(self, curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
-        objective, self._points = _objective_and_points(curvature, loss, outputs, zs)
-        gradient = gradients_of([objective], self._points, create_graph=True)
+    def __init__(self, objective: Objective, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
+        scalar, self.points = _scalar_and_points(objective, loss, outputs, zs)
+        gradient = gradients_of([scalar], self.points, create_graph=True)
         self._gradient = [
-            (g, z) for g, z in zip(gradient, self._points, strict=True) if g is not None
+            (g, z) for g, z in zip(gradient, self.points, strict=True) if g is not None
         ]
         if not self._gradient:
             raise ValueError(
                 "the loss was not computed from `outputs`: return the very tensor that the loss "
                 "function was given (not a detached or recomputed copy)"
             )
-        self.of_loss = objective is loss
-        self._check_curvature(may_be_stationary=self.of_loss)
+        self.of_loss = scalar is loss
+        self._indefinite = self._check_curvature(may_be_stationary=self.of_loss)
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
-        v_at = dict(zip(map(id, self._points), v, strict=True))
+        v_at = dict(zip(map(id, self.points), v, strict=True))
         pairs: list[tuple[Tensor, Tensor]] = []
         for g, z in self._gradient:
             x = v_at[id(z)]
@@ -66,19 +66,20 @@ class OutputHessian:
             if g.requires_grad and x is not None:
                 pairs.append((g, x))
         if not pairs:
-            return [None] * len(self._points)
-        return gradients_of([g for g, _ in pairs], self._points, [x for _, x in pairs])
+            return [None] * len(self.points)
+        return gradients_of([g for g, _ in pairs], self.points, [x for _, x in pairs])
 
-    def _check_curvature(self, may_be_stationary: bool) -> None:
-        """Refuse H = 0, and warn of an indefinite H, from one random product."""
-        probes = [_random_like(z) for z in self._points]
+    def _check_curvature(self, may_be_stationary: bool) -> bool:
+        """Refuse H = 0, and tell whether H is seen to be indefinite, from one random product."""
+        # Another seed per tensor: of a loss in z1 - z2 the same one would see nothing.
+        probes = [_random_like(z, seed) for seed, z in enumerate(self.points)]
         images = self._product_or_say_why_not(probes)
         pairs = [(v, h) for v, h in zip(probes, images, strict=True) if h is not None]
         if not any(bool(h.any()) for _, h in pairs):
             # A divergence is stationary at equality, with H or without; a loss whose gradient is
             # exactly zero is minimal: nothing to learn, nothing wrong.
             if may_be_stationary and all(not bool(g.any()) for g, _ in self._gradient):
-                return
+                return False
             raise LinearLoss(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "
                 "grow without bound; return the logits (not log-probabilities) as `outputs`; if "
@@ -88,7 +89,11 @@ class OutputHessian:
         # A mean loss bends by about 1 per output entry; if the network is certain it hardly bends
         # at all, and what is left is rounding of either sign.
         noise = max(torch.finfo(v.dtype).eps for v, _ in pairs) ** 0.5
-        if sum(_real_inner_product(v, h) for v, h in pairs) < -noise:
+        return bool(sum(_real_inner_product(v, h) for v, h in pairs) < -noise)
+
+    def warn_if_indefinite(self) -> None:
+        """Warn if H was seen not to be positive semidefinite."""
+        if self._indefinite:
             warnings.warn(
                 "the second derivative of the loss in the outputs is not positive semidefinite: "
                 "the curvature C is indefinite",
@@ -109,8 +114,8 @@ class OutputHessian:
             ) from error
 
 
-def _random_like(z: Tensor) -> Tensor:
-    return random_normal(z.shape, z.dtype).to(z.device)
+def _random_like(z: Tensor, seed: int) -> Tensor:
+    return random_normal(z.shape, z.dtype, seed).to(z.device)
 
 
 def _real_inner_product(a: Tensor, b: Tensor) -> float:
@@ -118,16 +123,16 @@ def _real_inner_product(a: Tensor, b: Tensor) -> float:
     return float((a.conj() * b).real.sum())
 
 
-def _objective_and_points(
-    curvature: Curvature, loss: Tensor, outputs: Any, zs: list[Tensor]
+def _scalar_and_points(
+    objective: Objective, loss: Tensor, outputs: Any, zs: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return a scalar and the tensors in which its second derivative is H."""
     constant = pytree.tree_map(lambda z: z.detach() if isinstance(z, Tensor) else z, outputs)
     free_copy = {id(z): z.detach().requires_grad_() for z in zs}
     free = pytree.tree_map(lambda z: free_copy.get(id(z), z), outputs)
-    objective = curvature.objective(loss, free, constant)
-    if objective is not None:
-        return objective, [free_copy[id(z)] for z in zs]
+    scalar = objective(loss, free, constant)
+    if scalar is not None:
+        return scalar, [free_copy[id(z)] for z in zs]
     # The loss is known only as a node above the outputs, so its derivative in one output must not
     # run through another.
     for i, z in enumerate(zs if len(zs) > 1 else []):
