@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import llqr
 from explicit import F64, agree, gauss_newton, vector
+from llqr.curvature import curvature_samples
 from products import curvature_matrix
 
 X, Y = torch.linspace(-2, 2, 12, dtype=F64).view(6, 2).sin(), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -21,13 +22,18 @@ X, Y = torch.linspace(-2, 2, 12, dtype=F64).view(6, 2).sin(), torch.tensor([0, 1
 
 def hessian_by_differences(forward: Callable[[], Any], parameters: Sequence[Tensor]) -> Tensor:
     """Central differences of the gradient, entry by entry."""
+    return differences(lambda: vector(torch.autograd.grad(forward()[0], parameters)), parameters)
+
+
+def differences(function: Callable[[], Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    """One row for every entry of the parameters."""
     rows, e = [], 1e-5
     for p in parameters:
         for i in range(p.numel()):
             entry, ends = p.data.view(-1), []
             for step in (e, -2 * e):
                 entry[i] += step
-                ends.append(vector(torch.autograd.grad(forward()[0], parameters)))
+                ends.append(function().detach())
             entry[i] += e
             rows.append((ends[0] - ends[1]) / (2 * e))
     return torch.stack(rows)
@@ -95,6 +101,30 @@ def test_the_hessian_of_a_differential_equation(name: str, way: str):
     C = curvature_matrix(llqr.quadratic_model(forward, parameters, "newton"), parameters)
     agree(C, C.T, 1e-10)
     agree(C, hessian_by_differences(forward, parameters), 1e-6)
+
+
+class Rows(llqr.Fisher):
+    """Samples that are the rows of J."""
+
+    def sample(self, loss: Tensor, outputs: Tensor, *, count: int, generator: Any) -> list[Tensor]:
+        return [torch.eye(count, dtype=F64).view(count, *outputs.shape)]
+
+
+def test_samples_after_an_inner_step():
+    """J' of a step's result takes a second derivative of the weight norm."""
+    torch.manual_seed(0)
+    v, g = torch.randn(3, 2, dtype=F64), torch.rand(3, 1, dtype=F64)
+    parameters = [v.requires_grad_(), g.requires_grad_()]
+
+    def forward() -> tuple[Tensor, Tensor]:
+        inner = F.cross_entropy(X @ torch._weight_norm(v, g, 0).T, Y)
+        (slope,) = torch.autograd.grad(inner, v, create_graph=True)
+        z = X @ torch._weight_norm(v - slope, g, 0).T
+        return F.cross_entropy(z, Y), z
+
+    drawn = curvature_samples(forward, parameters, Rows()).draw(18, torch.Generator())
+    J = torch.cat([w.flatten(1) for w in drawn], 1)
+    agree(J.T, differences(lambda: forward()[1].flatten(), parameters), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["batch norm", "instance norm"])
@@ -216,6 +246,8 @@ def test_hooks_on_nodes_that_clip_are_refused(curvature: str, caplog: pytest.Log
         )
         with pytest.raises(ValueError, match=r"grad_fn\.register_hook.*is not linear|not linear"):
             llqr.quadratic_model(forward, parameters, curvature)
+        with pytest.raises(ValueError, match=r"grad_fn\.register_hook.*is not linear"):
+            curvature_samples(forward, parameters).draw(1, torch.Generator())
     assert not caplog.records  # the replaced operations are not to blame
 
 
@@ -253,6 +285,7 @@ def test_hooks_on_many_tensors_rest_in_a_refresh(curvature: str, mode: str):
 
     model = llqr.quadratic_model(forward, net.parameters(), curvature)
     model.product(model.gradient)
+    curvature_samples(forward, net.parameters()).draw(1, torch.Generator())
     assert not calls
     forward()[0].backward()
     assert len(calls) == 1

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor
 
 from .._curvatures import Curvature
@@ -19,7 +18,13 @@ from .._forwards import (
     split_loss_and_outputs,
     tensors_in,
 )
-from .._graphs import UNSEEN, UnsuitableBackward, custom_functions_in, node_names_in
+from .._graphs import (
+    UNSEEN,
+    UnsuitableBackward,
+    custom_functions_in,
+    node_names_in,
+    rounding_is_small,
+)
 from .._synchronised import couples_processes
 from .._twice_differentiable import tensor_hooks_noted
 from ._linear_maps import is_symmetric
@@ -119,10 +124,7 @@ class Expansion(ABC):
         """Whether a Function is known to be there, or rounding is too small to look like one."""
         if self._coupled:
             return False
-        if self._unchecked:
-            return True
-        single = all(torch.finfo(p.dtype).eps < 1e-6 for p in self._parameters)
-        return single and "ToCopyBackward0" not in self._names
+        return bool(self._unchecked) or rounding_is_small(self._parameters, self._names)
 
     @property
     def _suspects(self) -> str:
