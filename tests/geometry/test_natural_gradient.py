@@ -42,7 +42,7 @@ def nets():
 
 
 def bound(problem, structure, **settings):
-    settings = {"samples": 25, "damping": DAMPING, "ema": EMA, **settings}
+    settings = {"samples": 25, "damping": DAMPING, "ema": EMA, "renew_every": 1, **settings}
     geometry = llqr.NaturalGradient(structure, **settings)
     geometry.bind(problem.model)
     return geometry

@@ -41,7 +41,7 @@ class NaturalGradientSettings(MetricSettings):
     ema: Schedule = 0.9
     second_moment: SecondMoment = "samples"
     gradient_ema: float = 0.95
-    renew_every: int = 1
+    renew_every: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class NaturalGradient(StructuredGeometry):
         every: Schedule = EVERY_GROWING,
         second_moment: SecondMoment = "samples",
         gradient_ema: float = 0.95,
-        renew_every: int = 1,
+        renew_every: int = 2,
         block_size: int | None = 512,
         seed: int = 0,
         start: int = 0,
