@@ -299,6 +299,31 @@ class TestHalfAChangeIsNamed:
         with pytest.warns(UserWarning, match=NEW):
             train(optimizer, problem, 2)
 
+    @pytest.mark.parametrize("place", ["o", "e"])
+    def test_tied_weights_that_are_replaced_at_one_place(self, place):
+        model = nn.ModuleDict({"e": nn.Embedding(6, 4), "o": nn.Linear(4, 6, bias=False)}).to(F64)
+        model["o"].weight = model["e"].weight
+        index = torch.arange(6)
+
+        def forward():
+            z = model["o"](model["e"](index).tanh())
+            return F.cross_entropy(z, index), z
+
+        optimizer = llqr.Optimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=llqr.SAM(0.05)
+        )
+        optimizer.minimize(forward)
+        tied = model[place].weight
+        model[place].weight = new = nn.Parameter(tied.detach().clone())
+        with pytest.raises(ValueError, match=f"'{place}.weight' was tied to"):
+            optimizer.minimize(forward)
+        new.requires_grad_(False)
+        optimizer.minimize(forward)
+        new.requires_grad_(True)
+        optimizer.add_param_group({"params": [new]})
+        optimizer.minimize(forward)
+        assert not torch.equal(new, tied)
+
     def test_weights_that_are_tied_later(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)).to(F64)

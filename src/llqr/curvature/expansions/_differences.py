@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .._moved_parameters import parameters_moved
 from .._random import random_normal
 
 __all__ = ["central_difference", "differ_too_much", "parameters_moved", "random_direction"]
@@ -28,20 +28,6 @@ def central_difference(
             with parameters_moved(parameters, d, step):
                 ends.append([z.detach().clone() for z in function()])
     return [(a - b) / (2 * e) for a, b in zip(*ends, strict=True)]
-
-
-@contextmanager
-def parameters_moved(parameters: Sequence[Tensor], d: Sequence[Tensor], e: float) -> Iterator[None]:
-    """Move the parameters for one forward, unseen by the graph that is kept."""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        # Through .data, which counts no version: the graph is not used before they are back.
-        for p, v in zip(parameters, d, strict=True):
-            p.data.add_(v, alpha=e)
-        yield
-    finally:
-        for p, value in zip(parameters, kept, strict=True):
-            p.data.copy_(value)
 
 
 def random_direction(parameters: Sequence[Tensor], seed: int = 0) -> list[Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._forwards import differentiable_in, split_loss_and_outputs
+from .._moved_parameters import parameters_moved
 from .._output_hessian import LinearLoss, Objective, OutputHessian, SaturatedLoss
-from ._differences import parameters_moved
 
 __all__ = ["saturation_told"]
 
