@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -39,8 +39,8 @@ class Probe:
     radii: Mapping[str, float]
     metric: Metric
     layers: Mapping[str, str]
-    momentum: Tensors
-    step: int
+    momentum: Tensors = field(default_factory=dict)
+    step: int = 0
 
 
 class Perturbation:
