@@ -226,8 +226,15 @@ def test_every_float64_in_the_library_is_guarded():
         *(
             f"sharpness/_{name}.py"  # the host
             for name in (
-                "density", "eigenvalues", "lanczos", "landscape", "m_sharpness", "mean_curvature",
-                "mean_loss", "trace", "worst_case",
+                "density",
+                "eigenvalues",
+                "lanczos",
+                "landscape",
+                "m_sharpness",
+                "mean_curvature",
+                "mean_loss",
+                "trace",
+                "worst_case",
             )
         ),
         "_exact_lqr.py: _roll_out",
