@@ -3,7 +3,9 @@
 A step is one forward and backward on the same batch. The rows take curvature as a mean and as a
 sum, a small and a large inner learning rate, and a clip that bites; "change" is |Ug - g| / |g| of
 what was learned (a U that does not act is cheap). "plain" is the refresh with every product
-computed, from one with 5 inner steps (x 10).
+computed, from one with 5 inner steps (x 10). Rows of NaturalGradient (8 samples, blocks of 512) are
+the refresh that renews the bases and the one that keeps them; by default they take turns. "apply"
+is one application of U.
 """
 
 from __future__ import annotations
@@ -46,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+NATURAL = ("e-kfac", "kfac", "diagonal")
+
+
 class Refresh:
     """A refresh that starts from the same U every time it is called."""
 
@@ -75,6 +80,7 @@ class Refresh:
 def main() -> None:
     """Print the table."""
     parser = arguments(__doc__, models=PROBLEMS, structures=tuple(STRUCTURES), cases=tuple(CASES))
+    parser.add_argument("--natural", nargs="*", default=list(NATURAL), help="of NaturalGradient")
     parser.add_argument("--plain", action="store_true", help="also with every product computed")
     parser.add_argument("--memory", action="store_true", help="also the peaks, in processes apart")
     parser.add_argument("--batch", type=int)
@@ -89,6 +95,7 @@ def main() -> None:
         clock = Clock(options.device)
         rows += [row for row in cost(name, p, clock, options)]
         rows += [row for s in options.structures for row in refreshes(name, s, p, clock, options)]
+        rows += [natural(name, s, p, clock, options) for s in options.natural]
     show("Refresh, in steps", rows, options)
 
 
@@ -155,6 +162,40 @@ def refreshes(
         rows.append(row)
         print(row, flush=True)
     return rows
+
+
+def natural(
+    name: str, structure: str, p: Classifier, clock: Clock, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: a refresh of NaturalGradient with new bases, one with the old, and applying U."""
+    kind, settings = llqr.NaturalGradient, {"structure": structure, "ema": 0.9}
+    renewing, keeping = (Refresh(p, kind, **settings, renew_every=n) for n in (1, 2))
+    for refresh in (renewing, keeping):  # the second refresh is the usual one
+        refresh.optimizer.refresh(p)
+        refresh.start = refresh.geometry.state()
+        refresh.start = {n: {k: v.clone() for k, v in e.items()} for n, e in refresh.start.items()}
+        refresh.counters = refresh.geometry.counters()
+    gradients = {n: torch.randn_like(q) for n, q in renewing.geometry.parameters.items()}
+    calls = {
+        "step": p.step,
+        "renewing": renewing,
+        "keeping": keeping,
+        "apply": lambda: renewing.geometry.apply(gradients),
+        "step after": p.step,
+    }
+    times = clock.medians(calls, options.repeats, warm=0)
+    step = 0.5 * (times["step"] + times["step after"])
+    row = {
+        "model": f"{name} B{len(p.x)}",
+        "structure": f"NaturalGradient {structure}",
+        "case": "new bases, old bases",
+        "refresh": 0.5 * (times["renewing"] + times["keeping"]) / step,
+        "new bases": times["renewing"] / step,
+        "old bases": times["keeping"] / step,
+        "apply": times["apply"] / step,
+    }
+    print(row, flush=True)
+    return row
 
 
 def child(name: str, what: str, case: str, options: argparse.Namespace) -> None:

@@ -6,6 +6,9 @@ alone, in plain steps. "own" is what minimize spends outside of forward, backwar
 step, likewise: a difference of clocks within one step, where quotients of two steps differ by what
 else the machine does. "sam / hand" is this library's SAM over a SAM step written out for one model,
 without its checks and its restoring of buffers.
+
+With ``--probes`` instead: a step with each perturbation over SGD's, without a geometry. Those that
+probe every 5 steps are timed over the 5, and the quotient is the mean.
 """
 
 from __future__ import annotations
@@ -28,14 +31,30 @@ APPLIED = {
 }
 
 
+PROBES = {
+    "SAM": lambda: llqr.SAM(0.05),
+    "SAM, every 5": lambda: llqr.SAM(0.05, interval=5),
+    "LookSAM, every 5": lambda: llqr.LookSAM(0.05),
+    "MSAM": lambda: llqr.MSAM(0.05),
+    "GSAM": lambda: llqr.GSAM(0.05),
+    "WSAM": lambda: llqr.WSAM(0.05),
+    "ESAM": lambda: llqr.ESAM(0.05),
+}
+
+
 def main() -> None:
     """Print the table."""
     parser = arguments(__doc__, models=(*PROBLEMS, *SMALL), structures=tuple(APPLIED))
+    parser.add_argument("--probes", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.models:
         p = small(name, options.device) if name in SMALL else problem(name, options.device)
+        if options.probes:
+            rows.append(probe_row(name, p, Clock(options.device), options))
+            print(rows[-1], flush=True)
+            continue
         for structure in options.structures:
             rows.append(row(name, structure, p, Clock(options.device), options))
             print(rows[-1], flush=True)
@@ -150,6 +169,33 @@ def row(
             share = times[method] + took / every
             found[f"{method} at {every}"] = share / times[against]
     return found
+
+
+def probe_row(
+    name: str, p: Classifier, clock: Clock, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time a step with each perturbation in turns with a step of SGD."""
+    base = torch.optim.SGD(p.model.parameters(), lr=1e-3, momentum=0.9)
+
+    def sgd() -> None:
+        base.zero_grad()
+        p()[0].backward()
+        base.step()
+
+    def steps(optimizer: llqr.Optimizer, count: int) -> Any:
+        return lambda: [optimizer.minimize(p) for _ in range(count)]
+
+    probes = {probe: make() for probe, make in PROBES.items()}
+    calls = {
+        probe: steps(optimizer_of(p, None, perturbation=perturbation), perturbation.interval)
+        for probe, perturbation in probes.items()
+    }
+    repeats = options.repeats if name not in SMALL else 30 * options.repeats
+    times = clock.medians({"sgd": sgd, **calls}, repeats, warm=2)
+    return {"model": f"{name} B{len(p.x)}"} | {
+        probe: times[probe] / perturbation.interval / times["sgd"]
+        for probe, perturbation in probes.items()
+    }
 
 
 if __name__ == "__main__":

@@ -56,12 +56,26 @@ PERTURBATIONS: dict[str, Callable[[], llqr.Perturbation | None]] = {
     "ASAM": lambda: llqr.ASAM(0.5),
     "FisherSAM": lambda: llqr.FisherSAM(0.05),
     "FriendlySAM": lambda: llqr.FriendlySAM(0.05),
+    "LookSAM": lambda: llqr.LookSAM(0.05, interval=2),
+    "GSAM": lambda: llqr.GSAM(0.05),
+    "WSAM": lambda: llqr.WSAM(0.05, gamma=0.6),
+    "ESAM": lambda: llqr.ESAM(0.05),
+    "MSAM": lambda: llqr.MSAM(0.05),
 }
 LEFT_OUT = {
     "LBFGS": "refused by name: it evaluates the closure several times a step (see test_bad_input)",
     "SparseAdam": "refused by name: sparse gradients have no matrix view (see test_bad_input)",
 }
 MATRICES_ONLY = {"Muon"}
+WITHOUT_MOMENTUM = {"SGD", "Adadelta", "Adagrad", "ASGD", "Rprop", "Adafactor"}
+# Which steps they make does not depend on what U is made of, so they meet one U only.
+SHORT_ROWS = {"LookSAM", "GSAM", "WSAM", "ESAM", "MSAM"}
 # What torch.optim itself lacks for a base.
 NO_FOREACH = {"Adafactor", "Muon", "LBFGS", "SparseAdam"}
 FUSED = {"SGD", "SGD-momentum", "SGD-nesterov", "Adam", "Adam-amsgrad", "AdamW", "Adagrad"}
+METRIC_AND_PROBE = [
+    (g, p)
+    for g in GEOMETRIES
+    for p in PERTURBATIONS
+    if (p in ("none", "SAM") if g in SAMPLED else p not in SHORT_ROWS or g == "diagonal")
+]

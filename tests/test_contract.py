@@ -15,6 +15,7 @@ from tiny import llqr_of, mlp, optimizer_of, train
 SOURCE = Path(llqr.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 REQUIRED = inspect.Parameter.empty
+PROBED = {"along": "metric", "start": 0, "interval": 1}
 
 
 def parameters(function):
@@ -53,7 +54,7 @@ def expected(positional, keywords):
                 "curvature": "fisher",
                 "every": llqr.growing(5, 500),
                 "steps": 50,
-                "lr": 1e-2,
+                "lr": "auto",
                 "momentum": 0.9,
                 "clip": 5.0,
                 "ema": 0.95,
@@ -81,11 +82,11 @@ def expected(positional, keywords):
                 "every": llqr.growing(5, 500),
                 "second_moment": "samples",
                 "gradient_ema": 0.95,
-                "renew_every": 1,
+                "renew_every": 2,
                 "block_size": 512,
                 "seed": 0,
                 "start": 0,
-                "max_failures": 3,
+                "max_failures": None,
                 "shard": False,
                 "batch_norm": "batch",
                 "report_J": False,
@@ -102,10 +103,19 @@ def expected(positional, keywords):
         (llqr.Optimizer.passes, {"scaler": None}, {}),
         (llqr.Optimizer.perturbed, {"scaler": None}, {}),
         (llqr.Optimizer.load_state_dict, {"state_dict": REQUIRED}, {}),
-        (llqr.SAM, {"rho": 0.05}, {"norm": "metric", "direction": "raw"}),
-        (llqr.ASAM, {"rho": 0.5}, {"eta": 0.01}),
-        (llqr.FisherSAM, {"rho": 0.1}, {"eta": 0.1}),
-        (llqr.FriendlySAM, {"rho": 0.1}, {"sigma": 1.0, "decay": 0.9, "norm": "metric"}),
+        (llqr.SAM, {"rho": 0.05}, {"norm": "metric", "direction": "raw", **PROBED}),
+        (llqr.ASAM, {"rho": 0.5}, {"eta": 0.01, "start": 0, "interval": 1}),
+        (llqr.FisherSAM, {"rho": 0.1}, {"eta": 0.1, "start": 0, "interval": 1}),
+        (
+            llqr.FriendlySAM,
+            {"rho": 0.1},
+            {"sigma": 1.0, "decay": 0.9, "norm": "metric", **PROBED},
+        ),
+        (llqr.LookSAM, {"rho": 0.05}, {"alpha": 0.7, **PROBED, "interval": 5}),
+        (llqr.GSAM, {"rho": 0.05}, {"alpha": 0.4, **PROBED}),
+        (llqr.WSAM, {"rho": 0.05}, {"gamma": 0.9, **PROBED}),
+        (llqr.ESAM, {"rho": 0.05}, {"beta": 0.6, "seed": 0, **PROBED}),
+        (llqr.MSAM, {"rho": 0.3}, {"start": 0, "interval": 1}),
     ],
 )
 def test_signatures_hold_what_was_promised(function, positional, keywords):
@@ -121,6 +131,12 @@ def test_signatures_hold_what_was_promised(function, positional, keywords):
     [
         (llqr.quadratic_model, ["forward", "parameters", "curvature"]),
         (llqr.exact_lqr_step, ["layers", "x", "loss", "curvature", "damping"]),
+        (llqr.sharpness.eigenvalues, ["forward", "parameters", "k", "curvature"]),
+        (llqr.sharpness.trace, ["forward", "parameters", "curvature"]),
+        (llqr.sharpness.density, ["forward", "parameters", "curvature"]),
+        (llqr.sharpness.worst_case, ["forward", "parameters", "rho", "norm"]),
+        (llqr.sharpness.m_sharpness, ["forward", "parameters", "rho", "norm"]),
+        (llqr.sharpness.landscape, ["forward", "parameters", "directions"]),
     ],
 )
 def test_functions_take_their_arguments_by_these_names(function, names):
@@ -195,6 +211,7 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
         ("geometry/structures", ("llqr.geometry.inner_solve", "llqr.curvature")),
         ("geometry/inner_solve", ("torch.nn.Module", "torch.distributed")),
         ("perturbations", (*UPSTAIRS, "llqr.geometry", "llqr.curvature")),
+        *((p, ("llqr.sharpness",)) for p in ("geometry", "perturbations", "curvature", *PARTS)),
         *(
             (file, tuple(f"llqr.geometry.{n}" for n in ("LLQR", "_llqr", "_natural_gradient")))
             for file in PARTS

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
+from tables import GEOMETRIES, METRIC_AND_PROBE, PERTURBATIONS, SAMPLED
 from tiny import (
     F64,
     STRUCTURES,
@@ -31,8 +31,7 @@ PROBES = [name for name in PERTURBATIONS if name != "none"]
 # -- add_param_group -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_a_group_may_join(geometry, perturbation):
     """Its blocks start at the identity; what is known of the others stays."""
     problem = mlp()
@@ -173,8 +172,7 @@ def test_a_parameter_that_joins_a_layer_of_one_block_says_what_is_lost(structure
 # -- gradients that come and go --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_freeze_and_unfreeze(geometry, perturbation):
     problem = mlp()
     optimizer = optimizer_of(
@@ -217,8 +215,10 @@ def branches():
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", ["none", "diagonal", "kfac", "dense", "natural-gradients"])
+@pytest.mark.parametrize(
+    "geometry, perturbation",
+    [(g, p) for g, p in METRIC_AND_PROBE if g in ("none", "diagonal", "kfac", "dense", *SAMPLED)],
+)
 def test_none_gradients_appear_and_disappear(geometry, perturbation, way):
     problem = branches()
     optimizer = optimizer_of(
@@ -289,14 +289,13 @@ class Odd(nn.Module):
         return self.head(h)
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_odd_shapes(geometry, perturbation):
     torch.manual_seed(0)
     problem = Problem(Odd().to(F64), torch.randn(12, 5, dtype=F64), torch.randint(3, (12,)))
     optimizer = optimizer_of(
         problem,
-        sgd(problem, lr=0.05),
+        sgd(problem, lr=0.05, momentum=0.5),
         geometry=GEOMETRIES[geometry](),
         perturbation=PERTURBATIONS[perturbation](),
     )
@@ -307,8 +306,7 @@ def test_odd_shapes(geometry, perturbation):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_a_parameter_without_entries(geometry, perturbation):
     problem = mlp()
     problem.model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3, dtype=F64)))

@@ -99,5 +99,5 @@ def test_the_rho_of_adadelta_is_no_radius():
     for rho in (0.9, 0.5):
         problem = mlp()
         base = torch.optim.Adadelta(problem.model.parameters(), rho=rho)
-        ends.append(optimizer_of(problem, base, perturbation=llqr.SAM(0.05))._passes.radii)
+        ends.append(optimizer_of(problem, base, perturbation=llqr.SAM(0.05))._probing.radii)
     assert set(ends[0].values()) == set(ends[1].values()) == {0.05}

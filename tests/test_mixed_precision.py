@@ -191,6 +191,8 @@ def test_float16_overflows_come_down_and_train(way):
 @pytest.mark.parametrize("probe", [name for name in PERTURBATIONS if name != "none"])
 def test_an_infinity_leaves_no_trace_in_any_way(probe, when, way):
     """No buffers here, so that perturbed() too gives back all of the step's start."""
+    if (probe, when) == ("MSAM", 1):
+        pytest.skip("MSAM has one pass")
     runs = []
     for fault in (True, False):
         problem = Cast(F16)

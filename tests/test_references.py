@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import llqr
-from tables import BASES, GEOMETRIES, LEFT_OUT, MATRICES_ONLY, PERTURBATIONS
+from tables import BASES, GEOMETRIES, LEFT_OUT, MATRICES_ONLY, METRIC_AND_PROBE, PERTURBATIONS
 from tiny import F64, mlp, train
 
 
@@ -49,8 +49,7 @@ def take_every_way(optimizer, problem):
     optimizer.step()
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("geometry, perturbation", METRIC_AND_PROBE)
 def test_a_dropped_optimizer_frees_the_weights(geometry, perturbation):
     with collector_off():
         problem = mlp()

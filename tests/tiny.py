@@ -95,9 +95,8 @@ def llqr_of(structure: str = "diagonal", **settings: Any) -> llqr.LLQR:
 
 def natural_of(structure: str = "e-kfac", **settings: Any) -> llqr.NaturalGradient:
     """A geometry in closed form that refreshes often, from few samples."""
-    return llqr.NaturalGradient(
-        structure, **{"every": 2, "samples": 4, "damping": 0.3, "ema": 0.5, **settings}
-    )
+    usual = {"every": 2, "samples": 4, "damping": 0.3, "ema": 0.5, "renew_every": 1}
+    return llqr.NaturalGradient(structure, **{**usual, **settings})
 
 
 def sgd(problem: Problem, lr: float = 0.1, **options: Any) -> torch.optim.SGD:
@@ -139,13 +138,22 @@ def by_passes(optimizer: llqr.Optimizer, problem: Problem) -> Tensor:
 
 def by_perturbed(optimizer: llqr.Optimizer, problem: Problem) -> Tensor:
     optimizer.refresh_if_due(problem)
-    optimizer.zero_grad()
-    loss = problem.backward()
-    if optimizer.needs_second_pass:
+    if looks_ahead(optimizer):
         with optimizer.perturbed():
-            problem.backward()
+            loss = problem.backward()
+    else:
+        optimizer.zero_grad()
+        loss = problem.backward()
+        if optimizer.needs_second_pass:
+            with optimizer.perturbed():
+                problem.backward()
     optimizer.step()
     return loss
+
+
+def looks_ahead(optimizer: llqr.Optimizer) -> bool:
+    """Whether the body of perturbed() is the only pass."""
+    return optimizer.perturbation is not None and optimizer.perturbation.looks_ahead
 
 
 WAYS: dict[str, Callable[[llqr.Optimizer, Problem], Tensor]] = {
@@ -205,11 +213,15 @@ def scaled_passes_without_unscale(
 
 def scaled_perturbed(optimizer: llqr.Optimizer, problem: Problem, scaler: Scaler) -> None:
     optimizer.refresh_if_due(problem)
-    optimizer.zero_grad()
-    scaler.scale(problem.loss()).backward()
-    if optimizer.needs_second_pass:
+    if looks_ahead(optimizer):
         with optimizer.perturbed(scaler):
             scaler.scale(problem.loss()).backward()
+    else:
+        optimizer.zero_grad()
+        scaler.scale(problem.loss()).backward()
+        if optimizer.needs_second_pass:
+            with optimizer.perturbed(scaler):
+                scaler.scale(problem.loss()).backward()
     scaler.step(optimizer)
     scaler.update()
 

@@ -4,6 +4,9 @@ Learn a structured inverse preconditioner U from the layerwise LQR objective, pr
 metric, and transport the update by it, around any torch.optim optimizer.
 """
 
+# Seeing the sharpness: eigenvalues, trace, density, rises and slices of the loss
+from . import sharpness as sharpness
+
 # Which pass of a step is running
 from ._current_pass import current_pass as current_pass
 
@@ -33,9 +36,14 @@ from .geometry import growing as growing
 
 # Where the loss is probed
 from .perturbations import ASAM as ASAM
+from .perturbations import ESAM as ESAM
+from .perturbations import GSAM as GSAM
+from .perturbations import MSAM as MSAM
 from .perturbations import SAM as SAM
+from .perturbations import WSAM as WSAM
 from .perturbations import FisherSAM as FisherSAM
 from .perturbations import FriendlySAM as FriendlySAM
+from .perturbations import LookSAM as LookSAM
 from .perturbations import Perturbation as Perturbation
 from .perturbations import Probe as Probe
 

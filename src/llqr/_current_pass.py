@@ -58,9 +58,10 @@ def current_pass() -> PassName | None:
     backward hooks for an accelerator, get None.
 
     Returns:
-        ``"clean"`` in the first pass (or the only one), ``"perturbed"`` in the second, where the
-        weights are theta + eps, ``"refresh"`` while the geometry is refreshed, and None elsewhere:
-        in evaluation, and in a clean backward of one's own before
+        ``"clean"`` in the first pass or the only one (which :class:`llqr.MSAM` runs at theta +
+        eps), ``"perturbed"`` in the second, where the weights are theta + eps, ``"refresh"`` while
+        the geometry is refreshed, and None elsewhere: in evaluation, and in a clean backward of
+        one's own before
         :meth:`llqr.Optimizer.perturbed`.
 
     Example:

@@ -15,6 +15,7 @@ from ._checks import check_choice, check_flags
 from ._joined_bases import join_bases
 from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
+from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
@@ -155,10 +156,12 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._progress = Progress()
         self._parameters = NamedParameters(one_base, model)
         step_modules = StepModules(model, modules)
+        self._probing = Probing(
+            self._parameters, geometry, perturbation, self.ranks, self._progress
+        )
         self._passes = Passes(
             self._parameters,
-            geometry,
-            perturbation,
+            self._probing,
             self.ranks,
             self._progress,
             step_modules,
@@ -182,6 +185,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self.ranks,
             self._progress,
             self._passes,
+            self._probing,
             self._refresher,
         )
         self._bind_parts()
@@ -195,8 +199,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
                 "sync: False (each process probes with its own gradient) needs whole gradients and "
                 "U in every process; with fully_shard or LLQR(shard=True), leave sync=True"
             )
-        if self._passes.geometry_observes or self._passes.combines:
-            part = geometry if self._passes.geometry_observes else perturbation
+        if self._probing.geometry_observes or self._probing.combines:
+            part = geometry if self._probing.geometry_observes else perturbation
             raise ValueError(
                 f"sync: False (each process probes with its own gradient) does not go with "
                 f"{type(part).__name__}, which needs the first gradient of all; leave sync=True"
@@ -319,7 +323,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
 
     @property
     def needs_second_pass(self) -> bool:
-        """Whether the next step probes: a perturbation, its start reached, rho not 0."""
+        """Whether the next step has a second pass: its turn to be probed, and rho not 0.
+
+        False for a perturbation that looks ahead, such as :class:`llqr.MSAM`: its only pass probes.
+        """
         self._follow_groups()
         return self._passes.needed
 
@@ -383,7 +390,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         Gradients are cleared on entry; on exit the weights are back bit for bit and the buffers as
         on entry. The random state before the clean backward is not known here, nor are the buffers,
         so dropout draws new masks and the body starts from the buffers that the clean backward left
-        (a queue of keys holds this batch's own): :meth:`passes` replays both.
+        (a queue of keys holds this batch's own): :meth:`passes` replays both. With a perturbation
+        that looks ahead (:class:`llqr.MSAM`) no clean backward goes before: the body is the only
+        pass, and the buffers stay as it leaves them.
 
         Args:
             scaler: the GradScaler that scaled the clean backward; gradients are divided by its

@@ -46,6 +46,7 @@ class NamedParameters:
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
         self.base, self.model = base, model
         self.named: dict[str, nn.Parameter] = {}
+        self._seen: _Seen | None = None
         self.read_groups()
 
     def read_groups(self) -> None:
@@ -66,6 +67,7 @@ class NamedParameters:
                     twice[id(parameter)] = index
         named = {name: p for name, p in inner.named_parameters() if id(p) in groups}
         self._refuse_strangers(named)
+        self._refuse_untied(inner, groups)
         for name, parameter in named.items():
             if id(parameter) in twice:
                 raise ValueError(
@@ -88,7 +90,7 @@ class NamedParameters:
     @property
     def outdated(self) -> bool:
         """Whether the groups or the model hold other tensors than were read, or elsewhere."""
-        return self._forgotten or self._seen.differs_from(self.base)
+        return self._forgotten or self._seen is None or self._seen.differs_from(self.base)
 
     def _refuse_strangers(self, named: Mapping[str, Tensor]) -> None:
         """Raise if the base holds a parameter that the model does not have."""
@@ -97,6 +99,21 @@ class NamedParameters:
             for parameter in group["params"]:
                 if id(parameter) not in known:
                     raise ValueError(self._explain_stranger(parameter, index))
+
+    def _refuse_untied(self, model: nn.Module, groups: Mapping[int, int]) -> None:
+        """Raise if a parameter at several places was replaced at some, by one of no group."""
+        places = self._seen.places if self._seen is not None else {}
+        now = dict(model.named_parameters(remove_duplicate=False))
+        kept = {id(p): name for name, p in now.items()}
+        for name, old in places.items():
+            new = now.get(name, old)
+            tied = kept.get(id(old))
+            if new is not old and tied and id(new) not in groups and new.requires_grad:
+                raise ValueError(
+                    f"base: {name!r} was tied to {tied!r} and is another parameter now, which no "
+                    "group holds and nothing trains: tie it again, or add it by "
+                    "optimizer.add_param_group, or set its requires_grad to False"
+                )
 
     def _explain_stranger(self, stranger: Tensor, index: int) -> str:
         """Return what is wrong with a parameter of a group that the model does not have."""
@@ -183,20 +200,25 @@ class _Seen:
         base: the optimizer.
         model: without wrappers.
         named: the parameters of the base, by their names in the model.
+
+    Attributes:
+        places: the same, with all names of each.
     """
 
     def __init__(
         self, base: torch.optim.Optimizer, model: nn.Module, named: Mapping[str, Tensor]
     ) -> None:
-        self._model, self._named = model, named
+        held = {id(p) for p in named.values()}
+        every = model.named_parameters(remove_duplicate=False)
+        self._model, self.places = model, {name: p for name, p in every if id(p) in held}
         self._groups = [list(group["params"]) for group in base.param_groups]
         self._links: tuple[Any, ...] = self._find_links()
 
     def _find_links(self) -> tuple[list[dict[str, Any]], list[str], list[Any]]:
         """Return the entries of modules that lead to the parameters: (tables, keys, values)."""
-        modules = dict(self._model.named_modules())
+        modules = dict(self._model.named_modules(remove_duplicate=False))
         links: dict[str, tuple[Any, str, Any]] = {}
-        for name, parameter in self._named.items():
+        for name, parameter in self.places.items():
             if is_sharded(parameter):  # fully_shard swaps the model's entries by itself
                 continue
             path, _, last = name.rpartition(".")

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from numbers import Real
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._autocast import without_autocast
-from ._checks import value_at_step
 from ._current_pass import RunningPass, running_pass
-from ._joined_bases import defaults_of_group
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
+from ._probing import Probing, copy_gradients
 from ._progress import Progress
 from ._random_state import RandomState
 from ._step_modules import StepModules
-from ._vectors import widen_to_float32
 from .distributed import Ranks
 from .distributed._sharded import local, reshard
-from .geometry import Geometry
-from .perturbations import Perturbation, Probe
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -68,8 +62,7 @@ class Passes:
 
     Args:
         parameters: of the base optimizer.
-        geometry: the metric of the probe, or None for U = I.
-        perturbation: where to probe, or None for one pass.
+        probing: where the loss is probed.
         ranks: the processes that train together.
         progress: the counters of the training.
         modules: whose state is that of the clean pass after both.
@@ -79,16 +72,13 @@ class Passes:
 
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
-        observed: whether the perturbation saw the clean gradients of the coming step.
         displaced: whether a perturbed pass is open, so that the weights are theta + eps.
-        clean: the clean gradients of the coming step, if the geometry observes them.
     """
 
     def __init__(
         self,
         parameters: NamedParameters,
-        geometry: Geometry | None,
-        perturbation: Perturbation | None,
+        probing: Probing,
         ranks: Ranks,
         progress: Progress,
         modules: StepModules,
@@ -98,11 +88,10 @@ class Passes:
         sync: bool,
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
-        self._geometry, self._perturbation = geometry, perturbation
-        self._modules, self._keep_clean_buffers = modules, keep_clean_buffers
-        self._replay_rng, self._sync = replay_rng, sync
-        self.probed = self.observed = self.displaced = False
-        self.clean: dict[str, Tensor] | None = None
+        self._probing, self._modules = probing, modules
+        self._keep_clean_buffers, self._replay_rng = keep_clean_buffers, replay_rng
+        self._sync = sync
+        self.probed = self.displaced = False
         self._start: ForwardState | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
         self._open = PassRecord()
@@ -110,27 +99,9 @@ class Passes:
     # -- what is needed ------------------------------------------------------------------------
 
     @property
-    def radii(self) -> dict[str, float]:
-        """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
-        perturbation, step = self._perturbation, self._progress.step
-        named, base = self._parameters, self._parameters.base
-        if perturbation is None or step < perturbation.start:
-            return dict.fromkeys(named.named, 0.0)
-        radii: list[float] = []
-        for index, group in enumerate(base.param_groups):
-            # Adadelta's own option of that name is no radius.
-            taken = "rho" in defaults_of_group(base, group)
-            rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
-            rho = value_at_step(rho, step)
-            if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
-                raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
-            radii.append(float(rho))
-        return {name: radii[i] for name, i in named.group_of.items()}
-
-    @property
     def needed(self) -> bool:
         """Whether the coming step has a second pass."""
-        return any(self.radii.values())
+        return self._probing.displaces and not self._probing.looks_ahead
 
     @property
     def local_probes(self) -> bool:
@@ -156,7 +127,8 @@ class Passes:
         random = RandomState(*self._parameters.devices) if self._replay_rng else None
         self._parameters.base.zero_grad()
         quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
-        with quiet, running_pass("clean") as record.running:
+        ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()
+        with quiet, ahead, running_pass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -166,13 +138,29 @@ class Passes:
                 )
             return
         if not self.needed:
-            clean = self._parameters.require_gradients("the first pass")
-            self._observe_clean(clean, scaler)
-            if scaler is not None and not ranks.finite(clean):
-                self.undo_step()  # the scaler will skip, and then step() never runs
+            self._finish_only_pass(scaler)
             return
         with self._displaced("the first pass", scaler, modules, start=start, random=random):
             yield 1
+
+    @contextmanager
+    def _ahead(self, record: PassRecord) -> Iterator[None]:
+        """Run the body, the only pass, at theta + eps: eps is known before it."""
+        self.displaced = self._probing.displaces
+        try:
+            self._move_weights(record, self._probing.find_displacement({}, None))
+            yield
+            self.probed = self.displaced
+        finally:
+            if self._open is record:
+                self.displaced = False
+            self._put_back(record)
+
+    def _finish_only_pass(self, scaler: Any) -> None:
+        gradients = self._parameters.require_gradients("the first pass")
+        self._probing.observe(gradients, scaler)
+        if scaler is not None and not self._ranks.finite(gradients):
+            self.undo_step()  # the scaler will skip, and then step() never runs
 
     def keep_start(self) -> ForwardState:
         """Return what a forward may write to, as it is now: before the clean pass of a step."""
@@ -190,6 +178,14 @@ class Passes:
         check_scaler(scaler)
         self.close()
         self.forget_step()
+        if self._probing.looks_ahead and start is None:  # the only pass, whose buffers stay
+            record = self._open
+            self._parameters.base.zero_grad()
+            with self._ahead(record), running_pass("perturbed") as record.running:
+                yield
+            if self._open is record:
+                self._finish_only_pass(scaler)
+            return
         modules = self._modules.all()
         with self._displaced("the clean backward", scaler, modules, start=start, random=None):
             yield
@@ -207,9 +203,11 @@ class Passes:
         record, ranks = self._open, self._ranks
         clean = self._parameters.require_gradients(after)
         healthy = ranks.finite(clean)
-        eps = self._find_displacement(clean, scaler) if healthy else {}
+        eps = self._probing.find_displacement(clean, scaler) if healthy else {}
+        displaces = self._probing.displaces
         # The clean gradients are as large as the model: only who combines both keeps them.
-        kept = copy_gradients(clean, scaler) if healthy and self.combines else None
+        combines = healthy and displaces and self._probing.combines
+        kept = copy_gradients(clean, scaler) if combines else None
         del clean
         others = self._parameters.parameters_not_held(modules)
         if start is not None:
@@ -236,83 +234,17 @@ class Passes:
             self._put_back(record)
         if self._open is not record:
             return  # another step took over; nothing is left to clean up
-        self.probed = True
+        self.probed = displaces
         second = self._parameters.require_gradients("the second pass")
         if not healthy:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             for gradient in second.values():
                 gradient.fill_(float("nan"))
         elif kept is not None:
-            self._combine_gradients(kept, second, scaler)
+            self._probing.combine(kept, second, scaler)
         # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
         if start is not None and not (healthy and (scaler is None or ranks.finite(second))):
             start.restore()
-
-    # -- the probe -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _find_displacement(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-        """Return eps = perturbation(g; U, rho), empty if there is none (algorithm 1, line 5)."""
-        perturbation = self._perturbation
-        wide = self._observe_clean(clean, scaler)
-        if perturbation is None:
-            return {}
-        radii = self.radii
-        chosen = {n: g for n, g in wide.items() if radii[n] > 0}
-        if not chosen:
-            return {}
-        metric = dict if self._geometry is None else self._geometry.apply
-        probe = Probe(chosen, self._parameters.named, radii, metric, self._parameters.layers)
-        # The passes may run within the caller's autocast.
-        with without_autocast(*self._parameters.devices):
-            eps = perturbation.displacement(probe)
-        if eps is None:
-            self._progress.skipped_probes += 1
-            return {}
-        if not self._ranks.finite(eps):
-            raise RuntimeError(
-                f"{type(perturbation).__name__} gave a displacement that is not finite although "
-                f"the gradients are; rho = {max(radii.values())}"
-            )
-        return eps
-
-    @torch.no_grad()
-    def _observe_clean(self, clean: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-        """Show the clean gradients, unscaled and in at least float32, to who learns from them."""
-        if self._perturbation is None and not self.geometry_observes:
-            return {}
-        wide = widen_gradients(clean, scaler)
-        if self._perturbation is not None:
-            self._perturbation.observe(wide)
-        if self.geometry_observes:
-            self.clean = copy_gradients(clean, scaler)
-        self.observed = True
-        return wide
-
-    @property
-    def geometry_observes(self) -> bool:
-        """Whether the geometry learns from the gradients of steps."""
-        return self._geometry is not None and self._geometry.observes
-
-    @property
-    def combines(self) -> bool:
-        """Whether the perturbation makes the step's gradient from those of both passes."""
-        perturbation = self._perturbation
-        if perturbation is None:
-            return False
-        return type(perturbation).combine is not Perturbation.combine
-
-    @torch.no_grad()
-    def _combine_gradients(
-        self, clean: dict[str, Tensor], second: dict[str, Tensor], scaler: Any
-    ) -> None:
-        """Put the combination of both passes' gradients into p.grad, scaled as it was."""
-        assert self._perturbation is not None
-        with without_autocast(*self._parameters.devices):
-            chosen = self._perturbation.combine(clean, widen_gradients(second, scaler))
-        scale = loss_scale(scaler)
-        for name, gradient in second.items():
-            gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)
 
     # -- weights and state ---------------------------------------------------------------------
 
@@ -385,29 +317,8 @@ class Passes:
 
     def forget_step(self) -> None:
         """Start over: nothing was probed or observed for the coming step."""
-        self.probed = self.observed = False
-        self._start = self.clean = None
-
-
-def loss_scale(scaler: Any) -> float:
-    """Return the factor that a GradScaler puts on the loss."""
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def widen_gradients(gradients: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-    """Return gradients in at least float32, without the scale of the loss."""
-    wide, scale = widen_to_float32(gradients), loss_scale(scaler)
-    return wide if scale == 1.0 else {n: g / scale for n, g in wide.items()}
-
-
-def copy_gradients(gradients: dict[str, Tensor], scaler: Any) -> dict[str, Tensor]:
-    """Return :func:`widen_gradients` in memory of their own.
-
-    What follows writes into p.grad in place: clipping does, and so does a second backward of
-    DistributedDataParallel with ``gradient_as_bucket_view``.
-    """
-    wide = widen_gradients(gradients, scaler)
-    return {n: g.clone() if g is gradients[n] else g for n, g in wide.items()}
+        self.probed, self._start = False, None
+        self._probing.forget()
 
 
 def check_scaler(scaler: Any) -> None:

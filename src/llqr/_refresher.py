@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -113,7 +113,6 @@ class Refresher:
     @contextmanager
     def _without_trace(self, geometry: Geometry, forwards: Sequence[Forward]) -> Iterator[None]:
         """Evaluate the model in the body; its state and the random numbers are put back."""
-        model, statistics = self._parameters.model, geometry.batch_norm
         named, modules = self._parameters.named, self._modules.all(forwards)
         watched = [p for module in modules for p in module.parameters(recurse=False)]
         if self._ranks.sharded:  # the modules of fully_shard swap their parameters
@@ -122,7 +121,11 @@ class Refresher:
         before = ForwardState(modules, values)
         random = RandomState(*self._parameters.devices)
         try:
-            with refresh_modes(model, statistics, self._warn_of_running_statistics):
+            with ExitStack() as modes:
+                for root in self._modules.roots:
+                    modes.enter_context(
+                        refresh_modes(root, geometry.batch_norm, self._warn_of_running_statistics)
+                    )
                 yield
         finally:
             lost = before.learn()

@@ -23,11 +23,12 @@ class StepModules:
         beside: modules outside it that the step changes.
 
     Attributes:
+        roots: the model, and those beside it.
         written: which of their parameters the forwards were seen to write to.
     """
 
     def __init__(self, model: nn.Module, beside: Iterable[nn.Module]) -> None:
-        self._roots = [model, *checked_modules(beside)]
+        self.roots = [model, *checked_modules(beside)]
         self.written = WrittenParameters()
 
     def all(self, functions: Iterable[Any] = ()) -> list[nn.Module]:
@@ -37,12 +38,12 @@ class StepModules:
             functions: forwards or closures; the modules that they name are among the result.
         """
         named = [module for function in functions for module in modules_named_in(function)]
-        roots = {id(root): root for root in [*self._roots, *named]}.values()
+        roots = {id(root): root for root in [*self.roots, *named]}.values()
         return list({id(m): m for root in roots for m in root.modules()}.values())
 
     def warn_of_lost(self, parameters: Iterable[Tensor], where: str, progress: Progress) -> None:
         """Say which parameters were written to without a copy, and so were not put back."""
-        names = {id(p): n for root in self._roots for n, p in root.named_parameters()}
+        names = {id(p): n for root in self.roots for n, p in root.named_parameters()}
         listed = ", ".join(repr(names.get(id(p), tuple(p.shape))) for p in parameters)
         progress.warn_once(
             f"{where} wrote to parameters in place: {listed}. They were not put back, since only "

@@ -9,6 +9,7 @@ from torch import Tensor
 from ._autocast import without_autocast
 from ._parameters import NamedParameters
 from ._passes import Passes
+from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Refresher
 from ._vectors import lay_out_like, rescale_to_norm, widen_to_float32
@@ -30,7 +31,8 @@ class Update:
         perturbation: told of steps that count.
         ranks: the processes that train together.
         progress: the counters of the training.
-        passes: what was seen of the gradients, and what a skipped step restores.
+        passes: whether there was a second one, and what a skipped step restores.
+        probing: what was seen of the gradients.
         refresher: whether a refresh was due.
     """
 
@@ -42,12 +44,13 @@ class Update:
         ranks: Ranks,
         progress: Progress,
         passes: Passes,
+        probing: Probing,
         refresher: Refresher,
     ) -> None:
         self._parameters, self._base = parameters, parameters.base
         self._geometry, self._perturbation = geometry, perturbation
         self._ranks, self._progress = ranks, progress
-        self._passes, self._refresher = passes, refresher
+        self._passes, self._probing, self._refresher = passes, probing, refresher
 
     def make(self, *, transport: bool, graft: bool) -> None:
         """Update the parameters from the gradients that are there.
@@ -65,9 +68,10 @@ class Update:
             self._skip_step()
             return
         self._warn_of_omissions()
-        if self._geometry is None or not transport:
-            step_base(self._base)
-        elif not self._step_along_metric(self._geometry, gradients, graft):
+        direction = gradients if self._passes.probed else self._probing.adjust(gradients)
+        if self._geometry is not None and transport:
+            direction = self._transport(self._geometry, direction, graft)
+        if not self._step_along(direction, gradients):
             self._skip_step()
             return
         self._count_step(gradients)
@@ -78,20 +82,25 @@ class Update:
             return False
         return self._ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
-    def _step_along_metric(
+    def _transport(
         self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
-    ) -> bool:
-        """Step the base along U g~ (algorithm 1, line 8); False: U g~ leaves half precision."""
+    ) -> dict[str, Tensor]:
+        """Return U g~ (algorithm 1, line 8)."""
         with without_autocast(*self._parameters.devices):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
-            if graft:
-                moved = rescale_to_norm(moved, gradients)
-        half = any(g.dtype.itemsize < 4 for g in moved.values())
-        if half and not self._ranks.finite(moved):  # U may take float16 out of its range
+            return rescale_to_norm(moved, gradients) if graft else moved
+
+    def _step_along(self, direction: dict[str, Tensor], gradients: dict[str, Tensor]) -> bool:
+        """Step the base; False: what it would step along has left the range of half precision."""
+        if direction is gradients:
+            step_base(self._base)
+            return True
+        half = any(d.dtype.itemsize < 4 for d in direction.values())
+        if half and not self._ranks.finite(direction):  # U may take float16 out of its range
             return False
         named = self._parameters.named
         try:
-            for name, value in moved.items():
+            for name, value in direction.items():
                 named[name].grad = lay_out_like(value, named[name])
             step_base(self._base)
         finally:
@@ -101,13 +110,13 @@ class Update:
 
     def _count_step(self, gradients: dict[str, Tensor]) -> None:
         """Let everything that learns from steps learn that this one counted."""
-        passes = self._passes
+        passes, probing = self._passes, self._probing
         if self._perturbation is not None:
-            if not passes.observed:  # one pass of the user's own, without passes()
+            if not probing.observed:  # one pass of the user's own, without passes()
                 self._perturbation.observe(widen_to_float32(gradients))
             self._perturbation.commit()
-        if self._geometry is not None and passes.geometry_observes:
-            clean = widen_to_float32(gradients) if passes.clean is None else passes.clean
+        if self._geometry is not None and probing.geometry_observes:
+            clean = widen_to_float32(gradients) if probing.clean is None else probing.clean
             self._geometry.observe(clean)
         passes.forget_step()
         self._progress.step += 1
@@ -125,7 +134,7 @@ class Update:
         )
 
     def _warn_of_omissions(self) -> None:
-        if self._passes.needed and not self._passes.probed:
+        if self._probing.displaces and not self._passes.probed:
             self._progress.warn_once(
                 "step() ran without a perturbed pass although a perturbation is set: use "
                 "minimize, step(closure), passes or perturbed"

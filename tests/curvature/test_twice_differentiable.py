@@ -73,6 +73,22 @@ def test_a_refresh_leaves_no_trace(curvature, fails):
     assert optimizer.state == {}
 
 
+def test_modules_beside_the_model_have_the_modes_of_a_refresh():
+    model, beside = nn.Linear(4, 3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))
+    x, y, modes = torch.randn(6, 4), torch.arange(6) % 3, set()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        modes.add((model.training, *(module.training for module in beside)))
+        z = beside(model(x))
+        return F.cross_entropy(z, y), z
+
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = llqr.Optimizer(base, model, geometry=llqr.LLQR("diagonal"), modules=[beside])
+    optimizer.refresh(forward)
+    assert modes == {(False, False, True)}  # norms see batch statistics
+    assert all(module.training for module in [model, *beside.modules()])
+
+
 # -- wrapped models --------------------------------------------------------------------------------
 
 

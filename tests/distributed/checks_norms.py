@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from llqr.curvature.expansions._compare_replacements import _verdicts
+from llqr.curvature.expansions._base import checked_kinds
 from tiny import Problem, llqr_of, norm_net, same
 
 TOLERANCE = 1e-11  # float64; sums are taken in another order
@@ -91,7 +91,7 @@ def check_synchronised_statistics_are_those_of_the_joined_batch():
         else:
             near(dict(zip(learned(joined), learned(optimizer).values(), strict=True)),
                  learned(joined), TOLERANCE)  # fmt: skip
-    assert all(_verdicts.values()), _verdicts
+    assert all(checked_kinds.values()), checked_kinds
 
 
 def vectors(synchronise: bool) -> Problem:

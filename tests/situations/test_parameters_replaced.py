@@ -42,6 +42,8 @@ class TestTheNewTensorIsTrained:
             probe = PERTURBATIONS[perturbation]()
             if probe is not None:
                 probe.rho = 1e-12
+            if perturbation == "LookSAM":
+                probe.alpha = 0.0  # what it adds between probes does not shrink with rho
             optimizer = optimizer_of(Problem(model, None, None), base, perturbation=probe)
             problem = Problem(model, torch.randint(10, (16, 2)), torch.randint(3, (16,)))
             new = nn.Parameter(torch.cat([model[0].weight.detach(), torch.randn(2, 4, dtype=F64)]))
@@ -58,7 +60,7 @@ class TestTheNewTensorIsTrained:
             put(base, 0, 0, new)
             model[0].weight = new
             problem.x = torch.randint(12, (16, 2))
-            if wrapped and perturbation == "FriendlySAM":
+            if wrapped and perturbation in ("FriendlySAM", "LookSAM"):
                 with pytest.warns(UserWarning, match=NEW):
                     step()
             else:
@@ -296,6 +298,31 @@ class TestHalfAChangeIsNamed:
         problem.model[2].weight = new
         with pytest.warns(UserWarning, match=NEW):
             train(optimizer, problem, 2)
+
+    @pytest.mark.parametrize("place", ["o", "e"])
+    def test_tied_weights_that_are_replaced_at_one_place(self, place):
+        model = nn.ModuleDict({"e": nn.Embedding(6, 4), "o": nn.Linear(4, 6, bias=False)}).to(F64)
+        model["o"].weight = model["e"].weight
+        index = torch.arange(6)
+
+        def forward():
+            z = model["o"](model["e"](index).tanh())
+            return F.cross_entropy(z, index), z
+
+        optimizer = llqr.Optimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, perturbation=llqr.SAM(0.05)
+        )
+        optimizer.minimize(forward)
+        tied = model[place].weight
+        model[place].weight = new = nn.Parameter(tied.detach().clone())
+        with pytest.raises(ValueError, match=f"'{place}.weight' was tied to"):
+            optimizer.minimize(forward)
+        new.requires_grad_(False)
+        optimizer.minimize(forward)
+        new.requires_grad_(True)
+        optimizer.add_param_group({"params": [new]})
+        optimizer.minimize(forward)
+        assert not torch.equal(new, tied)
 
     def test_weights_that_are_tied_later(self):
         torch.manual_seed(0)

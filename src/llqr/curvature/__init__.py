@@ -8,6 +8,7 @@ from ._curvatures import as_curvature as as_curvature
 from ._forwards import count_nonzero_rows as count_nonzero_rows
 from ._forwards import split_loss_and_outputs as split_loss_and_outputs
 from ._output_hessian import LinearLoss as LinearLoss
+from ._output_hessian import SaturatedLoss as SaturatedLoss
 from ._quadratic_model import QuadraticModel as QuadraticModel
 from ._quadratic_model import check_scale as check_scale
 from ._quadratic_model import normalised_weights as normalised_weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,22 @@ from ._overrides import without_look_for_modes
 from .linearised import is_replaced
 
 __all__ = [
+    "UNSEEN",
     "UnsuitableBackward",
     "custom_functions_in",
     "gradients_of",
+    "node_names_in",
+    "nodes_of",
+    "rounding_is_small",
     "release_failed_backward",
 ]
+
+
+#: Operations whose backward passes straight through a rounding, without a second derivative.
+SURROGATES_OF_TORCH = ("FakeQuantizeLearnable",)
+
+#: What to suspect where no graph shows anything.
+UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
 
 
 #: With the modes of this thread on: activation checkpointing runs parts of the forward there.
@@ -78,6 +90,23 @@ def release_failed_backward() -> None:
         torch.autograd.grad(x + 1, x)
 
 
+def nodes_of(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[Any]:
+    """Walk over the nodes of a graph, each once, leaving out what ``above`` is computed by."""
+    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def node_names_in(tensors: Sequence[Tensor]) -> frozenset[str]:
+    """Return which nodes the graph is made of."""
+    return frozenset(node.name() for node in nodes_of(tensors))
+
+
 class UnsuitableBackward(ValueError):
     """A backward of a user's own that does not do for a curvature."""
 
@@ -90,8 +119,16 @@ class UnsuitableBackward(ValueError):
         )
 
 
+def rounding_is_small(parameters: Sequence[Tensor], node_names: frozenset[str]) -> bool:
+    """Tell whether the rounding of a backward pass is too small to look like a wrong one."""
+    single = all(torch.finfo(p.dtype).eps < 1e-6 for p in parameters)
+    return single and "ToCopyBackward0" not in node_names
+
+
 def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> list[str]:
     """Return the names of users' autograd Functions in the graph above the parameters.
+
+    With them, torch's operations that are surrogates without a second derivative.
 
     Args:
         tensors: where the graph ends.
@@ -101,12 +138,7 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
         ValueError: reentrant activation checkpointing, whose inner parameters no graph shows.
     """
     names: dict[str, None] = {}
-    pending, seen = [t.grad_fn for t in tensors], {t.grad_fn for t in above}
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_of(tensors, above):
         name = node.name()
         if name == "CheckpointFunctionBackward":
             raise ValueError(
@@ -116,5 +148,6 @@ def custom_functions_in(tensors: Sequence[Tensor], above: Sequence[Tensor] = ())
             )
         if isinstance(node, torch.autograd.function.BackwardCFunction) and not is_replaced(node):
             names[name.removesuffix("Backward")] = None
-        pending.extend(parent for parent, _ in node.next_functions)
+        if name.startswith(SURROGATES_OF_TORCH):
+            names[name.removesuffix("Backward0")] = None
     return list(names)

@@ -16,7 +16,7 @@ class MissingDerivative(RuntimeError):
 
 
 class ReplacementsDisagree(MissingDerivative):
-    """Replaced operations gave other derivatives than torch's own: a user need not know."""
+    """Replaced operations give other derivatives than torch's own: a user need not know."""
 
     def __init__(self) -> None:
         super().__init__("")

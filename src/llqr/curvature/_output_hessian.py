@@ -14,7 +14,7 @@ from ._graphs import gradients_of
 from ._missing_derivative import missing_derivative_in
 from ._random import random_normal
 
-__all__ = ["LinearLoss", "OutputHessian"]
+__all__ = ["LinearLoss", "OutputHessian", "SaturatedLoss"]
 
 #: ``objective(loss, outputs, outputs0)``: the scalar D, or None for the loss itself.
 Objective = Callable[[Tensor, Any, Any], Tensor | None]
@@ -22,6 +22,10 @@ Objective = Callable[[Tensor, Any, Any], Tensor | None]
 
 class LinearLoss(ValueError):
     """A loss that has no second derivative in its outputs."""
+
+
+class SaturatedLoss(LinearLoss):
+    """A loss whose second derivative in its outputs has underflowed: it has one at smaller ones."""
 
 
 class OutputHessian:
@@ -32,6 +36,7 @@ class OutputHessian:
         loss: the loss, computed from the outputs.
         outputs: what the forward handed over.
         zs: the tensors of ``outputs`` that carry a graph: H is a matrix over them.
+        check: refuse H = 0, and warn of an indefinite H.
 
     Attributes:
         of_loss: whether D is the loss itself.
@@ -42,7 +47,14 @@ class OutputHessian:
         LinearLoss: H is zero.
     """
 
-    def __init__(self, objective: Objective, loss: Tensor, outputs: Any, zs: list[Tensor]) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        loss: Tensor,
+        outputs: Any,
+        zs: list[Tensor],
+        check: bool = True,
+    ) -> None:
         scalar, self.points = _scalar_and_points(objective, loss, outputs, zs)
         gradient = gradients_of([scalar], self.points, create_graph=True)
         self._gradient = [
@@ -54,7 +66,7 @@ class OutputHessian:
                 "function was given (not a detached or recomputed copy)"
             )
         self.of_loss = scalar is loss
-        self._indefinite = self._check_curvature(may_be_stationary=self.of_loss)
+        self._indefinite = check and self._check_curvature(may_be_stationary=self.of_loss)
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
@@ -69,10 +81,18 @@ class OutputHessian:
             return [None] * len(self.points)
         return gradients_of([g for g, _ in pairs], self.points, [x for _, x in pairs])
 
+    def bends(self) -> bool:
+        """Tell whether H is not zero, from one random product."""
+        images = self.product(self._draw_probes())
+        return any(bool(h.isfinite().all()) and bool(h.any()) for h in images if h is not None)
+
+    def _draw_probes(self) -> list[Tensor]:
+        # Another seed per tensor: of a loss in z1 - z2 the same one would see nothing.
+        return [_random_like(z, seed) for seed, z in enumerate(self.points)]
+
     def _check_curvature(self, may_be_stationary: bool) -> bool:
         """Refuse H = 0, and tell whether H is seen to be indefinite, from one random product."""
-        # Another seed per tensor: of a loss in z1 - z2 the same one would see nothing.
-        probes = [_random_like(z, seed) for seed, z in enumerate(self.points)]
+        probes = self._draw_probes()
         images = self._product_or_say_why_not(probes)
         pairs = [(v, h) for v, h in zip(probes, images, strict=True) if h is not None]
         if not any(bool(h.any()) for _, h in pairs):

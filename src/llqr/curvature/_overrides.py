@@ -13,11 +13,12 @@ def without_look_for_modes(func: Any) -> FunctionType:
 
     torch leaves a mode out while it handles a function; the body's own calls would pass it by.
     """
-    names = {**func.__globals__, "has_torch_function": _no, "has_torch_function_unary": _no}
+    looks = "has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"
+    names = {**func.__globals__, **dict.fromkeys(looks, _no)}
     copy = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
 
 
-def _no(_: Any) -> bool:
+def _no(*_: Any) -> bool:
     return False

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._autocast import autocast_overruled
 from ._curvatures import Curvature, square_root_of
+from ._exact_derivatives import ExactDerivatives
 from ._forwards import (
     Forward,
     RepeatableForward,
@@ -20,15 +21,19 @@ from ._forwards import (
     split_loss_and_outputs,
 )
 from ._graphs import (
+    UNSEEN,
     UnsuitableBackward,
     custom_functions_in,
     gradients_of,
+    node_names_in,
     release_failed_backward,
+    rounding_is_small,
 )
 from ._output_hessian import OutputHessian
 from ._twice_differentiable import differentiable_repeatedly, tensor_hooks_noted
 from .expansions._differences import central_difference, differ_too_much, random_direction
 from .expansions._linear_maps import is_homogeneous, random_cotangents
+from .expansions._saturation import saturation_told
 
 __all__ = ["SampledForward"]
 
@@ -36,6 +41,9 @@ Result = TypeVar("Result")
 
 #: How many numbers the samples of the outputs hold that are drawn at a time.
 ENTRIES_AT_ONCE = 1 << 26
+
+#: Kinds of forward and ids of parameters: of these the backward was checked.
+_checked_models: set[Any] = set()
 
 
 class SampledForward:
@@ -77,8 +85,9 @@ class SampledForward:
 
     def _use(self, use: Callable[[_Graph], Result]) -> Result:
         # Around all of it: activation checkpointing runs parts of the forward again in a backward
-        # pass, and must meet the same kernels.
-        with autocast_overruled(), differentiable_repeatedly():
+        # pass, and must meet the same kernels. Of a forward that takes a derivative itself, J' is a
+        # second one.
+        with autocast_overruled(), differentiable_repeatedly(), ExactDerivatives():
             try:
                 if self._graph is None:
                     self._graph = _Graph(self._forward, self._parameters, self._curvature)
@@ -103,6 +112,7 @@ class _Graph:
     def __init__(
         self, forward: RepeatableForward, parameters: list[Tensor], curvature: Curvature
     ) -> None:
+        self._forward = forward
         self._scalar, self._outputs = split_loss_and_outputs(forward())
         if self._outputs is None:
             raise ValueError(
@@ -151,17 +161,27 @@ class _Graph:
     @cached_property
     def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:
         """Return samples H^(1/2) e for ``count`` and ``generator``."""
-        if self._custom_functions and not is_homogeneous(
-            self._transposed_product, random_cotangents(self._zs)
-        ):
-            raise UnsuitableBackward(self._custom_functions, "J'v is not linear in v")
+        self._check_backward()
         if type(self._curvature).sample is not Curvature.sample:
             return partial(self._curvature.sample, self._scalar, self._outputs)
         # What H is, is found once for all draws.
-        root = square_root_of(self._curvature, self._scalar, self._outputs)
+        with saturation_told(self._forward, self._parameters, self._curvature.objective):
+            root = square_root_of(self._curvature, self._scalar, self._outputs)
         if root.hessian.of_loss and (hidden := custom_functions_in([self._scalar], self._zs)):
             self._check_output_hessian(root.hessian, hidden)
         return root.draw
+
+    def _check_backward(self) -> None:
+        """Check that J'v is linear in v: always with a Function, else once for a model."""
+        names = node_names_in([self._scalar, *self._zs])
+        model = names, tuple((id(p), p.shape, p.dtype) for p in self._parameters)
+        suspects = self._custom_functions
+        known = model in _checked_models or not rounding_is_small(self._parameters, names)
+        if known and not suspects:
+            return
+        if not is_homogeneous(self._transposed_product, random_cotangents(self._zs)):
+            raise UnsuitableBackward(suspects or [UNSEEN], "J'v is not linear in v")
+        _checked_models.add(model)
 
     def _check_output_hessian(self, hessian: OutputHessian, hidden: list[str]) -> None:
         """Compare H J d with differences of dL/dz: fused losses keep it as a constant."""

@@ -46,7 +46,8 @@ def curvature_samples(
 
     Raises:
         ValueError: the curvature is Newton's; the loss is not a scalar, has no graph, is linear in
-            the outputs or not convex in them; the outputs are missing or complex.
+            the outputs or not convex in them; the outputs are missing or complex; a hook or a
+            backward of one's own is not linear in the gradient it gets.
 
     Example:
         >>> import torch

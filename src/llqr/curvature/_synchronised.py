@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._graphs import nodes_of
 from .linearised._base import per_channel
 
 __all__ = ["couples_processes", "is_synchronised", "synchronised_batch_norm"]
@@ -73,13 +74,4 @@ def couples_processes(tensors: Sequence[Tensor]) -> bool:
 
     There J'v of one process is its part of a sum: <J'v, d> = <v, J d> holds of the sums alone.
     """
-    pending, seen = [t.grad_fn for t in tensors], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, _SumOverProcesses._backward_cls):
-            return True
-        pending.extend(parent for parent, _ in node.next_functions)
-    return False
+    return any(isinstance(node, _SumOverProcesses._backward_cls) for node in nodes_of(tensors))

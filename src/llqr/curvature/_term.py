@@ -13,7 +13,7 @@ from .._autocast import autocast_overruled
 from ._curvatures import Curvature
 from ._forwards import Forward, RepeatableForward
 from ._graphs import release_failed_backward
-from ._missing_derivative import missing_derivative_in
+from ._missing_derivative import MissingDerivative, missing_derivative_in
 from ._twice_differentiable import twice_differentiable
 from .expansions import Expansion, ways_of_expanding
 
@@ -50,7 +50,7 @@ class Term:
         self._active_indices = [i for i, p in enumerate(parameters) if p.requires_grad]
         self._forward = RepeatableForward(forward, parameters)
         self._count_rows = count_rows
-        self._ways = ways_of_expanding(curvature)
+        self._ways, self._suspect = ways_of_expanding(curvature), False
         self._expansion: Expansion | None = None
         self._operation_to_report: str | None = None
         self.loss, gradient, self.rows = self._use_expansion(
@@ -88,6 +88,7 @@ class Term:
                         operation = missing_derivative_in(error)
                         if operation is None or len(self._ways) == 1:
                             raise
+                        self._suspect = self._suspect or isinstance(error, MissingDerivative)
                     # Outside of the except clause, whose error holds frames that hold the graph:
                     # there are never two graphs at a time.
                     self._expansion, self._ways = None, self._ways[1:]
@@ -101,7 +102,9 @@ class Term:
         if self._expansion is None:
             parameters = [self._parameters[i] for i in self._active_indices]
             way = self._ways[0]
-            self._expansion = way(self._forward, parameters, self._curvature, self._count_rows)
+            self._expansion = way(
+                self._forward, parameters, self._curvature, self._count_rows, self._suspect
+            )
         return self._expansion
 
     def _active_part(self, d: Sequence[Tensor]) -> list[Tensor]:

@@ -18,15 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._eager_code import eager_where
+from ._embeddings import consistent_embedding, refuse_scaled_bag
 from ._overrides import without_look_for_modes
 from .linearised import has_subclass
 
-__all__ = [
-    "ExactWeightNorm",
-    "differentiable_repeatedly",
-    "tensor_hooks_noted",
-    "twice_differentiable",
-]
+__all__ = ["differentiable_repeatedly", "tensor_hooks_noted", "twice_differentiable"]
 
 
 @contextmanager
@@ -86,8 +82,14 @@ class _TwiceDifferentiable(TorchFunctionMode):
 
 
 def _note_hook(mode: _TwiceDifferentiable, func: Any, args: Any, kwargs: Any) -> Any:
-    """Note a hook; leave it out where a forward is run again without a graph, and torch raises."""
-    if not torch.is_grad_enabled():
+    """Note a hook; leave it out where a forward is run again without a graph, and torch raises.
+
+    Those of ``register_multi_grad_hook`` change nothing, and fail outside of ``backward()`` if a
+    parameter is among their tensors.
+    """
+    hook = args[1] if len(args) > 1 else kwargs.get("hook")
+    only_looks = getattr(hook, "__globals__", None) is vars(torch.autograd.graph)
+    if only_looks or not torch.is_grad_enabled():
         return RemovableHandle(OrderedDict())
     mode.hooks_noted = mode.hooks_noted or args[0].grad_fn is not None
     return func(*args, **kwargs)
@@ -126,6 +128,19 @@ def _call_math_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     return values[0]
+
+
+# -- embeddings ----------------------------------------------------------------------------------
+
+
+def _consistent_embedding(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
+    return consistent_embedding(*args, **kwargs)
+
+
+def _unscaled_bag(mode: TorchFunctionMode, func: Any, args: Any, kwargs: Any) -> Any:
+    if kwargs.get("scale_grad_by_freq", len(args) > 5 and args[5]):
+        refuse_scaled_bag()
+    return func(*args, **kwargs)
 
 
 # -- recurrent nets ------------------------------------------------------------------------------
@@ -173,6 +188,8 @@ _DifferentiableRepeatedly.replacements = {
 }
 _TwiceDifferentiable.replacements = {
     **_DifferentiableRepeatedly.replacements,
+    F.embedding: _consistent_embedding,
+    F.embedding_bag: _unscaled_bag,
     F.scaled_dot_product_attention: _math_attention,
     F.multi_head_attention_forward: _seen_within,
 }
@@ -180,29 +197,3 @@ _TwiceDifferentiable.replacements = {
 
 def _tensors(nest: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(nest) if isinstance(t, Tensor)]
-
-
-# -- weight norm ---------------------------------------------------------------------------------
-
-
-class ExactWeightNorm(TorchFunctionMode):
-    """Compute weight norm from elementary operations, for a Hessian.
-
-    torch's fused kernel takes the norms for constants in its second backward, so that its Hessian
-    is wrong. A Gauss-Newton product does not need that backward.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Replace that one function."""
-        function = _weight_norm if func is torch._weight_norm else func
-        return function(*args, **(kwargs or {}))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))

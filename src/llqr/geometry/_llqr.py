@@ -15,12 +15,14 @@ from ..curvature import (
     Curvature,
     LinearLoss,
     QuadraticModel,
+    SaturatedLoss,
     as_curvature,
     check_scale,
     quadratic_model,
 )
 from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
+from ._refresh_progress import RefreshProgress
 from ._schedules import EMA, INNER_LR, growing
 from ._structured import StructuredGeometry
 from .inner_solve import (
@@ -53,7 +55,7 @@ class LLQRSettings(MetricSettings):
 
     every: Schedule = EVERY_GROWING
     steps: int = 50
-    lr: Schedule = 1e-2
+    lr: Literal["auto"] | Schedule = "auto"
     momentum: float = 0.9
     clip: float | None = 5.0
     ema: Schedule = 0.95
@@ -70,7 +72,8 @@ class LLQRSettings(MetricSettings):
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the argument and the value."""
         super().__post_init__()
-        INNER_LR.check(self.lr)
+        if self.lr != "auto":
+            INNER_LR.check(self.lr)
         EMA.check(self.ema)
         check_integer("steps", self.steps, low=1)
         check_number("momentum", self.momentum, low=0, high=1)
@@ -94,9 +97,8 @@ class LLQRSettings(MetricSettings):
 
     def learner_at(self, step: int) -> Learner:
         """Return how U is learned at an optimizer step."""
-        options = SolverOptions(
-            self.steps, INNER_LR.value_at(self.lr, step), self.momentum, self.clip
-        )
+        lr = math.nan if self.lr == "auto" else INNER_LR.value_at(self.lr, step)
+        options = SolverOptions(self.steps, lr, self.momentum, self.clip)
         return Learner(
             self.inner_solver,
             options,
@@ -105,6 +107,7 @@ class LLQRSettings(MetricSettings):
             constraint=self.constraint,
             bounds=self.bounds,
             ema=EMA.value_at(self.ema, step),
+            own_units=self.lr == "auto",
         )
 
 
@@ -134,10 +137,14 @@ class LLQR(StructuredGeometry):
         every: optimizer steps between refreshes; a number, :class:`llqr.growing` or a function of
             the step.
         steps: inner steps T.
-        lr: inner learning rate; a number or a function of the step.
+        lr: inner learning rate; "auto", a number or a function of the step. "auto" learns from J in
+            units of its own, so that U is the same for the loss times 1,000, another ``scale`` or
+            another batch size, and U = I is the best of all multiples of I; its rate is a fixed
+            part of the step that minimises J along its gradient in U, and is lowered until J goes
+            down.
         momentum: inner momentum, in [0, 1).
         clip: the inner gradient of each entry of each block (of each factor of kfac) is clipped to
-            this norm; None: not clipped.
+            this norm (with ``lr="auto"``, in J's own units); None: not clipped.
         ema: beta, in [0, 1); a number or a function of the step. It averages the factors, which
             is not the average of the operators.
         damping: lambda, added to C.
@@ -154,7 +161,9 @@ class LLQR(StructuredGeometry):
         solver: "momentum", "sgd", "adam", "lbfgs" (then at most ``steps`` evaluations), or a
             function (tensors, options) -> torch optimizer, with ``options.lr`` and ``.momentum``.
         start: first optimizer step before which a refresh is due.
-        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        max_failures: refused refreshes in a row that are tolerated; one more raises. None: any
+            number, and each in a row doubles the gap to the next, up to 500 steps (``last`` of a
+            growing gap), until one is accepted.
         renew_every: accepted refreshes between new bases (``bases="gradient"``).
         shard: with several processes, each keeps and applies its shard of U, so that memory falls
             by their number and a gather comes with each application. Always so with
@@ -192,7 +201,7 @@ class LLQR(StructuredGeometry):
         curvature: Literal["fisher", "newton"] | Curvature = "fisher",
         every: Schedule = EVERY_GROWING,
         steps: int = 50,
-        lr: Schedule = 1e-2,
+        lr: Literal["auto"] | Schedule = "auto",
         momentum: float = 0.9,
         clip: float | None = 5.0,
         ema: Schedule = 0.95,
@@ -205,7 +214,7 @@ class LLQR(StructuredGeometry):
         tolerance: float = 1e-2,
         solver: SolverName | SolverFactory = "momentum",
         start: int = 0,
-        max_failures: int = 3,
+        max_failures: int | None = None,
         renew_every: int = 5,
         shard: bool = False,
         micro_batch: int | None = None,
@@ -305,7 +314,9 @@ class LLQR(StructuredGeometry):
             model.scale = self.ranks.sum(model.scale)
         # Lines 7 to 11: T inner steps on J, then the average.
         with torch.no_grad():
-            flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
+            progress = RefreshProgress(self.on_progress, settings.steps + 2)
+            names = list(self.parameters)
+            flat = FlatModel(model, self.layout, names, self.ranks, progress.advance)
             outcome = settings.learner_at(step).learn(
                 flat,
                 self.blocks,
@@ -336,20 +347,31 @@ class LLQR(StructuredGeometry):
                 weights=weights,
                 micro_batch=self.settings.micro_batch,
             )
+        except SaturatedLoss:
+            return None
         except LinearLoss:
-            # A loss that had curvature before is not linear: if a network is certain of every
-            # answer, the second derivative in the outputs underflows.
+            # A loss that had curvature before is not linear.
             if self.history.accepted:
                 return None
             raise
 
     def advise_on_failures(self, step: int) -> str:
         """Return what helps when refreshes are refused again and again."""
-        lr = INNER_LR.value_at(self.settings.lr, step)
+        lr = self.settings.lr
+        slower = (
+            "Fewer inner steps"
+            if lr == "auto"
+            else f"A smaller inner lr (now {INNER_LR.value_at(lr, step)})"
+        )
         return (
-            f"A smaller inner lr (now {lr}), a larger refresh batch or more damping helps; "
+            f"{slower}, a larger refresh batch or more damping helps; "
             "max_failures sets how many are tolerated"
         )
+
+    def advise_on_inaction(self) -> str:
+        """Return what lets U act."""
+        lr = "" if self.settings.lr == "auto" else "a larger inner lr (or lr='auto'), "
+        return f"{lr}a smaller ema or more frequent refreshes (every) let it act"
 
     def explain_indefinite_U(self) -> str:
         """Return the setting that lets U become indefinite."""
@@ -372,6 +394,9 @@ class LLQR(StructuredGeometry):
         vector = self.layout.numel * self.layout.dtype.itemsize
         directions = basis_capacity(self.layout, settings.steps)
         basis = 2 * directions * vector if settings.tolerance else 0
+        # What the solves at several inner rates share, beside what each keeps on coefficients.
+        if settings.lr == "auto" and self.blocks.linear:
+            basis *= 2
         # Nothing of U's size but the result if the solve runs on coefficients; else the new
         # state, its gradient and its momentum. And six flat work vectors.
         literal = not settings.tolerance or not settings.inner_solver.heavy_ball

@@ -25,7 +25,8 @@ class MetricSettings:
     Attributes:
         every: optimizer steps between refreshes; a number or a function of the step.
         start: first optimizer step before which a refresh is due.
-        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        max_failures: refused refreshes in a row that are tolerated; one more raises. None: any
+            number, and each in a row doubles the gap to the next, until one is accepted.
         block_size: sides of matrices wider than this are cut into blocks; None: whole.
         shard: with several processes, each keeps and applies its shard of U.
         application: "full", or "bfloat16" for structures that apply faster in it.
@@ -35,7 +36,7 @@ class MetricSettings:
 
     every: Schedule = 500
     start: int = 0
-    max_failures: int = 3
+    max_failures: int | None = None
     block_size: int | None = 512
     shard: bool = False
     application: Application = "full"
@@ -46,7 +47,8 @@ class MetricSettings:
         # A function of the step passes here; its values are checked when it is called.
         EVERY.check(self.every)
         check_integer("start", self.start, low=0)
-        check_integer("max_failures", self.max_failures, low=0)
+        if self.max_failures is not None:
+            check_integer("max_failures", self.max_failures, low=0)
         if self.block_size is not None:
             check_integer("block_size", self.block_size, low=1)
         check_flags(shard=self.shard)

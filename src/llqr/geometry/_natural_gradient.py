@@ -13,7 +13,14 @@ from torch import Tensor
 from .._checks import Schedule, check_choice, check_flags, check_integer, check_number
 from .._devices import widen
 from .._vectors import Tensors, quadratic_value
-from ..curvature import Curvature, LinearLoss, as_curvature, curvature_samples, quadratic_model
+from ..curvature import (
+    Curvature,
+    LinearLoss,
+    SaturatedLoss,
+    as_curvature,
+    curvature_samples,
+    quadratic_model,
+)
 from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
 from ._samples_by_part import are_squarable, own_samples, peak_bytes, samples_by_part
@@ -51,7 +58,7 @@ class NaturalGradientSettings(MetricSettings):
     ema: Schedule = 0.9
     second_moment: SecondMoment = "samples"
     gradient_ema: float = 0.95
-    renew_every: int = 1
+    renew_every: int = 2
     seed: int = 0
     report_J: bool = False
 
@@ -128,7 +135,8 @@ class NaturalGradient(StructuredGeometry):
         seed: of the samples; the global random state is not used. Two refreshes, and two processes,
             draw different ones.
         start: first optimizer step before which a refresh is due.
-        max_failures: refused refreshes in a row that are tolerated; one more raises.
+        max_failures: refused refreshes in a row that are tolerated; one more raises. None: any
+            number, and each in a row doubles the gap to the next, until one is accepted.
         shard: with several processes, each keeps and applies its shard of U, learned from the
             samples of all. Always so with ``fully_shard``.
         application: "full"; no closed form applies faster in "bfloat16".
@@ -171,11 +179,11 @@ class NaturalGradient(StructuredGeometry):
         every: Schedule = EVERY_GROWING,
         second_moment: SecondMoment = "samples",
         gradient_ema: float = 0.95,
-        renew_every: int = 1,
+        renew_every: int = 2,
         block_size: int | None = 512,
         seed: int = 0,
         start: int = 0,
-        max_failures: int = 3,
+        max_failures: int | None = None,
         shard: bool = False,
         application: Application = "full",
         batch_norm: NormStatistics = "batch",
@@ -254,8 +262,6 @@ class NaturalGradient(StructuredGeometry):
             return Learned(None, SATURATED, is_failure=False)
         # The random vectors of a network that is certain of every answer are zero.
         if self.ranks.all(not any(bool(w.any()) for w in drawn)):
-            if not self.history.accepted:
-                raise LinearLoss(f"forward: {SATURATED}, so its samples tell nothing of U")
             return Learned(None, SATURATED, is_failure=False)
         with torch.no_grad():
             g = self._pack_mean(gradient)
@@ -287,8 +293,9 @@ class NaturalGradient(StructuredGeometry):
             try:
                 samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
                 return samples.draw(self.settings.samples, self._generator()), samples.gradient
-            except LinearLoss:
-                if not self.history.accepted:
+            except LinearLoss as error:
+                # A loss that had curvature before is not linear.
+                if not self.history.accepted and not isinstance(error, SaturatedLoss):
                     raise
                 return [], []
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-__all__ = ["RefreshError", "RefreshHistory", "RefreshReport"]
+__all__ = ["INACTIVE", "RefreshError", "RefreshHistory", "RefreshReport"]
+
+#: |Ug - g| / |g| below which training with U is hardly told from training without.
+INACTIVE = 0.015
 
 
 class RefreshError(RuntimeError):
@@ -28,7 +31,9 @@ class RefreshReport:
         step: the optimizer step before which it ran.
         accepted: whether the new U was kept.
         reason: why it was refused, else None.
-        J_before: the objective at the old U.
+        J_before: the objective at the old U. With ``lr="auto"``, J(U) is what the step
+            -(1 / kappa) U g would take off the loss in the model, with 1 / kappa the best length at
+            g'Ug = g'g: at best half of |g|^2 / kappa.
         J_after: the objective at the U that would be stored (after EMA and projection).
         gradient_norm: |g|.
         ratio: |Ug| / |g|.
@@ -44,6 +49,7 @@ class RefreshReport:
         >>> import llqr
         >>> print(llqr.RefreshReport(step=3, accepted=True, change=0.25, seconds=0.5))
         refresh at step 3 accepted: |Ug-g|/|g| 0.25, 0.50 s
+        The new U is used from now on. It acts: it changes the gradient by 25 %.
     """
 
     step: int
@@ -62,9 +68,31 @@ class RefreshReport:
     seconds: float | None = None
 
     def __str__(self) -> str:
+        return f"{self.headline()}\n{' '.join(self._explain())}"
+
+    def headline(self) -> str:
+        """Return the verdict and the numbers, in one line."""
         verdict = "accepted" if self.accepted else f"refused ({self.reason})"
         numbers = ", ".join(self._list_numbers())
         return f"refresh at step {self.step} {verdict}" + (f": {numbers}" if numbers else "")
+
+    def _explain(self) -> list[str]:
+        """Return sentences: what the numbers mean, and what to do."""
+        if not self.accepted:
+            said = ["U stays as it was, and training goes on with it."]
+            if self.change is None:
+                return said
+            return [*said, "If this is common, a smaller inner lr or a larger refresh batch helps."]
+        said = ["The new U is used from now on."]
+        if self.change is not None:
+            acts = f"It acts: it changes the gradient by {self.change:.0%}.".replace("%", " %")
+            hardly = "It hardly acts: a larger inner lr, a smaller ema or more refreshes let it."
+            said.append(hardly if self.change < INACTIVE else acts)
+        if self.J_after is not None and self.J_after > 0:
+            said.append("A step -Ug would raise the loss in the model: take a small base lr.")
+        elif self.J_after is not None and self.J_after < 0:
+            said.append("A step along -Ug lowers the loss in the model.")
+        return said
 
     def _list_numbers(self) -> list[str]:
         # What decides whether a number is shown, and the text with it.

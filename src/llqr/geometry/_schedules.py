@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from .._checks import Schedule, check_number, value_at_step
 
-__all__ = ["EMA", "EVERY", "INNER_LR", "ScheduledSetting", "gap_after", "growing"]
+__all__ = ["EMA", "EVERY", "INNER_LR", "ScheduledSetting", "back_off", "gap_after", "growing"]
+
+#: Optimizer steps that refusals lengthen a gap to, at most.
+LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,13 @@ def gap_after(every: Schedule, last: int, step: int) -> float:
     # A gap that grows is fixed by the refresh it follows: with every(step), rate=1 would never be
     # reached. Other functions are asked at the present step, so that a change acts at once.
     return EVERY.value_at(every, last if isinstance(every, growing) else step)
+
+
+def back_off(every: Schedule, gap: float, failures: int) -> float:
+    """Return the gap after refusals in a row: each doubles it, up to a bound.
+
+    What refused a refresh (a saturated network, an inner rate that is too large) may last; a
+    refresh that is refused costs as much as one that is not.
+    """
+    longest = every.last if isinstance(every, growing) else max(gap, LONGEST)
+    return min(gap * 2.0 ** min(failures, 16), longest)

@@ -16,8 +16,9 @@ from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, NormStatistics, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
-from ._report import RefreshError, RefreshHistory, RefreshReport
-from ._schedules import gap_after
+from ._refresh_progress import ProgressCallback
+from ._report import INACTIVE, RefreshError, RefreshHistory, RefreshReport
+from ._schedules import back_off, gap_after
 from .layout import Layout, layers_of, unwrap_model
 from .structures import BlockDiagonal, States, Structure, StructureOf, Vector, find_structure
 from .structures._table import check_structure
@@ -47,6 +48,8 @@ class StructuredGeometry(Geometry):
             ``blocks.parts``.
         states: the state of each part, in the same order; only :meth:`learn` changes U.
         history: how many refreshes ran and were refused.
+        on_progress: None, or a function (done, total, seconds) that a refresh of more than two
+            seconds calls as its products are computed, a few times a second. Copies lack it.
 
     Raises:
         ValueError: an unknown structure; a structure that is not what it says (see
@@ -83,6 +86,7 @@ class StructuredGeometry(Geometry):
     states: States
     #: The structure of 1-D parameters in layers whose structure needs matrices.
     vector_kind: type[Structure] = Vector
+    on_progress: ProgressCallback | None = None
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -91,6 +95,10 @@ class StructuredGeometry(Geometry):
         self.history = RefreshHistory()
         self._warned: set[str] = set()
         self._lowered: tuple[States, States] = [], []
+        self._inactive = 0  # accepted refreshes in a row after which U hardly acts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "on_progress"}
 
     @property
     def batch_norm(self) -> NormStatistics:
@@ -124,6 +132,10 @@ class StructuredGeometry(Geometry):
     def advise_on_failures(self, step: int) -> str:
         """Return what a user can do when refreshes are refused again and again."""
         return "A larger refresh batch helps; max_failures sets how many are tolerated"
+
+    def advise_on_inaction(self) -> str:
+        """Return what a user can do when U stays close to the identity."""
+        return "more frequent refreshes (every) let it act"
 
     def explain_indefinite_U(self) -> str:
         """Return, in brackets, why U could become indefinite, and what keeps it positive."""
@@ -246,11 +258,27 @@ class StructuredGeometry(Geometry):
     # -- refreshing ----------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """Tell whether ``every`` steps have passed since the last refresh (first at start)."""
-        if step < self.settings.start:
+        """Tell whether ``every`` steps have passed since the last refresh (first at start).
+
+        After refusals in a row the gap is longer (see ``max_failures``).
+        """
+        settings, history = self.settings, self.history
+        if step < settings.start:
             return False
-        last = self.history.last
-        return last < 0 or step - last >= gap_after(self.settings.every, last, step)
+        if history.last < 0:
+            return True
+        gap = gap_after(settings.every, history.last, step)
+        if settings.max_failures is None:
+            gap = back_off(settings.every, gap, history.failures)
+        return step - history.last >= gap
+
+    def refreshes_in(self, steps: int) -> int:
+        """Return how many refreshes a run of so many steps has, if all are accepted."""
+        count, last = 0, -1
+        for step in range(self.settings.start, steps):
+            if last < 0 or step - last >= gap_after(self.settings.every, last, step):
+                count, last = count + 1, step
+        return count
 
     def refresh(
         self,
@@ -327,18 +355,13 @@ class StructuredGeometry(Geometry):
         self.history.record(report, is_failure=is_failure)
         log.info("%s", report)
         if report.accepted:
-            if report.eigenvalue_min is not None and report.eigenvalue_min < 0:
-                self._warn_once(
-                    "indefinite",
-                    f"U has a negative eigenvalue{self.explain_indefinite_U()}: g'Ug can be "
-                    "negative, and then the probe is skipped",
-                )
+            self._warn_of_accepted(report)
             return
         failures = self.history.failures
-        if failures > self.settings.max_failures:
+        if self.settings.max_failures is not None and failures > self.settings.max_failures:
             raise RefreshError(
                 f"{failures} refreshes in a row were refused, the last one because "
-                f"{report.reason} ({report}). U is unchanged. "
+                f"{report.reason} ({report.headline()}). U is unchanged. "
                 f"{self.advise_on_failures(report.step)}",
                 report,
             )
@@ -347,6 +370,31 @@ class StructuredGeometry(Geometry):
             f"a refresh was refused because {report.reason}; U is kept as it was (see "
             "optimizer.last_report; later refusals are only counted)",
         )
+
+    def _warn_of_accepted(self, report: RefreshReport) -> None:
+        """Say once what is likely to disappoint, and the way out."""
+        if report.eigenvalue_min is not None and report.eigenvalue_min < 0:
+            self._warn_once(
+                "indefinite",
+                f"U has a negative eigenvalue{self.explain_indefinite_U()}: g'Ug can be "
+                "negative, and then the probe is skipped",
+            )
+        elif report.J_after is not None and report.J_after > 0:
+            self._warn_once(
+                "uphill",
+                f"J(U) = {report.J_after:.3g} is positive: a step -Ug would raise the loss in its "
+                "quadratic model, so U is too large along g for a learning rate of one; a small "
+                "base lr, damping, or lr='auto' avoids that",
+            )
+        if report.change is not None and self.blocks.learns:
+            self._inactive = self._inactive + 1 if report.change < INACTIVE else 0
+        if self._inactive == 3:
+            self._warn_once(
+                "inactive",
+                f"U hardly acts: after three refreshes in a row |Ug-g|/|g| is below {INACTIVE} "
+                f"(now {report.change:.2g}), so that training is the base optimizer's; "
+                f"{self.advise_on_inaction()}",
+            )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -56,7 +56,7 @@ class MicroBatches:
             forward: returns (loss, outputs) or the loss, for a refresh.
         """
         if self._begins_step(optimizer):
-            probes = optimizer.needs_second_pass
+            probes = optimizer._probing.displaces
             self._start = optimizer._passes.keep_start() if probes else None
         random = RandomState(*optimizer._parameters.devices)
         self._started = _MicroBatch(optimizer, backward, forward, random)
@@ -98,7 +98,8 @@ class MicroBatches:
         now = RandomState(*optimizer._parameters.devices)
         with torch.enable_grad(), metrics_put_back(optimizer.model if module is None else module):
             optimizer.refresh_if_due([m.forward for m in seen])
-            if optimizer.needs_second_pass:
+            # Also MSAM needs it here: the framework has run the first pass at theta.
+            if optimizer._probing.displaces:
                 try:
                     # As optimizer.perturbed(scaler), from the state before the first micro-batch.
                     with optimizer._passes.run_perturbed(scaler, start):

@@ -19,24 +19,28 @@ class ASAM(Perturbation):
 
     .. math:: \epsilon = \rho \frac{T^2 g}{|T g|}, \qquad T = |w| + \eta
 
-    T is 1 for biases: parameters whose last name starts with "bias" or ends with "_bias". The
-    probe ignores U; ``transport`` of the optimizer acts as given.
+    T is 1 for biases: parameters whose last name starts with "bias" or ends with "_bias"
+    (pytorch_optimizer scales them too, and has no eta). The probe ignores U; ``transport`` of the
+    optimizer acts as given.
 
     Args:
         rho: radius (see :class:`Perturbation`).
         eta: added to the size of the weights, so that zeros move too.
         start: first optimizer step that is probed.
+        interval: every interval-th step is probed (see :class:`Perturbation`).
 
     Source: J. Kwon et al., ASAM, ICML 2021.
 
     Example:
         >>> import llqr
         >>> llqr.ASAM(rho=1.0)
-        ASAM(rho=1.0, start=0, eta=0.01)
+        ASAM(rho=1.0, start=0, interval=1, eta=0.01)
     """
 
-    def __init__(self, rho: Schedule = 0.5, *, eta: float = 0.01, start: int = 0) -> None:
-        super().__init__(rho, start=start)
+    def __init__(
+        self, rho: Schedule = 0.5, *, eta: float = 0.01, start: int = 0, interval: int = 1
+    ) -> None:
+        super().__init__(rho, start=start, interval=interval)
         check_number("eta", eta, low=0)
         self.eta = eta
 

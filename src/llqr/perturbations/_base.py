@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,11 +23,15 @@ class Probe:
     """What a perturbation decides by, at one step.
 
     Attributes:
-        gradients: g of the perturbed parameters, unscaled, in float32 or float64.
+        gradients: g of the perturbed parameters, unscaled, in float32 or float64; empty for a
+            perturbation that looks ahead.
         parameters: all parameters that the optimizer trains.
         radii: rho of each parameter.
         metric: the function g -> U g; without a geometry the identity.
         layers: the layer of each parameter.
+        momentum: the base's running mean of gradients (``momentum_buffer`` or ``exp_avg``) of the
+            perturbed parameters, in its own dtype, not copied; empty before the first step.
+        step: how many steps counted before this one.
     """
 
     gradients: Tensors
@@ -34,6 +39,8 @@ class Probe:
     radii: Mapping[str, float]
     metric: Metric
     layers: Mapping[str, str]
+    momentum: Tensors = field(default_factory=dict)
+    step: int = 0
 
 
 class Perturbation:
@@ -41,13 +48,17 @@ class Perturbation:
 
     A subclass needs :meth:`displacement`. One with a memory updates it in :meth:`observe` and
     :meth:`commit`, keeps it in :meth:`state`, follows replaced parameters in :meth:`rebind` and
-    forgets in :meth:`reset`; one that steps along something other than the
-    gradient of the second pass overrides :meth:`combine`.
+    forgets in :meth:`reset`. One that steps along something other than the gradient of the second
+    pass overrides :meth:`combine`; one that changes the gradient of steps without a second pass,
+    :meth:`adjust`. With ``looks_ahead = True`` in the class, eps is asked for before the forward,
+    from what is known by then, and the step has one pass, at theta + eps.
 
     Args:
         rho: radius; a number >= 0 or a function of the optimizer step. A parameter group's own
             option ``rho`` (number or function) takes precedence; 0 leaves the group unperturbed.
         start: first optimizer step that is probed.
+        interval: every interval-th step is probed, counted from ``start``; those in between have
+            one pass and step along its gradient.
 
     Example:
         Probe along the sign of the gradient:
@@ -62,10 +73,18 @@ class Perturbation:
         >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
     """
 
-    def __init__(self, rho: Schedule, *, start: int = 0) -> None:
+    #: Whether eps needs no gradient of the step, so that its only pass is at theta + eps.
+    looks_ahead: ClassVar[bool] = False
+
+    def __init__(self, rho: Schedule, *, start: int = 0, interval: int = 1) -> None:
         check_number("rho", rho, low=0, schedule=True)
         check_integer("start", start, low=0)
-        self.rho, self.start = rho, start
+        check_integer("interval", interval, low=1)
+        self.rho, self.start, self.interval = rho, start, interval
+
+    def probes_at(self, step: int) -> bool:
+        """Tell whether an optimizer step is probed, if its rho is not 0."""
+        return step >= self.start and (step - self.start) % self.interval == 0
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return eps as {name: tensor}, or None if the metric gives g no positive norm."""
@@ -82,6 +101,16 @@ class Perturbation:
             perturbed: gradients of the second pass, likewise.
         """
         return perturbed
+
+    def adjust(self, gradients: Tensors) -> Tensors:
+        """Return the gradient to step with when there was no second pass; by default g itself.
+
+        Called by ``step()``, after clipping, from step ``start`` on unless rho is 0.
+
+        Args:
+            gradients: g, unscaled, in float32 or float64.
+        """
+        return gradients
 
     def observe(self, gradients: Tensors) -> None:
         """See the clean gradients of a step, before it is known whether the step counts."""

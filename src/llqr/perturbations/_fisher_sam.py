@@ -25,17 +25,20 @@ class FisherSAM(Perturbation):
         rho: radius (see :class:`Perturbation`).
         eta: damping of the squared gradient.
         start: first optimizer step that is probed.
+        interval: every interval-th step is probed (see :class:`Perturbation`).
 
     Source: M. Kim et al., Fisher SAM, ICML 2022, in the form of the authors' code of the paper.
 
     Example:
         >>> import llqr
         >>> llqr.FisherSAM(rho=0.2)
-        FisherSAM(rho=0.2, start=0, eta=0.1)
+        FisherSAM(rho=0.2, start=0, interval=1, eta=0.1)
     """
 
-    def __init__(self, rho: Schedule = 0.1, *, eta: float = 0.1, start: int = 0) -> None:
-        super().__init__(rho, start=start)
+    def __init__(
+        self, rho: Schedule = 0.1, *, eta: float = 0.1, start: int = 0, interval: int = 1
+    ) -> None:
+        super().__init__(rho, start=start, interval=interval)
         check_number("eta", eta, low=0, open_low=True)
         self.eta = eta
 

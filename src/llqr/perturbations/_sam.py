@@ -11,10 +11,11 @@ from .._checks import Schedule, check_choice
 from .._vectors import Tensors, inner_products, scale_tensors, sum_as_double, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
-__all__ = ["Direction", "Norm", "SAM"]
+__all__ = ["Along", "Direction", "Norm", "SAM"]
 
 Norm = Literal["metric", "euclidean", "layer-metric", "layer-euclidean"]
 Direction = Literal["raw", "normalised"]
+Along = Literal["metric", "gradient"]
 
 
 class SAM(Perturbation):
@@ -30,7 +31,10 @@ class SAM(Perturbation):
             that root.
         direction: "raw" uses d = Ug; "normalised" uses d = Ug / |Ug| (only the metric norms tell
             them apart).
+        along: "metric" probes along d = Ug; "gradient" along d = g, so that U acts in the step
+            only and rho keeps the scale it has in SAM without U.
         start: first optimizer step that is probed.
+        interval: every interval-th step is probed (see :class:`Perturbation`).
 
     Source: P. Foret et al., Sharpness-aware minimization, ICLR 2021; in the metric of U: paper,
     algorithm 1.
@@ -48,20 +52,23 @@ class SAM(Perturbation):
         *,
         norm: Norm = "metric",
         direction: Direction = "raw",
+        along: Along = "metric",
         start: int = 0,
+        interval: int = 1,
     ) -> None:
-        super().__init__(rho, start=start)
+        super().__init__(rho, start=start, interval=interval)
         check_choice("norm", norm, Norm)
         check_choice("direction", direction, Direction)
-        self.norm, self.direction = norm, direction
+        check_choice("along", along, Along)
+        self.norm, self.direction, self.along = norm, direction, along
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
-        """Return rho d / norm with d = U g."""
+        """Return rho d / norm with d = U g, or g with ``along="gradient"``."""
         return self._ascend(probe.gradients, probe)
 
     def _ascend(self, v: Tensors, probe: Probe) -> dict[str, Tensor] | None:
         """Return rho d / norm with d = U v (algorithm 1, line 5)."""
-        d = probe.metric(v)
+        d: Tensors = probe.metric(v) if self.along == "metric" else v
         if self.direction == "normalised":
             length = math.sqrt(total_inner_product(d, d) + EPS0)
             d = scale_tensors(d, dict.fromkeys(d, 1 / length))

@@ -23,6 +23,10 @@ COMMANDS = {
     "run": ("llqr_lab.commands.run", "make a run of a table or a figure of the paper"),
     "table": ("llqr_lab.commands.table", "make a table of the paper"),
     "figure": ("llqr_lab.commands.figure", "make a figure of the paper"),
+    "sharpness": (
+        "llqr_lab.commands.sharpness",
+        "measure and draw the sharpness of the network of a run",
+    ),
     "report": ("llqr_lab.commands.report", "show all finished runs in one HTML file"),
 }
 

@@ -15,6 +15,7 @@ from ..protocols import EXPERIMENTS, METHODS, resolve_settings, slug
 
 __all__ = [
     "CONF",
+    "GROUPS",
     "RECIPES",
     "changed_keys",
     "chosen_names",

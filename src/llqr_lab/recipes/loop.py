@@ -105,6 +105,7 @@ class Training:
         # is one of many, whose bar stands for all of them.
         silent = None if self.workers.is_first and self.records.folder else True
         with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
+            self._show_refreshes(bar)
             while self.epoch < self.config.train.epochs:
                 self._train_epoch(bar)
         self.records.keep_network(self.task.network.state_dict())
@@ -120,6 +121,23 @@ class Training:
             "processes": self.workers.size,
             "seconds": self.seconds,
         }
+
+    def _show_refreshes(self, bar: tqdm) -> None:
+        """Show how far a long refresh is, and say if the whole run has only one."""
+        geometry = self.optimizer.geometry
+        if bar.disable or geometry is None:
+            return
+        if self.step == 0 and geometry.refreshes_in(self.steps) < 2:
+            bar.write(
+                f"llqr.every = {self.config.llqr.every} leaves one refresh in {self.steps:,} "
+                "steps: U is learned at the first weights only; take a smaller llqr.every"
+            )
+
+        def show(done: int, total: int, seconds: float) -> None:
+            text = f"refresh: product {done} of at most {total}, {seconds:.0f} s"
+            bar.set_postfix_str(text, refresh=True)
+
+        geometry.on_progress = show
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()

@@ -27,7 +27,7 @@ from .task import Task
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["describe_run", "folder_of", "measure_run", "perform_run"]
+__all__ = ["describe_run", "folder_of", "make_task", "measure_run", "perform_run"]
 
 RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
 
@@ -121,7 +121,7 @@ def measure_run(
         if config.recipe in ("table10", "figure6"):
             records.begin_files(about)
             return measure_cadence(config, workers)
-        training = Training(config, _make_task(config, workers, about), workers, records)
+        training = Training(config, make_task(config, workers, about), workers, records)
         if on_refresh is not None:
             training.optimizer.register_refresh_hook(on_refresh)
         done = training.resume()
@@ -131,7 +131,8 @@ def measure_run(
         return training.train_to_end()
 
 
-def _make_task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
+def make_task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
+    """Return the data and the network of a run."""
     if about["model"] == "transformer-iwslt":
         return Translation(config, workers)
     if about["recipe"] == "demo":

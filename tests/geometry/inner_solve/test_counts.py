@@ -71,9 +71,10 @@ def objective_of(problem: Problem, structure: str, **settings: Any) -> tuple[Obj
 )
 def test_products_of_a_refresh(structure: str, settings: dict[str, Any], most: int) -> None:
     problem = tower(4)
-    geometry = llqr.LLQR(structure, **settings)
-    geometry.bind(problem.model)
-    assert geometry.refresh([problem]).products <= most
+    for lr, more in ((1e-2, 0), ("auto", 6)):
+        geometry = llqr.LLQR(structure, lr=lr, **settings)
+        geometry.bind(problem.model)
+        assert geometry.refresh([problem]).products <= most + more
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "e-kfac"])

@@ -320,7 +320,8 @@ def test_lbfgs_reaches_the_minimum_of_a_scalar():
     """One layer, one number: J is a parabola, and its minimum is known."""
     case = mlp()
     parameters = list(case.model[0].parameters())
-    geometry = llqr.LLQR("scalar", solver="lbfgs", ema=0.0, bounds=(1e-3, 1e6), clip=None)
+    settings = {"lr": 1e-2, "ema": 0.0, "bounds": (1e-3, 1e6), "clip": None}
+    geometry = llqr.LLQR("scalar", solver="lbfgs", **settings)
     geometry.bind(case.model, dict(case.model[0].named_parameters(prefix="0")))
     q = llqr.quadratic_model(case, parameters)
     g = vector(q.gradient)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .._moved_parameters import parameters_moved
 from .._random import random_normal
 
-__all__ = ["central_difference", "differ_too_much", "random_direction"]
+__all__ = ["central_difference", "differ_too_much", "parameters_moved", "random_direction"]
 
 
 def central_difference(
@@ -25,25 +25,9 @@ def central_difference(
     with torch.no_grad():
         ends = []
         for step in (e, -e):
-            with _parameters_moved(parameters, d, step):
+            with parameters_moved(parameters, d, step):
                 ends.append([z.detach().clone() for z in function()])
     return [(a - b) / (2 * e) for a, b in zip(*ends, strict=True)]
-
-
-@contextmanager
-def _parameters_moved(
-    parameters: Sequence[Tensor], d: Sequence[Tensor], e: float
-) -> Iterator[None]:
-    """Move the parameters for one forward, unseen by the graph that is kept."""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        # Through .data, which counts no version: the graph is not used before they are back.
-        for p, v in zip(parameters, d, strict=True):
-            p.data.add_(v, alpha=e)
-        yield
-    finally:
-        for p, value in zip(parameters, kept, strict=True):
-            p.data.copy_(value)
 
 
 def random_direction(parameters: Sequence[Tensor], seed: int = 0) -> list[Tensor]:

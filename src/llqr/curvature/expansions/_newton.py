@@ -15,9 +15,16 @@ from .._graphs import gradients_of
 from .._missing_derivative import MissingDerivative
 from ._base import Expansion
 from ._differences import central_difference, differ_too_much
-from ._linear_maps import direction_along, inner_product, nearly_equal
+from ._linear_maps import direction_along, inner_product, is_homogeneous, nearly_equal
 
 __all__ = ["NewtonExpansion", "NewtonByDifferences", "NewtonByDoubleBackward"]
+
+#: Nodes of a graph that torch differentiates wrongly twice.
+THIRD_DERIVATIVE_WRONG = {
+    "NativeLayerNormBackwardBackward0",
+    "NativeBatchNormBackwardBackward0",
+    "CudnnBatchNormBackwardBackward0",
+}
 
 
 class _RepeatedLoss:
@@ -53,6 +60,13 @@ class NewtonExpansion(Expansion):
         self._repeat = _RepeatedLoss(forward, self._parameters)
         self._keep_gradient(self._differentiate_loss(loss))
 
+    def _check_backward(self, loss: Tensor) -> None:
+        def backward(v: Sequence[Tensor]) -> list[Tensor | None]:
+            return gradients_of([loss], self._parameters, v)
+
+        if self._can_be_judged and not is_homogeneous(backward, [torch.ones_like(loss)]):
+            self._refuse_custom_functions("g is not linear in the loss")
+
     @abstractmethod
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         """Return the gradient, and keep what a product needs of it."""
@@ -70,6 +84,9 @@ class NewtonByDoubleBackward(NewtonExpansion):
     cost = "about as fast"
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
+        # In the reach of function modes these were replaced; in TorchScript they are not.
+        if self._names & THIRD_DERIVATIVE_WRONG:
+            raise MissingDerivative("a derivative of a layer norm or batch norm in TorchScript")
         gradient = gradients_of([loss], self._parameters, create_graph=True)
         # A gradient without a graph is constant: its row of C is zero.
         self._rows = [(i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad]
@@ -84,7 +101,7 @@ class NewtonByDoubleBackward(NewtonExpansion):
         # differences would mix the two; it need not be symmetric.
         derivative = nearly_equal(inner_product(self.gradient, d), slope, d, by_differences=True)
         if derivative and differ_too_much(found, image):
-            raise MissingDerivative(", ".join(self._unchecked))
+            raise MissingDerivative(self._suspects)
         self._check_symmetry()
 
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,13 @@ __all__ = ["FlatModel"]
 class FlatModel:
     """A quadratic model in the flat order of a layout: the mean of those of all processes.
 
+    Args:
+        model: the model of this process.
+        layout: of the flat vectors.
+        names: of the model's parameters, in its order.
+        ranks: the processes; None: this one.
+        on_product: is called after each product.
+
     Attributes:
         gradient: g, flat.
         model: the model of this process, on lists of tensors.
@@ -27,7 +34,9 @@ class FlatModel:
         layout: Layout,
         names: Sequence[str],
         ranks: Ranks | None = None,
+        on_product: Callable[[], None] | None = None,
     ) -> None:
+        self._on_product = on_product
         self.model, self._layout, self._names, self._ranks = model, layout, names, ranks
         self.gradient = self._pack_mean(model.gradient)
         model.gradient = []  # one copy is enough while directions fill the memory
@@ -44,4 +53,7 @@ class FlatModel:
         """Return C d."""
         # flat d -> tensors -> C d of this process -> mean over processes -> flat, our shard
         tensors = self._layout.unpack(d)
-        return self._pack_mean(self.model.product([tensors[n] for n in self._names]))
+        image = self._pack_mean(self.model.product([tensors[n] for n in self._names]))
+        if self._on_product is not None:
+            self._on_product()
+        return image

@@ -105,6 +105,11 @@ class RecycledProduct:
         self._append_direction(r, image)
         return known.add_(image, alpha=rest)
 
+    def remember(self, d: Tensor, image: Tensor) -> None:
+        """Begin with a direction whose product C d is known; d is not zero."""
+        square = self._read_from_device(self._dot(d, d), self._coefficients_in_basis(d))[0]
+        self._append_direction(d / math.sqrt(square), image / math.sqrt(square))
+
     def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
         if not self._q.count:

@@ -51,7 +51,9 @@ def solve_inner_problem(
     if blocks.linear and blocks.single_entries and solver.heavy_ball:
         known = None if start is old else objective.control_and_image(old)
         return solve_on_coefficients(objective, start, solver, options, tolerance, capacity, known)
-    product = RecycledProduct(objective.product, g, tolerance, capacity, blocks.space.dot)
+    product = objective.product
+    if not isinstance(product, RecycledProduct):  # several solves may share one
+        product = RecycledProduct(product, g, tolerance, capacity, blocks.space.dot)
     recycled = Objective(blocks, g, product, objective.damping)
     before = None if start is old else recycled.value(old)  # the first product is a real one
     # A block that is cut over processes is clipped by its whole norm: the literal loop knows how.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 EXACT_BELOW = 64
+NEWTON_STEPS = 8
 
 
 def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
@@ -49,19 +50,50 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
 
 
 def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices.
+    """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices."""
+    values, vectors = _again_in_double(torch.linalg.eigh, matrices)
+    return values, vectors
+
+
+def nearest_orthogonal(matrices: Tensor) -> Tensor:
+    """Return the nearest orthogonal matrix to each of (b, n, n) matrices.
+
+    Bases that a solve moved are nearly orthogonal still, and a few steps of Newton and Schulz,
+    X <- X (3 I - X'X) / 2, make them so in products alone; others are decomposed.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    enough = 8 * matrices.shape[-1] * torch.finfo(matrices.dtype).eps
+    x = matrices
+    for step in range(NEWTON_STEPS):
+        square = x.mT @ x
+        # The largest row sum bounds |X'X - I|; below 2 no singular value is beyond sqrt 3, from
+        # where a step would turn its sign.
+        error = float((square - eye).abs().sum(-1).amax())
+        if error <= enough:
+            return x
+        if step == 0 and not error < 2:
+            break
+        x = 1.5 * x - 0.5 * x @ square
+    # The polar factor: U V' of the decomposition.
+    u, _, vh = _again_in_double(torch.linalg.svd, matrices)
+    return torch.matmul(u, vh)
+
+
+def _again_in_double(
+    decompose: Callable[[Tensor], Sequence[Tensor]], matrices: Tensor
+) -> list[Tensor]:
+    """Return a decomposition; if it fails, that in float64.
 
     In float32 LAPACK gives up on many repeated eigenvalues, such as the zeros of X X' where X is
     the gradient of an embedding with few of its words; in float64 it does not; a
     device without float64 leaves that to the host.
     """
     try:
-        values, vectors = torch.linalg.eigh(matrices)
+        return list(decompose(matrices))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         on_device = widest_dtype(matrices.device) == torch.float64
-        found = torch.linalg.eigh((matrices if on_device else matrices.cpu()).double())
-        values, vectors = (t.to(matrices.dtype).to(matrices.device) for t in found)
-    return values, vectors
+        found = decompose((matrices if on_device else matrices.cpu()).double())
+        return [t.to(matrices.dtype).to(matrices.device) for t in found]
 
 
 def eigenvectors(matrices: Tensor) -> Tensor:
@@ -104,10 +136,9 @@ def follow_eigenvectors(matrices: Tensor, bases: Tensor) -> Tensor:
     return 1.5 * q - 0.5 * q @ (q.mT @ q)
 
 
-def nearest_orthogonal(matrices: Tensor) -> Tensor:
-    """Return the nearest orthogonal matrix to each of (b, n, n) matrices."""
-    u, _, vh = torch.linalg.svd(matrices)  # the polar factor: U V' of the decomposition
-    return torch.matmul(u, vh)
+def _eigenvalues_of(matrices: Tensor) -> Tensor:
+    """Return the eigenvalues of symmetric matrices, in ascending order."""
+    return _again_in_double(lambda a: [torch.linalg.eigvalsh(a)], matrices)[0]
 
 
 def extremes_of_matrices(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
@@ -120,7 +151,7 @@ def extremes_of_matrices(matrices: Tensor, exact: bool) -> tuple[Tensor, Tensor]
     """
     matrices = 0.5 * (matrices + matrices.mT)
     if exact or matrices.shape[-1] <= EXACT_BELOW:
-        values = torch.linalg.eigvalsh(matrices)
+        values = _eigenvalues_of(matrices)
         return values[:, 0], values[:, -1]
     # Symmetric, so the vector may stand on the left: a batch of GEMVs takes five times as long.
     return _estimate_by_lanczos(
@@ -187,5 +218,5 @@ def _estimate_by_lanczos(
     small = 0.5 * (small + small.mT)
     # Give an exhausted direction the value of the first one, which is inside the interval.
     filler = small[:, :1, 0] * dead
-    values = torch.linalg.eigvalsh(small + torch.diag_embed(filler))
+    values = _eigenvalues_of(small + torch.diag_embed(filler))
     return values[:, 0], values[:, -1]

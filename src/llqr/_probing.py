@@ -1,0 +1,249 @@
+"""What the perturbation and the geometry see of a step, and what the perturbation answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autocast import without_autocast
+from ._checks import value_at_step
+from ._joined_bases import defaults_of_group
+from ._parameters import NamedParameters
+from ._progress import Progress
+from ._vectors import widen_to_float32
+from .distributed import Ranks
+from .geometry import Geometry
+from .perturbations import Perturbation, Probe
+
+__all__ = ["Probing", "copy_gradients", "widen_gradients"]
+
+#: Where torch.optim's optimizers keep a running mean of gradients, and the options that make them.
+MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+MOMENTUM_OPTIONS = ("momentum", "betas")
+
+
+class Probing:
+    """Ask a perturbation where to probe and along what to step.
+
+    Args:
+        parameters: of the base optimizer.
+        geometry: the metric of the probe, or None for U = I.
+        perturbation: where to probe, or None for one pass.
+        ranks: the processes that train together.
+        progress: the counters of the training.
+
+    Attributes:
+        observed: whether the gradients of the coming step were shown.
+        clean: copies of them, if the geometry observes them.
+    """
+
+    def __init__(
+        self,
+        parameters: NamedParameters,
+        geometry: Geometry | None,
+        perturbation: Perturbation | None,
+        ranks: Ranks,
+        progress: Progress,
+    ) -> None:
+        self._parameters, self._ranks, self._progress = parameters, ranks, progress
+        self._geometry, self._perturbation = geometry, perturbation
+        self.observed = False
+        self.clean: dict[str, Tensor] | None = None
+        if self.looks_ahead:
+            self._require_momentum()
+
+    # -- what is needed ------------------------------------------------------------------------
+
+    @property
+    def radii(self) -> dict[str, float]:
+        """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
+        perturbation, step = self._perturbation, self._progress.step
+        if perturbation is None or not perturbation.probes_at(step):
+            return dict.fromkeys(self._parameters.named, 0.0)
+        return self._radii_between_probes_too(perturbation)
+
+    def _radii_between_probes_too(self, perturbation: Perturbation) -> dict[str, float]:
+        base, radii = self._parameters.base, list[float]()
+        for index, group in enumerate(base.param_groups):
+            # Adadelta's own option of that name is no radius.
+            taken = "rho" in defaults_of_group(base, group)
+            rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
+            rho = value_at_step(rho, self._progress.step)
+            if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
+                raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
+            radii.append(float(rho))
+        return {name: radii[i] for name, i in self._parameters.group_of.items()}
+
+    @property
+    def displaces(self) -> bool:
+        """Whether a pass of the coming step runs at theta + eps."""
+        return any(self.radii.values())
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether that is the only pass."""
+        return self._perturbation is not None and self._perturbation.looks_ahead
+
+    @property
+    def combines(self) -> bool:
+        """Whether the perturbation makes the step's gradient from those of both passes."""
+        return self._overrides("combine")
+
+    def _overrides(self, method: str) -> bool:
+        kind = type(self._perturbation)
+        return self._perturbation is not None and (
+            getattr(kind, method) is not getattr(Perturbation, method)
+        )
+
+    @property
+    def geometry_observes(self) -> bool:
+        """Whether the geometry learns from the gradients of steps."""
+        return self._geometry is not None and self._geometry.observes
+
+    # -- the displacement ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def find_displacement(self, clean: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+        """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
+
+        Args:
+            clean: g, scaled; empty if no pass was run yet.
+            scaler: the GradScaler that scaled it.
+        """
+        perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
+        if clean:
+            self._show(clean, wide, scaler)
+        if perturbation is None:
+            return {}
+        radii = self.radii
+        chosen = {n for n, rho in radii.items() if rho > 0}
+        gradients = {n: g for n, g in wide.items() if n in chosen}
+        if not chosen or not (gradients or self.looks_ahead):
+            return {}
+        probe = Probe(
+            gradients=gradients,
+            parameters=self._parameters.named,
+            radii=radii,
+            metric=dict if self._geometry is None else self._geometry.apply,
+            layers=self._parameters.layers,
+            momentum={n: m for n, m in self._find_momentum().items() if n in chosen},
+            step=self._progress.step,
+        )
+        # The passes may run within the caller's autocast.
+        with without_autocast(*self._parameters.devices):
+            eps = perturbation.displacement(probe)
+        if eps is None:
+            self._progress.skipped_probes += 1
+            return {}
+        if not self._ranks.finite(eps):
+            raise RuntimeError(
+                f"{type(perturbation).__name__} gave a displacement that is not finite although "
+                f"the gradients are; rho = {max(radii.values())}"
+            )
+        return eps
+
+    def _find_momentum(self) -> dict[str, Tensor]:
+        """Return the base's running mean of gradients, of the parameters that have one."""
+        state = self._parameters.base.state
+        found: dict[str, Tensor] = {}
+        for name, p in self._parameters.named.items():
+            entry = state.get(p, {})
+            kept = (entry.get(key) for key in MOMENTUM_KEYS)
+            value = next((m for m in kept if isinstance(m, Tensor)), None)
+            if value is not None:
+                found[name] = value
+        if self.looks_ahead and not found and any(map(state.get, self._parameters.named.values())):
+            self._refuse_base(f"its state has none of {', '.join(MOMENTUM_KEYS)}")
+        return found
+
+    def _require_momentum(self) -> None:
+        """Refuse a base that has no momentum, before its first step shows that."""
+        groups = self._parameters.base.param_groups
+        if not any(group.get(option) for group in groups for option in MOMENTUM_OPTIONS):
+            self._refuse_base(f"it has none of the options {', '.join(MOMENTUM_OPTIONS)}, or 0")
+
+    def _refuse_base(self, why: str) -> None:
+        raise ValueError(
+            f"base: {type(self._parameters.base).__name__} keeps no momentum, along which "
+            f"{type(self._perturbation).__name__} perturbs: {why}; take a base such as "
+            "torch.optim.SGD(..., momentum=0.9) or torch.optim.AdamW, or llqr.SAM"
+        )
+
+    # -- the gradients -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, clean: Mapping[str, Tensor], scaler: Any) -> None:
+        """Show the gradients of the first pass to who learns from them."""
+        if self._overrides("observe") or self.geometry_observes:
+            self._show(clean, widen_gradients(clean, scaler), scaler)
+
+    def _show(self, clean: Mapping[str, Tensor], wide: dict[str, Tensor], scaler: Any) -> None:
+        if self._perturbation is not None:
+            self._perturbation.observe(wide)
+        if self.geometry_observes:
+            self.clean = copy_gradients(clean, scaler)
+        self.observed = True
+
+    @torch.no_grad()
+    def combine(
+        self, clean: Mapping[str, Tensor], second: Mapping[str, Tensor], scaler: Any
+    ) -> None:
+        """Put the combination of both passes' gradients into p.grad, scaled as it was.
+
+        Args:
+            clean: unscaled.
+            second: p.grad as it is.
+            scaler: the GradScaler that scaled it.
+        """
+        assert self._perturbation is not None
+        wide = widen_gradients(second, scaler)
+        # A forward that takes another way may leave a parameter out of one of the passes.
+        clean = {n: clean[n] if n in clean else torch.zeros_like(g) for n, g in wide.items()}
+        with without_autocast(*self._parameters.devices):
+            chosen = self._perturbation.combine(clean, wide)
+        scale = loss_scale(scaler)
+        for name, gradient in second.items():
+            gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)
+
+    @torch.no_grad()
+    def adjust(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a step without a second pass goes along; the very argument if that is g."""
+        perturbation = self._perturbation
+        if perturbation is None or not self._overrides("adjust"):
+            return gradients
+        if self._progress.step < perturbation.start:
+            return gradients
+        if not any(self._radii_between_probes_too(perturbation).values()):
+            return gradients
+        with without_autocast(*self._parameters.devices):
+            adjusted = perturbation.adjust(widen_to_float32(gradients))
+        return {n: adjusted[n].to(g.dtype) for n, g in gradients.items()}
+
+    def forget(self) -> None:
+        """Nothing was shown for the coming step."""
+        self.observed, self.clean = False, None
+
+
+def loss_scale(scaler: Any) -> float:
+    """Return the factor that a GradScaler puts on the loss."""
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def widen_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+    """Return gradients in at least float32, without the scale of the loss."""
+    wide, scale = widen_to_float32(gradients), loss_scale(scaler)
+    return wide if scale == 1.0 else {n: g / scale for n, g in wide.items()}
+
+
+def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+    """Return :func:`widen_gradients` in memory of their own.
+
+    What follows writes into p.grad in place: clipping does, and so does a second backward of
+    DistributedDataParallel with ``gradient_as_bucket_view``.
+    """
+    wide = widen_gradients(gradients, scaler)
+    return {n: g.clone() if g is gradients[n] else g for n, g in wide.items()}

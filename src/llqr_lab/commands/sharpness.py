@@ -1,0 +1,125 @@
+"""``llqr sharpness FOLDER``: how sharp the minimum of a run is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llqr import sharpness
+
+from ..common.environment import describe_environment
+from ..common.output import progress_bar, write_json
+from ..data.errors import DataError
+from ..recipes.trained import load_trained, training_forwards
+from ..sharpness.pictures import draw_density, draw_eigenvalues, draw_landscape
+
+__all__ = ["add_arguments", "main"]
+
+ABOUT = """\
+Measures the sharpness of the network that a run of `llqr run` has trained: the largest eigenvalues
+of the Hessian, its trace and spectral density, the rise of the loss in balls, and a plane of the
+loss. Writes sharpness.json, and pictures of the eigenvalues, the density and the plane as PNG and
+SVG, into the folder `sharpness` of the run. docs/sharpness.md says what each number is.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the run's folder and what to measure on."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = ABOUT
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="of a run: config.json and network.pt are in it"
+    )
+    parser.add_argument(
+        "--batches",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="training batches to measure on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--points",
+        type=_positive,
+        default=15,
+        metavar="N",
+        help="of each side of the plane, odd (default: %(default)s)",
+    )
+    parser.add_argument("--rho", type=float, default=0.05, help="radius (default: %(default)s)")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data, as the run had it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write to (default: FOLDER/sharpness)"
+    )
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text}")
+    return int(text)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure, print, write; 2 if there is no such run."""
+    try:
+        about, task = load_trained(arguments.folder, arguments.data, arguments.device)
+        measures = measures_of(task, arguments)
+        found = {name: measures[name]() for name in progress_bar(measures, "measuring")}
+    except (DataError, ValueError) as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
+    for result in found.values():
+        print(result)
+    out = arguments.out or arguments.folder / "sharpness"
+    run = {k: about[k] for k in ("recipe", "scale", "dataset", "model", "method", "seed", "noise")}
+    content = {name: _as_plain(result) for name, result in found.items()}
+    written = [
+        write_json(
+            out / "sharpness.json",
+            {**run, **content, "environment": describe_environment(torch.get_num_threads())},
+        ),
+        *draw_eigenvalues(found["eigenvalues"], out),
+        *draw_density(found["density"], out),
+        *draw_landscape(found["landscape"], out),
+    ]
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def measures_of(task: Any, arguments: argparse.Namespace) -> Mapping[str, Callable[[], Any]]:
+    """Return what is measured, by name."""
+    forwards, network = training_forwards(task, arguments.batches), task.network
+    rho = arguments.rho
+    return {
+        "eigenvalues": lambda: sharpness.eigenvalues(forwards, network, 5),
+        "trace": lambda: sharpness.trace(forwards, network),
+        "density": lambda: sharpness.density(forwards, network),
+        "worst_case": lambda: sharpness.worst_case(forwards, network, rho),
+        "adaptive_worst_case": lambda: sharpness.worst_case(forwards, network, rho, "adaptive"),
+        "m_sharpness": lambda: sharpness.m_sharpness(forwards, network, rho),
+        "landscape": lambda: sharpness.landscape(forwards, network, points=arguments.points),
+    }
+
+
+def _as_plain(result: sharpness.Measurement) -> dict[str, Any]:
+    """Return the numbers of a result for JSON, without what is as large as the network."""
+    left_out = ("vectors", "diagonal", "displacement", "directions")
+    kept = (f.name for f in fields(result) if f.name not in left_out)
+    return {name: _plain(getattr(result, name)) for name in kept}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if value is None or isinstance(value, (int, str)) else str(value)

@@ -1,0 +1,1 @@
+"""Measuring and drawing the sharpness of a trained network."""
