@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import eq
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .._devices import compute_per_device, split_by_device, widen, widest_dtype
-from ._sharded import is_sharded, local
+from .._devices import compute_per_device, flatten, split_by_device, widen, widest_dtype
+from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
 
@@ -248,7 +249,7 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
-    own = zip(tensors, map(local, tensors.values()), strict=True)
+    own = zip(tensors, local_all(tensors.values()), strict=True)
     filled = {name: t for name, t in own if t.numel()}
     if not filled:
         return 0.0
@@ -263,6 +264,8 @@ def _largest_on_one_device(named: Mapping[str, Tensor]) -> float:
         return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.
     with torch.no_grad():
-        short = [t.reshape(-1) for t in tensors if t.numel() <= 2**14]
-        runs = [t for t in tensors if t.numel() > 2**14] + ([torch.cat(short)] if short else [])
-        return float(torch.stack([end for t in runs for end in torch.aminmax(t)]).abs().max())
+        short = [t for t in tensors if t.numel() <= 2**14]
+        runs = [t for t in tensors if t.numel() > 2**14] + ([flatten(short)] if short else [])
+        ends = torch.stack([end for t in runs for end in torch.aminmax(t)]).tolist()
+    # A NaN is both ends of its tensor, and unequal to itself.
+    return max(map(abs, ends)) if all(map(eq, ends, ends)) else math.nan
