@@ -379,7 +379,8 @@ class StructuredGeometry(Geometry):
                 f"U has a negative eigenvalue{self.explain_indefinite_U()}: g'Ug can be "
                 "negative, and then the probe is skipped",
             )
-        elif report.J_after is not None and report.J_after > 0:
+        # The scale of a closed form is set, not learned: its J tells nothing of the base's lr.
+        elif self.blocks.learns and report.J_after is not None and report.J_after > 0:
             self._warn_once(
                 "uphill",
                 f"J(U) = {report.J_after:.3g} is positive: a step -Ug would raise the loss in its "
