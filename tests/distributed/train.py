@@ -50,6 +50,8 @@ def main(folder: str, where: str = "", at: str = "-1") -> None:
         model.load_state_dict(saved["model"])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for advice in ("U hardly acts", "J.U. = "):  # as in pyproject.toml
+                warnings.filterwarnings("ignore", advice, UserWarning)
             optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         first = saved["step"]
