@@ -36,6 +36,8 @@ def solve_in_buffers(
     parts = list(zip(blocks.parts, states, strict=True))
     steps = [(p.group, p.inner_step(state, p.group.read_from(g))) for p, state in parts]
     for _ in range(options.steps):
+        if first is not None and objective.is_spent():
+            break
         # u = -U g, written part by part into one vector.
         for group, step in steps:
             step.write_control(group.view_of(u))

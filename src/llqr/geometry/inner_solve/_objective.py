@@ -24,6 +24,7 @@ class Objective:
         gradient: g, flat.
         product: d -> C d.
         damping: lambda.
+        is_spent: tells whether a solve should end where it would need another product.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class Objective:
         gradient: Tensor,
         product: Callable[[Tensor], Tensor],
         damping: float,
+        is_spent: Callable[[], bool] = lambda: False,
     ) -> None:
         self.blocks, self.gradient, self.product, self.damping = blocks, gradient, product, damping
+        self.is_spent = is_spent
 
     def value(self, states: States) -> Tensor:
         """Return J(U), a device scalar."""

@@ -15,7 +15,6 @@ optimizer's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,10 @@ from ._solvers import InnerSolver, SolverOptions
 __all__ = ["OwnUnits", "in_own_units", "inner_rates"]
 
 #: The inner steps go as far as this many steps of steepest descent with exact line search would.
+
 REACH = 2.0
+#: A solve ends where it would need more products than these.
+PRODUCTS = 4
 #: What is tried in turn until J goes down.
 FRACTIONS = (1.0, 1 / 4, 1 / 16)
 #: Of solvers whose steps do not grow with the gradient, in a problem that is free of scale.
@@ -77,12 +79,12 @@ def in_own_units(
     def scaled_product(d: Tensor) -> Tensor:
         return (objective.product(d) + objective.damping * d) / kappa
 
-    product: Callable[[Tensor], Tensor] = scaled_product
-    if tolerance:
-        recycled = RecycledProduct(scaled_product, g, tolerance, capacity, dot)
-        recycled.remember(u, image / kappa)  # every solve begins with it
-        product = recycled
-    return OwnUnits(Objective(blocks, g, product, 0.0), length**2 / kappa)
+    unit = length**2 / kappa
+    if not tolerance:
+        return OwnUnits(Objective(blocks, g, scaled_product, 0.0), unit)
+    product = RecycledProduct(scaled_product, g, tolerance, capacity, dot)
+    product.remember(u, image / kappa)  # every solve begins with it
+    return OwnUnits(Objective(blocks, g, product, 0.0, lambda: product.computed >= PRODUCTS), unit)
 
 
 def inner_rates(

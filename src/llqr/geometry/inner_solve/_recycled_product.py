@@ -67,6 +67,8 @@ class RecycledProduct:
         self._q, self._w = Rows(gradient, capacity), Rows(gradient, capacity)
         self._gradient, self._eps = gradient, torch.finfo(gradient.dtype).eps
         self._largest = 0.0
+        #: How many real products were computed.
+        self.computed = 0
         # Inner products of g and the w_i: on the host, and the newest, which the next answer reads.
         self._gram = gradient.new_zeros(0, 0, device="cpu", dtype=torch.float64)
         self._newest = dot(gradient, gradient)[None]
@@ -102,6 +104,7 @@ class RecycledProduct:
             return known
         r.div_(rest)
         image = self._product(r)
+        self.computed += 1
         self._append_direction(r, image)
         return known.add_(image, alpha=rest)
 

@@ -132,6 +132,8 @@ class _Stage:
             if self._bound_outside() > allowed:
                 length = self._write_part_outside()
                 if length > allowed:
+                    if self.Q.count and self.objective.is_spent():
+                        return 0
                     if self.Q.full:
                         return steps - done
                     self._append_product(length)

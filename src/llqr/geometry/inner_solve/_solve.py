@@ -54,7 +54,7 @@ def solve_inner_problem(
     product = objective.product
     if not isinstance(product, RecycledProduct):  # several solves may share one
         product = RecycledProduct(product, g, tolerance, capacity, blocks.space.dot)
-    recycled = Objective(blocks, g, product, objective.damping)
+    recycled = Objective(blocks, g, product, objective.damping, objective.is_spent)
     before = None if start is old else recycled.value(old)  # the first product is a real one
     # A block that is cut over processes is clipped by its whole norm: the literal loop knows how.
     buffered = solver.heavy_ball and not blocks.space.sharded
