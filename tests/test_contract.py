@@ -109,6 +109,8 @@ def test_signatures_hold_what_was_promised(function, positional, keywords):
     [
         (llqr.quadratic_model, ["forward", "parameters", "curvature"]),
         (llqr.exact_lqr_step, ["layers", "x", "loss", "curvature", "damping"]),
+        (llqr.find_rho, ["optimizer", "forward", "batches", "rhos", "progress"]),
+        (llqr.find_inner_lr, ["geometry", "forward", "batches", "lrs", "progress"]),
         (llqr.sharpness.eigenvalues, ["forward", "parameters", "k", "curvature"]),
         (llqr.sharpness.trace, ["forward", "parameters", "curvature"]),
         (llqr.sharpness.density, ["forward", "parameters", "curvature"]),
@@ -189,7 +191,11 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
         ("geometry/structures", ("llqr.geometry.inner_solve", "llqr.curvature")),
         ("geometry/inner_solve", ("torch.nn.Module", "torch.distributed")),
         ("perturbations", (*UPSTAIRS, "llqr.geometry", "llqr.curvature")),
-        *((p, ("llqr.sharpness",)) for p in ("geometry", "perturbations", "curvature", *PARTS)),
+        *(
+            (p, ("llqr.sharpness", "llqr.finding"))
+            for p in ("geometry", "perturbations", "curvature", *PARTS)
+        ),
+        ("sharpness", ("llqr._optimizer", "llqr.finding")),
         *((file, ("llqr.geometry.LLQR", "llqr.geometry._llqr")) for file in PARTS),
         *((file, ("llqr._optimizer",)) for file in PARTS if file != "_optimizer.py"),
     ],

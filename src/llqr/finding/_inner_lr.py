@@ -19,6 +19,7 @@ from ..curvature import quadratic_model
 from ..distributed._sharded import whole_parameters
 from ..geometry import LLQR, Geometry, NormStatistics, RefreshReport
 from ..geometry._base import format_table
+from ..geometry._report import INACTIVE
 from ..geometry.inner_solve import FlatModel
 from ..geometry.structures import States
 from ..sharpness._data import Forward, Forwards, Progress
@@ -29,8 +30,6 @@ __all__ = ["InnerLRRow", "InnerLRTable", "find_inner_lr"]
 
 Rate = float | Literal["auto"]
 USUAL: tuple[Rate, ...] = ("auto", 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-#: |Ug - g| / |g| below which training with U is hardly told from training without.
-INACTIVE = 0.015
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +79,13 @@ class InnerLRTable(AdvisedTable):
     def __str__(self) -> str:
         cells = [("lr", "J", "change", "gain", "held out", "+-", "products")]
         for row in self.rows:
-            values = (row.change, row.gain, row.held_out)
             cells.append(
                 (
                     _rate_text(row.lr),
                     f"{number_text(row.J_before)} -> {number_text(row.J_after)}",
-                    *(number_text(v) for v in values),
+                    number_text(row.change),
+                    number_text(row.gain),
+                    number_text(row.held_out),
                     number_text(row.standard_error, 2),
                     row.reason or str(row.products),
                 )
