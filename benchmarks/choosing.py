@@ -91,7 +91,7 @@ def held_out_images() -> tuple[Tensor, Tensor]:
 
 def image_batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of 64, each epoch in another order."""
-    x, y = images()
+    x, y = images(2)
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(x), generator=generator).split(BATCH)[:-1]:
@@ -131,7 +131,7 @@ def text_loss(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "cnn": network,
+    "cnn": partial(network, "cnn"),
     "resnet": lambda: resnet18(10, channels=1, width=16, blocks=(1, 1, 1)),
     "vit": lambda: vit(10, width=32, depth=2, heads=2, patch=2, image=14, channels=1),
     "translation": lambda: translation_model(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import llqr
-from tiny import STRUCTURES, llqr_of
+from tiny import STRUCTURES, llqr_of, natural_of
 
 Make = Callable[..., torch.optim.Optimizer]  # (parameters, **more options)
 optim = torch.optim
@@ -38,11 +38,18 @@ BASES: dict[str, Make] = {
     "LBFGS": _of(optim.LBFGS, lr=0.1),
     "SparseAdam": _of(optim.SparseAdam, lr=0.01),
 }
-GEOMETRIES: dict[str, Callable[[], llqr.Geometry | None]] = {
+#: What minimises J at one gradient: several processes do what one does with the joined batch.
+SOLVED: dict[str, Callable[[], llqr.Geometry | None]] = {
     "none": lambda: None,
     **{name: (lambda name=name: llqr_of(name)) for name in STRUCTURES},
     "e-kfac-gradient": lambda: llqr_of("e-kfac", bases="gradient", renew_every=2),
 }
+#: What draws samples: each process its own.
+SAMPLED: dict[str, Callable[[], llqr.NaturalGradient]] = {
+    "natural-e-kfac": lambda: natural_of("e-kfac", renew_every=2),
+    "natural-gradients": lambda: natural_of("e-kfac", second_moment="gradients"),
+}
+GEOMETRIES: dict[str, Callable[[], llqr.Geometry | None]] = {**SOLVED, **SAMPLED}
 PERTURBATIONS: dict[str, Callable[[], llqr.Perturbation | None]] = {
     "none": lambda: None,
     "SAM": lambda: llqr.SAM(0.05),
@@ -67,5 +74,8 @@ SHORT_ROWS = {"LookSAM", "GSAM", "WSAM", "ESAM", "MSAM"}
 NO_FOREACH = {"Adafactor", "Muon", "LBFGS", "SparseAdam"}
 FUSED = {"SGD", "SGD-momentum", "SGD-nesterov", "Adam", "Adam-amsgrad", "AdamW", "Adagrad"}
 METRIC_AND_PROBE = [
-    (g, p) for g in GEOMETRIES for p in PERTURBATIONS if p not in SHORT_ROWS or g == "diagonal"
+    (g, p)
+    for g in GEOMETRIES
+    for p in PERTURBATIONS
+    if (p in ("none", "SAM") if g in SAMPLED else p not in SHORT_ROWS or g == "diagonal")
 ]

@@ -12,6 +12,7 @@ from tiny import (
     close,
     everything,
     llqr_of,
+    natural_of,
     norm_net,
     optimizer_of,
     same,
@@ -96,6 +97,18 @@ def test_a_compiled_backward_trains_as_the_plain_one(compiled):
     problem, optimizer = start(compiled, "aot_eager")
     train(optimizer, problem, 4)
     close(ends(problem), ends(plain))
+
+
+def test_a_compiled_model_is_sampled_as_the_plain_one():
+    found = []
+    for compiled in (None, *COMPILED):
+        problem, _ = start(compiled)
+        optimizer = optimizer_of(problem, geometry=natural_of(), perturbation=llqr.SAM(0.3))
+        torch.manual_seed(2)
+        train(optimizer, problem, 4)
+        found.append(ends(problem))
+    for other in found[1:]:
+        same(other, found[0])
 
 
 def test_moving_the_weights_does_not_compile_again():

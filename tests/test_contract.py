@@ -70,6 +70,28 @@ def expected(positional, keywords):
                 "batch_norm": "batch",
             },
         ),
+        (
+            llqr.NaturalGradient,
+            {"structure": "e-kfac"},
+            {
+                "curvature": "fisher",
+                "samples": 8,
+                "damping": 0.03,
+                "power": 1.0,
+                "ema": 0.9,
+                "every": llqr.growing(5, 500),
+                "second_moment": "samples",
+                "gradient_ema": 0.95,
+                "renew_every": 2,
+                "block_size": 512,
+                "seed": 0,
+                "start": 0,
+                "max_failures": None,
+                "shard": False,
+                "batch_norm": "batch",
+                "report_J": False,
+            },
+        ),
         (llqr.growing, {"first": REQUIRED, "last": REQUIRED, "rate": 4}, {}),
         (
             llqr.Optimizer.minimize,
@@ -196,7 +218,10 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
             for p in ("geometry", "perturbations", "curvature", *PARTS)
         ),
         ("sharpness", ("llqr._optimizer", "llqr.finding")),
-        *((file, ("llqr.geometry.LLQR", "llqr.geometry._llqr")) for file in PARTS),
+        *(
+            (file, tuple(f"llqr.geometry.{n}" for n in ("LLQR", "_llqr", "_natural_gradient")))
+            for file in PARTS
+        ),
         *((file, ("llqr._optimizer",)) for file in PARTS if file != "_optimizer.py"),
     ],
 )

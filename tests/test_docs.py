@@ -69,7 +69,7 @@ def test_the_api_page_has_every_public_name():
 
 def test_docs_and_readme_never_name_a_setting_that_is_gone():
     text = "".join((DOCS / page).read_text() for page in PAGES) + (ROOT / "README.md").read_text()
-    calls = re.findall(r"llqr\.(LLQR|\w*SAM|Optimizer)\(([^()]*)\)", text)
+    calls = re.findall(r"llqr\.(LLQR|NaturalGradient|\w*SAM|Optimizer)\(([^()]*)\)", text)
     assert len(calls) > 10
     for name, arguments in calls:
         known = inspect.signature(getattr(llqr, name)).parameters

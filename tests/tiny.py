@@ -93,6 +93,12 @@ def llqr_of(structure: str = "diagonal", **settings: Any) -> llqr.LLQR:
     return llqr.LLQR(structure, **{"every": 2, "steps": 4, "lr": 0.03, "ema": 0.5, **settings})
 
 
+def natural_of(structure: str = "e-kfac", **settings: Any) -> llqr.NaturalGradient:
+    """A geometry in closed form that refreshes often, from few samples."""
+    usual = {"every": 2, "samples": 4, "damping": 0.3, "ema": 0.5, "renew_every": 1}
+    return llqr.NaturalGradient(structure, **{**usual, **settings})
+
+
 def sgd(problem: Problem, lr: float = 0.1, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(problem.model.parameters(), lr=lr, **options)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["compute_per_device", "split_by_device", "widen", "widest_dtype"]
+__all__ = ["compute_per_device", "flatten", "split_by_device", "widen", "widest_dtype"]
 
 V = TypeVar("V")
 R = TypeVar("R")
@@ -22,6 +22,14 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def widen(tensor: Tensor) -> Tensor:
     """Return a tensor in the widest dtype of its device."""
     return tensor.to(widest_dtype(tensor.device))
+
+
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """Return the entries of tensors on one device, one behind the other.
+
+    In one call for all; a tensor that is alone shares its memory with the result.
+    """
+    return torch._C._nn.flatten_dense_tensors(tensors)
 
 
 def split_by_device(

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ._vectors import copies_of, copy_all
+from .distributed._sharded import WHOLE
 
 __all__ = [
     "Buffers",
@@ -21,6 +26,11 @@ __all__ = [
     "WrittenParameters",
 ]
 
+
+# Attributes that are read of many tensors or modules in a row, without a loop in Python.
+LAYOUT, SHAPE, VERSION = attrgetter("layout"), attrgetter("shape"), attrgetter("_version")
+QUANTIZED, META = attrgetter("is_quantized"), attrgetter("is_meta")
+BUFFERS = attrgetter("_buffers")
 
 # -- values of tensors -----------------------------------------------------------------------------
 
@@ -33,28 +43,30 @@ class TensorValues:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        unique = {id(t): t for t in tensors if not is_lazy(t)}
-        self._plain = [t for t in unique.values() if is_plain(t)]
+        unique = list({id(t): t for t in tensors if not is_lazy(t)}.values())
+        self._plain = plain_among(unique)
         # The memory they lie in, since `tensor.data = other` makes them point elsewhere.
         self._memory = [t.data for t in self._plain]
-        self._versions = [t._version for t in self._plain]
+        self._places = places_of(self._memory)
+        self._versions = list(map(VERSION, self._plain))
         self._copies = copies_of(self._memory)
-        self._others = [(t, t.detach().clone()) for t in unique.values() if not is_plain(t)]
+        plain = len(self._plain) == len(unique)
+        others = () if plain else [t for t in unique if not is_plain(t)]
+        self._others = [(t, t.detach().clone()) for t in others]
 
     def restore(self) -> None:
         """Write the values back, into the very tensors and the very memory that held them."""
         if not (self._plain or self._others):
             return
-        targets: list[Tensor] = []
         with torch.no_grad():
-            for tensor, memory, version in zip(
-                self._plain, self._memory, self._versions, strict=True
-            ):
-                if not lies_in(tensor, memory):
-                    tensor.data = memory
-                # A write through .data is not counted. Where nothing else was counted either, the
-                # graphs that saved the tensor stay valid.
-                targets.append(tensor.data if tensor._version == version else tensor)
+            if places_of(self._plain) != self._places:
+                for tensor, memory in zip(self._plain, self._memory, strict=True):
+                    if not lies_in(tensor, memory):
+                        tensor.data = memory
+            # A write through .data is not counted. Where nothing else was counted either, the
+            # graphs that saved the tensor stay valid.
+            kept = zip(self._plain, self._memory, self._versions, strict=True)
+            targets = [m if tensor._version == v else tensor for tensor, m, v in kept]
             copy_all(targets, self._copies)
             for tensor, value in self._others:
                 write_to_any(tensor, value)
@@ -78,11 +90,33 @@ class TensorValues:
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether many such tensors may be copied in one call."""
     return (
-        type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in WHOLE
         and tensor.layout is torch.strided
         and not tensor.is_inference()
         and not (tensor.is_quantized or tensor.is_meta)
         and 0 not in tensor.stride()
+    )
+
+
+def plain_among(tensors: list[Tensor]) -> list[Tensor]:
+    """Return those of some tensors that are plain."""
+    usual = (
+        WHOLE.issuperset(map(type, tensors))
+        and {torch.strided}.issuperset(map(LAYOUT, tensors))
+        and not any(map(Tensor.is_inference, tensors))
+        and not any(map(QUANTIZED, tensors))
+        and not any(map(META, tensors))
+        and not any(0 in stride for stride in map(Tensor.stride, tensors))
+    )
+    return tensors if usual else [t for t in tensors if is_plain(t)]
+
+
+def places_of(tensors: list[Tensor]) -> tuple[list[int], list[Any], list[Any]]:
+    """Return where tensors lie, with which shapes and strides."""
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(SHAPE, tensors)),
+        list(map(Tensor.stride, tensors)),
     )
 
 
@@ -93,24 +127,6 @@ def lies_in(tensor: Tensor, memory: Tensor) -> bool:
         and tensor.shape == memory.shape
         and tensor.stride() == memory.stride()
     )
-
-
-def copies_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies of plain tensors."""
-    copies = [torch.empty_like(t) for t in tensors]
-    copy_all(copies, tensors)
-    return copies
-
-
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy plain tensors, in one call per device and dtype."""
-    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in zip(targets, sources, strict=True):
-        into, taken = groups.setdefault((target.device, target.dtype), ([], []))
-        into.append(target)
-        taken.append(source)
-    for into, taken in groups.values():
-        torch._foreach_copy_(into, taken)
 
 
 def write_to_any(tensor: Tensor, value: Tensor) -> None:
@@ -134,20 +150,39 @@ class Buffers:
     """All buffers of some modules at one moment, and the states of torchmetrics among them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
-        self._entries = [(module, dict(module._buffers.items())) for module in modules]
-        self._metrics = [MetricState(module) for module in metrics_among(modules)]
-        buffers = [b for _, named in self._entries for b in named.values() if b is not None]
+        self._modules = list(modules)
+        self._names, self._tensors, self._counts = entries_of(self._modules)
+        self._metrics = [MetricState(module) for module in metrics_among(self._modules)]
+        buffers = [b for b in self._tensors if b is not None]
         states = [t for metric in self._metrics for t in metric.tensors()]
         self._values = TensorValues([*buffers, *states])
 
     def restore(self) -> None:
         """Put the very tensors back, with the values that they had."""
-        for module, named in self._entries:
-            put_back_entries(module, named)
+        names, tensors, counts = entries_of(self._modules)
+        if (
+            counts != self._counts
+            or names != self._names
+            or not all(map(is_, tensors, self._tensors))
+        ):
+            self._put_back_entries()
         for metric in self._metrics:
             metric.restore()
         self._values.restore()
+
+    def _put_back_entries(self) -> None:
+        """Give each module the buffers that it had, and no others."""
+        entries = zip(self._names, self._tensors, strict=True)
+        for module, count in zip(self._modules, self._counts, strict=True):
+            put_back_entries(module, dict(islice(entries, count)))
+
+
+def entries_of(modules: list[nn.Module]) -> tuple[list[str], list[Tensor | None], list[int]]:
+    """Return the names of all buffers, the buffers, and how many each module has."""
+    # In a ScriptModule they are in no dict, and read from C++.
+    tables = [b if type(b) is dict else dict(b.items()) for b in map(BUFFERS, modules)]
+    names = list(chain.from_iterable(tables))
+    return names, list(chain.from_iterable(map(dict.values, tables))), list(map(len, tables))
 
 
 def put_back_entries(module: nn.Module, named: Mapping[str, Tensor | None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from .distributed._sharded import check_sharding, is_sharded
 from .geometry.layout import layers_of, unwrap_model
 
 __all__ = ["NamedParameters", "check_group_options"]
+
+# Attributes that are read of all parameters in every step, without a loop in Python.
+DEVICE, GRADIENT, LAYOUT = attrgetter("device"), attrgetter("grad"), attrgetter("layout")
+STRIDED = frozenset({torch.strided})
 
 REFUSED_OPTIONS = {
     "maximize": "negate the loss instead",
@@ -41,6 +45,7 @@ class NamedParameters:
         named: {name: parameter}, in model order.
         layers: {name: layer}.
         group_of: {name: index of the parameter group}.
+        filled_groups: the indices of the groups that have parameters.
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -80,8 +85,14 @@ class NamedParameters:
         layers, _ = layers_of(inner)
         self.named, self.layers = named, {name: layers[name] for name in named}
         self.group_of = {name: groups[id(p)] for name, p in named.items()}
+        self.filled_groups = sorted(set(self.group_of.values()))
         self._seen = _Seen(base, inner, named)
+        self._held = frozenset(map(id, named.values()))
         self._forgotten = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The copies of the parameters have ids of their own.
+        self.__dict__.update(state, _held=frozenset(map(id, state["named"].values())))
 
     def forget(self) -> None:
         """Count as outdated: what follows from these parameters could not be set up."""
@@ -154,7 +165,7 @@ class NamedParameters:
 
     def parameters_not_held(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
         """Return the parameters of the modules that the base does not hold."""
-        held = {id(p) for p in self.named.values()}
+        held = self._held
         found = (p for module in modules for p in module._parameters.values())
         return [p for p in found if p is not None and id(p) not in held]
 
@@ -166,20 +177,20 @@ class NamedParameters:
     @property
     def devices(self) -> set[torch.device]:
         """The devices of all parameters."""
-        return {p.device for p in self.named.values()}
+        return set(map(DEVICE, self.named.values()))
 
     def gradients(self) -> dict[str, Tensor]:
         """Return p.grad of all parameters that have one; refuse sparse ones."""
-        found = {}
-        for name, parameter in self.named.items():
-            if parameter.grad is None:
-                continue
-            if parameter.grad.layout != torch.strided:
+        grads = zip(self.named, map(GRADIENT, self.named.values()), strict=True)
+        found = {name: gradient for name, gradient in grads if gradient is not None}
+        if STRIDED.issuperset(map(LAYOUT, found.values())):
+            return found
+        for name, gradient in found.items():
+            if gradient.layout != torch.strided:
                 raise ValueError(
                     f"the gradient of {name!r} is sparse, which is not supported; build the "
                     "embedding with sparse=False"
                 )
-            found[name] = parameter.grad
         return found
 
     def require_gradients(self, where: str) -> dict[str, Tensor]:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ._current_pass import RunningPass, running_pass
-from ._module_state import ForwardState
+from ._module_state import ForwardState, plain_among
 from ._parameters import NamedParameters
 from ._probing import Probing, copy_gradients
 from ._progress import Progress
 from ._random_state import RandomState
 from ._step_modules import StepModules
+from ._vectors import copies_of, copy_all
 from .distributed import Ranks
-from .distributed._sharded import local, reshard
+from .distributed._sharded import local_all, reshard
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -48,7 +49,8 @@ class PassRecord:
         if weights:
             # From copies: subtracting eps would not give the bits back.
             with torch.no_grad():
-                torch._foreach_copy_([local(p) for p, _ in weights], [local(w) for _, w in weights])
+                moved, copies = zip(*weights, strict=True)
+                copy_all(local_all(moved), local_all(copies))
         for p, gradient in gradients:
             p.grad = gradient
         if after is not None:
@@ -255,8 +257,10 @@ class Passes:
         if not eps:
             return
         moving: list[Tensor] = [named[n] for n in eps]
-        record.weights = [(p, p.detach().clone()) for p in moving]
-        steps: list[Tensor] = [e.to(named[n].dtype) for n, e in eps.items()]
+        plain = plain_among(moving)
+        copies = copies_of(plain) if plain is moving else [p.detach().clone() for p in moving]
+        record.weights = list(zip(moving, copies, strict=True))
+        steps: list[Tensor] = [e.to(p.dtype) for e, p in zip(eps.values(), moving, strict=True)]
         torch._foreach_add_(moving, steps)
         reshard(self._parameters.model)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -14,10 +15,12 @@ from ._checks import value_at_step
 from ._joined_bases import defaults_of_group
 from ._parameters import NamedParameters
 from ._progress import Progress
-from ._vectors import widen_to_float32
+from ._vectors import copies_of, copy_all, scale_tensors, widen_to_float32
 from .distributed import Ranks
+from .distributed._sharded import is_sharded, local_all
 from .geometry import Geometry
 from .perturbations import Perturbation, Probe
+from .perturbations._base import bounds_displacement
 
 __all__ = ["Probing", "copy_gradients", "widen_gradients"]
 
@@ -61,12 +64,16 @@ class Probing:
     @property
     def radii(self) -> dict[str, float]:
         """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
-        perturbation, step = self._perturbation, self._progress.step
-        if perturbation is None or not perturbation.probes_at(step):
-            return dict.fromkeys(self._parameters.named, 0.0)
+        radii = self._radii_of_groups()
+        return {name: radii[i] for name, i in self._parameters.group_of.items()}
+
+    def _radii_of_groups(self) -> list[float]:
+        perturbation, base = self._perturbation, self._parameters.base
+        if perturbation is None or not perturbation.probes_at(self._progress.step):
+            return [0.0] * len(base.param_groups)
         return self._radii_between_probes_too(perturbation)
 
-    def _radii_between_probes_too(self, perturbation: Perturbation) -> dict[str, float]:
+    def _radii_between_probes_too(self, perturbation: Perturbation) -> list[float]:
         base, radii = self._parameters.base, list[float]()
         for index, group in enumerate(base.param_groups):
             # Adadelta's own option of that name is no radius.
@@ -76,12 +83,15 @@ class Probing:
             if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
                 raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
             radii.append(float(rho))
-        return {name: radii[i] for name, i in self._parameters.group_of.items()}
+        return radii
 
     @property
     def displaces(self) -> bool:
         """Whether a pass of the coming step runs at theta + eps."""
-        return any(self.radii.values())
+        return self._any_moves(self._radii_of_groups())
+
+    def _any_moves(self, radii: list[float]) -> bool:
+        return any(radii[i] for i in self._parameters.filled_groups)
 
     @property
     def looks_ahead(self) -> bool:
@@ -121,7 +131,8 @@ class Probing:
             return {}
         radii = self.radii
         chosen = {n for n, rho in radii.items() if rho > 0}
-        gradients = {n: g for n, g in wide.items() if n in chosen}
+        everything = len(chosen) == len(radii)
+        gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
             return {}
         probe = Probe(
@@ -130,7 +141,9 @@ class Probing:
             radii=radii,
             metric=dict if self._geometry is None else self._geometry.apply,
             layers=self._parameters.layers,
-            momentum={n: m for n, m in self._find_momentum().items() if n in chosen},
+            momentum=LazyTensors(
+                lambda: {n: m for n, m in self._find_momentum().items() if n in chosen}
+            ),
             step=self._progress.step,
         )
         # The passes may run within the caller's autocast.
@@ -139,7 +152,7 @@ class Probing:
         if eps is None:
             self._progress.skipped_probes += 1
             return {}
-        if not self._ranks.finite(eps):
+        if not (bounds_displacement(type(perturbation)) or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(radii.values())}"
@@ -201,13 +214,15 @@ class Probing:
         """
         assert self._perturbation is not None
         wide = widen_gradients(second, scaler)
-        # A forward that takes another way may leave a parameter out of one of the passes.
-        clean = {n: clean[n] if n in clean else torch.zeros_like(g) for n, g in wide.items()}
+        if clean.keys() != wide.keys():
+            # A forward that takes another way may leave a parameter out of one of the passes.
+            clean = {n: clean[n] if n in clean else torch.zeros_like(g) for n, g in wide.items()}
         with without_autocast(*self._parameters.devices):
             chosen = self._perturbation.combine(clean, wide)
         scale = loss_scale(scaler)
-        for name, gradient in second.items():
-            gradient.copy_(chosen[name] if scale == 1.0 else chosen[name] * scale)
+        found = chosen if scale == 1.0 else scale_tensors(chosen, scale)
+        if found is not wide:  # else p.grad is what was chosen, if it was not widened
+            copy_all(local_all(second.values()), local_all([found[n] for n in second]))
 
     @torch.no_grad()
     def adjust(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,7 +232,7 @@ class Probing:
             return gradients
         if self._progress.step < perturbation.start:
             return gradients
-        if not any(self._radii_between_probes_too(perturbation).values()):
+        if not self._any_moves(self._radii_between_probes_too(perturbation)):
             return gradients
         with without_autocast(*self._parameters.devices):
             adjusted = perturbation.adjust(widen_to_float32(gradients))
@@ -236,9 +251,12 @@ def loss_scale(scaler: Any) -> float:
 def widen_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
     """Return gradients in at least float32, without the scale of the loss."""
     wide, scale = widen_to_float32(gradients), loss_scale(scaler)
-    return wide if scale == 1.0 else {n: g / scale for n, g in wide.items()}
+    if scale == 1.0:
+        return wide
+    return dict(zip(wide, torch._foreach_div(list(wide.values()), scale), strict=True))
 
 
+@torch.no_grad()
 def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
     """Return :func:`widen_gradients` in memory of their own.
 
@@ -246,4 +264,33 @@ def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Te
     DistributedDataParallel with ``gradient_as_bucket_view``.
     """
     wide = widen_gradients(gradients, scaler)
-    return {n: g.clone() if g is gradients[n] else g for n, g in wide.items()}
+    shared = {n: g for n, g in wide.items() if g is gradients[n]}
+    if any(map(is_sharded, shared.values())):
+        copies = [g.clone() for g in shared.values()]
+    else:
+        copies = copies_of(list(shared.values()))
+    return {**wide, **dict(zip(shared, copies, strict=True))}
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name that are looked for when somebody asks.
+
+    Args:
+        find: returns them.
+    """
+
+    def __init__(self, find: Callable[[], dict[str, Tensor]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> dict[str, Tensor]:
+        return self._find()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)

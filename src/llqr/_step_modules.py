@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
+from itertools import chain
+from operator import attrgetter, is_
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -13,6 +15,8 @@ from ._module_state import WrittenParameters
 from ._progress import Progress
 
 __all__ = ["StepModules", "modules_named_in", "refuse_meta"]
+
+CHILDREN, META = attrgetter("_modules"), attrgetter("is_meta")
 
 
 class StepModules:
@@ -30,6 +34,7 @@ class StepModules:
     def __init__(self, model: nn.Module, beside: Iterable[nn.Module]) -> None:
         self.roots = [model, *checked_modules(beside)]
         self.written = WrittenParameters()
+        self._walk: ModuleWalk | None = None
 
     def all(self, functions: Iterable[Any] = ()) -> list[nn.Module]:
         """Return the modules and what is inside them, each once.
@@ -38,8 +43,14 @@ class StepModules:
             functions: forwards or closures; the modules that they name are among the result.
         """
         named = [module for function in functions for module in modules_named_in(function)]
-        roots = {id(root): root for root in [*self.roots, *named]}.values()
-        return list({id(m): m for root in roots for m in root.modules()}.values())
+        roots = list({id(root): root for root in [*self.roots, *named]}.values())
+        if self._walk is None or not self._walk.is_current(roots):
+            self._walk = ModuleWalk(roots)
+        return self._walk.modules
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied module may keep its children in other tables than the copies of these.
+        return {**self.__dict__, "_walk": None}
 
     def warn_of_lost(self, parameters: Iterable[Tensor], where: str, progress: Progress) -> None:
         """Say which parameters were written to without a copy, and so were not put back."""
@@ -52,8 +63,44 @@ class StepModules:
         )
 
 
+class ModuleWalk:
+    """The modules inside some roots, as found by a walk, until a module is put in or taken out.
+
+    Args:
+        roots: where the walk starts.
+
+    Attributes:
+        modules: each once.
+    """
+
+    def __init__(self, roots: list[nn.Module]) -> None:
+        self._roots = roots
+        self.modules = list({id(m): m for root in roots for m in root.modules()}.values())
+        self._tables = list(map(CHILDREN, self.modules))
+        # The tables of TorchScript are no dicts; its modules are walked through each time.
+        self._plain = all(type(table) is dict for table in self._tables)
+        self._children = self._find_children() if self._plain else []
+
+    def _find_children(self) -> list[nn.Module | None]:
+        return list(chain.from_iterable(map(dict.values, self._tables)))
+
+    def is_current(self, roots: list[nn.Module]) -> bool:
+        """Tell whether a walk from these roots would find the same."""
+        # Mapped without a loop in Python, since this runs in every step over all modules.
+        return (
+            self._plain
+            and len(roots) == len(self._roots)
+            and all(map(is_, roots, self._roots))
+            and all(map(is_, map(CHILDREN, self.modules), self._tables))
+            and len(children := self._find_children()) == len(self._children)
+            and all(map(is_, children, self._children))
+        )
+
+
 def refuse_meta(named: Mapping[str, Tensor]) -> None:
     """Refuse parameters that have no memory yet."""
+    if not any(map(META, named.values())):
+        return
     for name, parameter in named.items():
         if parameter.is_meta:
             raise RuntimeError(
@@ -129,7 +176,10 @@ def unwrap_callable(value: Any) -> Any:
 def attributes_of(value: Any, names: frozenset[str]) -> list[Any]:
     """Return the attributes of an object, as far as they are named and may hold modules."""
     kinds = (nn.Module, list, tuple, dict)
-    found = [v for n, v in getattr(value, "__dict__", {}).items() if n in names]
+    held = getattr(value, "__dict__", None)
+    if not held:
+        return _modules_within(value, names)
+    found = [held[n] for n in names if n in held]
     inner = [w for v in found if not isinstance(v, kinds) for w in _modules_within(v, names)]
     return [v for v in found if isinstance(v, kinds)] + inner + _modules_within(value, names)
 
@@ -141,7 +191,7 @@ def _modules_within(value: Any, names: frozenset[str]) -> list[Any]:
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or isinstance(value, (type, ModuleType, FunctionType)):
         return []
-    return [v for n, v in attributes.items() if n in names and isinstance(v, nn.Module)]
+    return [v for n in names if isinstance(v := attributes.get(n), nn.Module)]
 
 
 def values_named_in(function: FunctionType) -> list[Any]:

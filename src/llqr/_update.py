@@ -12,7 +12,7 @@ from ._passes import Passes
 from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Refresher
-from ._vectors import lay_out_like, rescale_to_norm, widen_to_float32
+from ._vectors import DTYPE, WIDE, lay_out_like, rescale_to_norm, widen_to_float32
 from ._wrapper import step_base
 from .distributed import Ranks
 from .distributed._sharded import local
@@ -95,7 +95,7 @@ class Update:
         if direction is gradients:
             step_base(self._base)
             return True
-        half = any(d.dtype.itemsize < 4 for d in direction.values())
+        half = not WIDE.issuperset(map(DTYPE, direction.values()))
         if half and not self._ranks.finite(direction):  # U may take float16 out of its range
             return False
         named = self._parameters.named

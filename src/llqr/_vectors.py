@@ -7,18 +7,21 @@ so how they are added up is decided here, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from operator import itemgetter
+from operator import attrgetter, is_, itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._devices import compute_per_device, widen
+from ._devices import compute_per_device, flatten, widen
 from .distributed._sharded import is_sharded, local, summed
 
 __all__ = [
     "Tensors",
+    "copies_of",
+    "copy_all",
     "inner_products",
     "scale_tensors",
     "dots",
@@ -42,6 +45,10 @@ TINY = 1e-20
 PIECE = 2**8
 #: Numbers that are copied to float64 rather than summed in their own precision.
 COPIED = 2**16
+#: Entries of tensors that are multiplied in one call, from copies side by side.
+RUN = 2**24
+WIDE = frozenset({torch.float32, torch.float64})
+DEVICE, DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
 def quadratic_value(
@@ -87,23 +94,58 @@ def lay_out_like(value: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def scale_tensors(tensors: Tensors, factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """Return each tensor times its factor."""
+def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | float) -> dict[str, Tensor]:
+    """Return each tensor times its factor, or all times one."""
     if not tensors:
         return {}
-    moved = torch._foreach_mul(list(tensors.values()), [factors[n] for n in tensors])
-    return dict(zip(tensors, moved, strict=True))
+    each = factors if isinstance(factors, float) else [factors[n] for n in tensors]
+    return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), each), strict=True))
+
+
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of plain tensors, with a few calls for all of them."""
+    copies: list[Tensor] = [t for t in tensors]
+    for places in _places_by_kind(tensors):
+        run = [tensors[i] for i in places]
+        together = all(map(Tensor.is_contiguous, run)) and all(map(Tensor.numel, run))
+        if len(run) > 1 and together:
+            # The copies lie one behind the other in one piece of memory.
+            made = torch._C._nn.unflatten_dense_tensors(flatten(run), run)
+        else:
+            made = [torch.empty_like(t) for t in run]
+            torch._foreach_copy_(made, run)
+        for i, copy in zip(places, made, strict=True):
+            copies[i] = copy
+    return copies
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy plain tensors, in one call per device and dtype."""
+    for places in _places_by_kind(targets):
+        torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
+def _places_by_kind(tensors: list[Tensor]) -> Iterable[Sequence[int]]:
+    """Return the places of the tensors of each device and dtype."""
+    kinds = list(zip(map(DEVICE, tensors), map(DTYPE, tensors), strict=True))
+    if len(set(kinds)) < 2:
+        return [range(len(tensors))] if tensors else []
+    places: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(i)
+    return places.values()
 
 
 def rescale_to_norm(moved: Tensors, like: Tensors) -> dict[str, Tensor]:
     """Return ``moved`` with the global norm of ``like``."""
     old, new = (math.sqrt(total_inner_product(gs, gs)) for gs in (like, moved))
-    factor = old / max(new, torch.finfo(torch.float64).tiny)
-    return scale_tensors(moved, dict.fromkeys(moved, factor))
+    return scale_tensors(moved, old / max(new, torch.finfo(torch.float64).tiny))
 
 
 def widen_to_float32(gradients: Tensors) -> dict[str, Tensor]:
     """Return gradients in at least float32."""
+    if WIDE.issuperset(map(DTYPE, gradients.values())):
+        return dict(gradients)
     return {n: g if g.dtype == torch.float64 else g.float() for n, g in gradients.items()}
 
 
@@ -138,7 +180,55 @@ def _products_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[
 
 def total_inner_product(a: Tensors, b: Tensors) -> float:
     """Return the inner product over all tensors together, and over all shards of each."""
-    return sum_as_double(inner_products(a, b))
+    if any(map(is_sharded, b.values())):
+        return sum_as_double(inner_products(a, b))
+    if not b:
+        return 0.0
+    pairs = {n: (a[n], y) for n, y in b.items()}
+    return math.fsum(compute_per_device(_total_on_one_device, pairs, itemgetter(0)))
+
+
+def _total_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Return the inner product over all pairs, with one read from the device."""
+    runs = _runs_of_pairs(list(pairs.values()))
+    found = torch.stack([_product_of_run(run, double=short) for short, run in runs]).tolist()
+    return math.fsum(
+        p if short or TINY < abs(p) < math.inf else float(_product_of_run(run, double=True))
+        for (short, run), p in zip(runs, found, strict=True)
+    )
+
+
+def _runs_of_pairs(
+    pairs: list[tuple[Tensor, Tensor]],
+) -> list[tuple[bool, list[tuple[Tensor, Tensor]]]]:
+    """Gather pairs so that each run of them fits one product: the short ones, then the others."""
+    short = [pair for pair in pairs if pair[0].numel() <= SHORT]
+    runs = [(True, short)] if short else []
+    room = 0
+    for pair in pairs:
+        size = pair[0].numel()
+        if size <= SHORT:
+            continue
+        if size > room:
+            runs.append((False, []))
+            room = RUN
+        runs[-1][1].append(pair)
+        room -= size
+    return runs
+
+
+def _product_of_run(run: list[tuple[Tensor, Tensor]], *, double: bool) -> Tensor:
+    """Return the inner product over some pairs, a scalar in the device's widest dtype."""
+    xs, ys = ([pair[i] for pair in run] for i in (0, 1))
+    same = all(map(is_, xs, ys))
+    x = flatten(xs)
+    y = x if same else flatten(ys)
+    if double:
+        x = widen(x)
+        return torch.dot(x, x if same else widen(y))
+    if x.dtype.itemsize < 4 or y.dtype.itemsize < 4:
+        x, y = x.float(), y.float()
+    return widen((x * y).sum())
 
 
 def sum_as_double(numbers: Mapping[str, float]) -> float:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS, SHORT_ROWS
+from tables import PERTURBATIONS, SHORT_ROWS, SOLVED
 from tiny import (
     F64,
     WAYS,
@@ -60,13 +60,13 @@ def against_one_process(way="minimize", steps=4, tolerance=TOLERANCE, **options)
 
 
 def check_every_geometry_and_perturbation():
-    for geometry, perturbation in itertools.product(GEOMETRIES, PERTURBATIONS):
+    for geometry, perturbation in itertools.product(SOLVED, PERTURBATIONS):
         if geometry == "kfac" or perturbation == "SAM":
             # Eigenvectors of averaged X X' magnify rounding by the inverse of the gaps.
             tolerance = 1e-7 if geometry == "e-kfac-gradient" else TOLERANCE
             against_one_process(
                 tolerance=tolerance,
-                geometry=GEOMETRIES[geometry],
+                geometry=SOLVED[geometry],
                 perturbation=PERTURBATIONS[perturbation],
             )
 

@@ -10,7 +10,19 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from replicas import alone, near, one_process, raises, rank, replicas_equal, two_bases
+from replicas import (
+    alone,
+    data_parallel,
+    near,
+    one_process,
+    raises,
+    rank,
+    replicas_equal,
+    two_bases,
+)
+from replicas import (
+    parameters as weights_of,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,8 +36,8 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
-from tiny import F64, WAYS, Problem, llqr_of, same, train
+from tables import PERTURBATIONS, SAMPLED, SOLVED
+from tiny import F64, WAYS, Problem, llqr_of, natural_of, same, train
 
 BASES = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9),
@@ -98,11 +110,11 @@ def against_one_process(base="SGD", way="minimize", steps=3, tied=False, toleran
 
 
 def check_every_geometry_and_perturbation():
-    for geometry, perturbation in itertools.product(GEOMETRIES, PERTURBATIONS):
+    for geometry, perturbation in itertools.product(SOLVED, PERTURBATIONS):
         if geometry == "kfac" or perturbation == "SAM":
             tolerance = 1e-6 if geometry == "e-kfac-gradient" else 1e-12
             optimizer, joined, *_ = against_one_process(
-                geometry=GEOMETRIES[geometry],
+                geometry=SOLVED[geometry],
                 perturbation=PERTURBATIONS[perturbation],
                 tolerance=tolerance,
             )
@@ -110,6 +122,21 @@ def check_every_geometry_and_perturbation():
                 ours, theirs = optimizer.last_report, joined.last_report
                 assert ours.products == theirs.products
                 assert abs(ours.J_after - theirs.J_after) <= 1e-9 * abs(theirs.J_after)
+
+
+def check_natural_gradient_against_data_parallel():
+    """The same samples, whole in each process or in rows."""
+    for make in (*SAMPLED.values(), lambda: natural_of("kfac"), lambda: natural_of("diagonal")):
+        whole, share = data_parallel(problem(), geometry=make(), perturbation=llqr.SAM(0.05))
+        optimizer, half = sharded(problem(), geometry=make(), perturbation=llqr.SAM(0.05))
+        train(whole, share, 4)
+        train(optimizer, half, 4)
+        near(full(half.model), weights_of(share.model), 1e-7)
+        ours, theirs = optimizer.last_report, whole.last_report
+        assert ours.samples == theirs.samples == 8
+        for key in ("change", "cosine", "eigenvalue_max"):
+            a, b = getattr(ours, key), getattr(theirs, key)
+            assert abs(a - b) <= 1e-6 * abs(b), (key, a, b)
 
 
 def check_norms_are_of_all_shards():

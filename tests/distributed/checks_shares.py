@@ -15,14 +15,29 @@ from replicas import (
     raises,
     rank,
     replicas_equal,
+    wrapped,
 )
 from torch import nn
 
 import llqr
-from tables import GEOMETRIES, PERTURBATIONS
-from tiny import Problem, everything, llqr_of, mlp, same, through_file, train
+from explicit import agree, vector
+from llqr.curvature import curvature_samples
+from llqr.distributed import Ranks
+from moments import ByHand, in_model_order
+from tables import PERTURBATIONS, SAMPLED, SOLVED
+from tiny import (
+    Problem,
+    everything,
+    llqr_of,
+    mlp,
+    natural_of,
+    same,
+    through_file,
+    train,
+)
 
-STRUCTURES = [name for name in GEOMETRIES if name != "none"]
+CLOSED_FORMS = ("kfac", "e-kfac", "diag-kfac", "diagonal", "scalar", "dense")
+STRUCTURES = [name for name in SOLVED if name != "none"]
 
 
 def shared(name, **settings):
@@ -193,3 +208,86 @@ def check_added_parameters():
     same(optimizer.geometry.state()["0.weight"], learned)
     train(optimizer, share, 3)
     replicas_equal(parameters(share.model))
+
+
+def samples_of_all(geometry, share):
+    """The samples that the coming refresh draws in all processes, (m, P) in model order."""
+    names = [n for n, _ in share.model.module.named_parameters()]
+    inside = Problem(share.model.module, share.x, share.y)
+    drawn = curvature_samples(inside, inside.model.parameters(), geometry.curvature).draw(
+        geometry.settings.samples, geometry._generator()
+    )
+    own = in_model_order(inside.model, dict(zip(names, drawn, strict=True)))
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, own)
+    assert not torch.equal(parts[0], parts[1])
+    return torch.cat(parts)
+
+
+def check_natural_gradient_learns_from_the_samples_of_all():
+    """Whole in each process and sharded: U is that of all samples in one process."""
+    for structure, make in itertools.product(CLOSED_FORMS, (mlp, wide)):
+        whole = make()
+        by_hand = ByHand(whole.model, structure, 3, damping=0.1, ema=0.5)
+        pairs = [
+            data_parallel(
+                make(),
+                geometry=natural_of(structure, block_size=3, damping=0.1, shard=s, report_J=True),
+            )
+            for s in (False, True)
+        ]
+        reports = []
+        for step in range(2):
+            by_hand.refresh(samples_of_all(pairs[0][0].geometry, pairs[0][1]))
+            for optimizer, share in pairs:
+                report = optimizer.geometry.refresh([share], step=step)
+                assert report.accepted and report.samples == 8
+                reports.append(report)
+        model = llqr.quadratic_model(whole, whole.model.parameters())
+        J = float(model.value([-g for g in model.gradient]))  # at U = I, of the joined batch
+        for first, other in zip(reports[::2], reports[1::2], strict=True):
+            assert abs(first.J_after - other.J_after) <= 1e-7 * abs(first.J_after)
+        assert all(abs(report.J_before - J) <= 1e-9 * abs(J) for report in reports[:2])
+        torch.manual_seed(3)
+        g = {n: torch.randn_like(p) for n, p in whole.model.named_parameters()}
+        expected = by_hand.U @ vector(g.values())
+        for optimizer, _ in pairs:
+            geometry = optimizer.geometry
+            agree(vector(geometry.apply(g).values()), expected, 1e-7)
+            replicas_equal(geometry.state())
+            replicas_equal(geometry.spectrum())
+        assert pairs[0][0].geometry.numel() == pairs[1][0].geometry.numel()
+
+
+def check_natural_gradient_trains_alike_sharded_or_not():
+    """With a probe, gradients that M follows, and a group that joins."""
+    for geometry, joins in itertools.product(SAMPLED, (False, True)):
+        ends = []
+        for shard in (False, True):
+            make = dict(SAMPLED[geometry]().settings.__dict__, shard=shard, every=2)
+            share = wrapped(wide())
+            held = list(share.model.parameters())
+            late = 4 if joins else len(held)
+            optimizer = llqr.Optimizer(
+                torch.optim.SGD(held[:late], lr=0.1),
+                share.model,
+                geometry=llqr.NaturalGradient("e-kfac", **make),
+                perturbation=llqr.SAM(0.05),
+            )
+            train(optimizer, share, 3)
+            if joins:
+                optimizer.add_param_group({"params": held[late:]})
+            train(optimizer, share, 3)
+            all_equal(optimizer)
+            ends.append(parameters(share.model))
+        near(*ends, 1e-7)
+
+
+def check_rows_are_exchanged_with_and_without_an_all_to_all():
+    ranks = Ranks(nn.Linear(2, 1))
+    rows = torch.arange(6.0).view(2, 3) + 10 * rank()
+    expected = torch.stack([torch.arange(3.0) + 3 * rank(), torch.arange(3.0) + 3 * rank() + 10])
+    assert ranks._exchanges(torch.device("cpu")) and not ranks._exchanges(torch.device("cuda"))
+    same(ranks.exchange(rows), expected)
+    ranks._exchanges = lambda device: False
+    same(ranks.exchange(rows), expected)

@@ -211,12 +211,32 @@ def test_every_float64_in_the_library_is_guarded():
         "_vectors.py: widen_to_float32",  # of a gradient that has it
         "_vectors.py: rescale_to_norm",  # finfo
         "_vectors.py: sum_as_double",  # the host
-        "perturbations/_friendly_sam.py: _zero_memory",  # of a parameter that has it
         "geometry/layout/_layout.py: _state_dtype",
         "geometry/inner_solve/_recycled_product.py",  # finfo, the host
         "geometry/inner_solve/_reduced.py",  # the host
-        "geometry/structures/_eigenvalues.py: decompose_symmetric",  # the host
+        "geometry/structures/_eigenvalues.py: _again_in_double",  # the host
+        "geometry/structures/_eigenvalues.py: follow_eigenvectors",  # asks what the device has
+        "curvature/_samples.py: divide_samples",  # the host
+        "curvature/_samples.py: _sample_dtype",  # of a parameter that has it
+        "curvature/sampling/_base.py: widened",  # of a tensor that has it
+        "curvature/linearised/_train_batch_norm.py: from_call",  # of an input that has it
+        "perturbations/_memory.py: _zero_memory",  # of a parameter that has it
         "geometry/structures/_verify.py",  # a check on the host
+        "sharpness/_data.py",  # of parameters that have it, the host
+        *(
+            f"sharpness/_{name}.py"  # the host
+            for name in (
+                "density",
+                "eigenvalues",
+                "lanczos",
+                "landscape",
+                "m_sharpness",
+                "mean_curvature",
+                "mean_loss",
+                "trace",
+                "worst_case",
+            )
+        ),
         "_exact_lqr.py: _roll_out",
     }
     found = set()

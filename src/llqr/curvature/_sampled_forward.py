@@ -80,7 +80,7 @@ class SampledForward:
     def draw_into(
         self, rows: Sequence[Tensor], count: int, factor: float, generator: torch.Generator
     ) -> None:
-        """Write ``count`` samples times a factor into zeros of shape (count, *p.shape)."""
+        """Write ``count`` samples times a factor into tensors of shape (count, *p.shape)."""
         self._use(lambda graph: graph.draw_into(rows, count, factor, generator))
 
     def _use(self, use: Callable[[_Graph], Result]) -> Result:
@@ -153,7 +153,9 @@ class _Graph:
             for k, s in enumerate(zip(*samples, strict=True), start):
                 image = self._transposed_product([x * lift for x in s])
                 for row, w in zip(rows, image, strict=True):
-                    if w is not None:
+                    if w is None:
+                        row[k].zero_()
+                    else:
                         row[k].copy_(w).mul_(factor / lift)
 
     @cached_property

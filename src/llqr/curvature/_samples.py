@@ -132,7 +132,9 @@ class CurvatureSamples:
         """
         check_integer("count", count, low=1)
         result = [
-            torch.zeros(count, *p.shape, dtype=_sample_dtype(p), device=p.device)
+            (torch.empty if p.requires_grad else torch.zeros)(
+                count, *p.shape, dtype=_sample_dtype(p), device=p.device
+            )
             for p in self._parameters
         ]
         start = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import eq
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .._devices import compute_per_device, split_by_device, widen, widest_dtype
-from ._sharded import is_sharded, local
+from .._devices import compute_per_device, flatten, split_by_device, widen, widest_dtype
+from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
+
+#: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
+EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
 
 
 class Ranks:
@@ -96,9 +100,17 @@ class Ranks:
         """Send row i to process i; return the rows that all sent to this one, in their order."""
         if self.size == 1:
             return rows
-        received = torch.empty_like(rows)
+        if not self._exchanges(rows.device):  # all get everything, and keep theirs
+            return self.stack(rows)[:, self.rank].contiguous()
+        received = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         dist.all_to_all_single(received, rows.contiguous(), group=self.group)
         return received
+
+    def _exchanges(self, device: torch.device) -> bool:
+        """Tell whether the group's backend for a device has an all-to-all of tensors."""
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+        backend = backends.get(device.type)
+        return backend in EXCHANGING or (backend == "gloo" and device.type == "cpu")
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over the processes."""
@@ -237,7 +249,7 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
-    own = zip(tensors, map(local, tensors.values()), strict=True)
+    own = zip(tensors, local_all(tensors.values()), strict=True)
     filled = {name: t for name, t in own if t.numel()}
     if not filled:
         return 0.0
@@ -252,6 +264,8 @@ def _largest_on_one_device(named: Mapping[str, Tensor]) -> float:
         return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.
     with torch.no_grad():
-        short = [t.reshape(-1) for t in tensors if t.numel() <= 2**14]
-        runs = [t for t in tensors if t.numel() > 2**14] + ([torch.cat(short)] if short else [])
-        return float(torch.stack([end for t in runs for end in torch.aminmax(t)]).abs().max())
+        short = [t for t in tensors if t.numel() <= 2**14]
+        runs = [t for t in tensors if t.numel() > 2**14] + ([flatten(short)] if short else [])
+        ends = torch.stack([end for t in runs for end in torch.aminmax(t)]).tolist()
+    # A NaN is both ends of its tensor, and unequal to itself.
+    return max(map(abs, ends)) if all(map(eq, ends, ends)) else math.nan

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from .._checks import Schedule, check_choice, check_integer, check_number
+from .._checks import Schedule, check_choice, check_flags, check_integer, check_number
 from .._devices import widen
-from .._vectors import Tensors
-from ..curvature import Curvature, LinearLoss, SaturatedLoss, as_curvature, curvature_samples
+from .._vectors import Tensors, quadratic_value
+from ..curvature import (
+    Curvature,
+    LinearLoss,
+    SaturatedLoss,
+    as_curvature,
+    curvature_samples,
+    quadratic_model,
+)
 from ._base import NormStatistics
 from ._metric_settings import Application, Learned, MetricSettings
+from ._samples_by_part import are_squarable, own_samples, peak_bytes, samples_by_part
 from ._schedules import EMA, growing
 from ._structured import StructuredGeometry
+from .inner_solve import FlatModel
 from .structures import States, Structure, StructureOf
 from .structures.closed_form import Averaging, ClosedForm, closed_form_of
 from .structures.closed_form._elementwise import DiagonalMoments
+from .structures.closed_form._units import (
+    choose,
+    expand_mask,
+    mask_of_parameters,
+    masks_without_samples,
+)
 
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
 
@@ -35,6 +51,7 @@ SATURATED = (
 class NaturalGradientSettings(MetricSettings):
     """The settings of :class:`NaturalGradient`, which says what each of them means."""
 
+    every: Schedule = EVERY_GROWING
     samples: int = 8
     damping: float = 0.03
     power: float = 1.0
@@ -43,6 +60,7 @@ class NaturalGradientSettings(MetricSettings):
     gradient_ema: float = 0.95
     renew_every: int = 2
     seed: int = 0
+    report_J: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the argument and the value."""
@@ -55,6 +73,7 @@ class NaturalGradientSettings(MetricSettings):
         check_number("gradient_ema", self.gradient_ema, low=0, high=1)
         check_integer("renew_every", self.renew_every, low=1)
         check_integer("seed", self.seed, low=0)
+        check_flags(report_J=self.report_J)
 
 
 class NaturalGradient(StructuredGeometry):
@@ -74,8 +93,75 @@ class NaturalGradient(StructuredGeometry):
                c \text{ so that the mean of } U \text{ is } 1
         \end{aligned}
 
-    It is the minimiser of the expectation of the paper's equation (9) over directions, where
-    :class:`llqr.LLQR` minimises it at one gradient.
+    w are random vectors with the curvature C as their second moment
+    (:func:`llqr.curvature.curvature_samples`), one backward pass each; W is the matrix view of a
+    weight's part of w. For random v with :math:`\mathbb E\, v v^\top = I` in the place of the
+    gradient in the paper's equation (9), where :class:`llqr.LLQR` has one gradient,
+
+    .. math:: \mathbb E\, J(U) = -\operatorname{tr} U + \tfrac12 \operatorname{tr}(U C U)
+
+    is least over U = Q diag(s) Q' at :math:`s_i = 1 / (Q^\top C Q)_{ii}`, which M estimates. The
+    first terms of each average weigh more, so that the first refresh gives the mean of its own
+    samples. Parameters that do not require a gradient keep their U, and have no part in lambda and
+    c; those that join later start their averages at the next refresh. A refresh is refused, and U
+    kept, if the loss has lost its curvature or the samples are not finite.
+
+    The bases are those of K-FAC (J. Martens and R. Grosse, ICML 2015), as averages of samples of
+    the whole curvature in place of products of activations and backpropagated derivatives, which is
+    TNT's model of a layer (Y. Ren and D. Goldfarb, NeurIPS 2021); eigenvalues measured in them are
+    EKFAC's (T. George et al., NeurIPS 2018).
+
+    Args:
+        structure: "e-kfac", "kfac", "diag-kfac", "diagonal", "dense", "scalar", "identity", a class
+            of your own that derives from :class:`llqr.geometry.structures.ClosedForm`, or a
+            callable (name, parameter) -> name. 1-D parameters are elementwise in all Kronecker
+            structures. kfac has M = outer(eigenvalues of L, of R) / trace of R, dense averages
+            w w', diag-kfac is kfac with identity bases.
+        curvature: "fisher" (the forward must return outputs) or a :class:`llqr.Curvature` of the
+            form J'HJ.
+        samples: m, how many samples a refresh draws in each process; a backward pass each.
+        damping: of lambda, relative to the mean of M, so that U does not depend on the scale of the
+            loss. Smaller values trust the curvature more.
+        power: p, in (0, 2]; 1/2 gives a root, as in Adam.
+        ema: beta, in [0, 1); a number or a function of the step.
+        every: optimizer steps between refreshes; a number, :class:`llqr.growing` or a function of
+            the step.
+        second_moment: "samples", or "gradients": from the first refresh on, M follows the squares
+            of the clean gradients of the steps, in the present bases (as SOAP's does), and
+            refreshes renew the bases only. Not for kfac and dense.
+        gradient_ema: beta of that average, in [0, 1).
+        renew_every: accepted refreshes between new bases; L and R are averaged only then.
+        block_size: sides of matrices wider than this are cut into blocks; None: whole.
+        seed: of the samples; the global random state is not used. Two refreshes, and two processes,
+            draw different ones.
+        start: first optimizer step before which a refresh is due.
+        max_failures: refused refreshes in a row that are tolerated; one more raises. None: any
+            number, and each in a row doubles the gap to the next, until one is accepted.
+        shard: with several processes, each keeps and applies its shard of U, learned from the
+            samples of all. Always so with ``fully_shard``.
+        application: "full"; no closed form applies faster in "bfloat16".
+        batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch" or
+            "running"; see :class:`llqr.LLQR`.
+        report_J: report equation (9) at the gradient of the refresh, at the old and at the new U.
+            It takes the quadratic model and two products, some five steps.
+
+    Raises:
+        ValueError: a value out of range; a structure without a closed form, or one that cannot
+            follow gradients; a curvature without samples. The message names argument and value.
+
+    Example:
+        >>> import torch, llqr
+        >>> model = torch.nn.Linear(3, 2)
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> def forward():
+        ...     z = model(x)
+        ...     return torch.nn.functional.cross_entropy(z, y), z
+        >>> geometry = llqr.NaturalGradient("e-kfac", every=llqr.growing(5, 100))
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> optimizer = llqr.Optimizer(base, model, geometry=geometry, graft=True)
+        >>> _ = optimizer.minimize(forward)
+        >>> optimizer.last_report.accepted, optimizer.last_report.samples
+        (True, 8)
     """
 
     settings: NaturalGradientSettings
@@ -101,6 +187,7 @@ class NaturalGradient(StructuredGeometry):
         shard: bool = False,
         application: Application = "full",
         batch_norm: NormStatistics = "batch",
+        report_J: bool = False,
     ) -> None:
         settings = NaturalGradientSettings(
             every=every,
@@ -118,6 +205,7 @@ class NaturalGradient(StructuredGeometry):
             gradient_ema=gradient_ema,
             renew_every=renew_every,
             seed=seed,
+            report_J=report_J,
         )
         super().__init__(structure, settings)
         self.curvature = as_curvature(curvature)
@@ -127,9 +215,30 @@ class NaturalGradient(StructuredGeometry):
                 "a llqr.Divergence, or llqr.LLQR for the Hessian"
             )
 
+        if isinstance(structure, type) or not callable(structure):
+            self.find_kind("", torch.empty(0))  # refuse now what has no closed form
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        changed = [
+            f", {f.name}={getattr(settings, f.name)!r}"
+            for f in fields(settings)
+            if getattr(settings, f.name) != f.default
+        ]
+        return (
+            f"NaturalGradient({self.structure!r}, curvature={self.curvature!r}{''.join(changed)})"
+        )
+
     def find_kind(self, name: str, parameter: Tensor) -> type[Structure]:
         """Return the closed form of a parameter's structure."""
-        return closed_form_of(super().find_kind(name, parameter))
+        kind = closed_form_of(super().find_kind(name, parameter))
+        if self.observes and not kind.observes_gradients:
+            raise ValueError(
+                f"second_moment: structure {kind.name!r} takes M from its averages, so it cannot "
+                "follow 'gradients'; use 'samples', or structure 'e-kfac', 'diag-kfac', 'diagonal' "
+                "or 'scalar'"
+            )
+        return kind
 
     @property
     def parts(self) -> list[ClosedForm]:
@@ -147,33 +256,67 @@ class NaturalGradient(StructuredGeometry):
         weights: Sequence[float] | None,
     ) -> Learned:
         """Average the second moments of new samples; U follows in closed form."""
-        settings = self.settings
+        settings, names = self.settings, list(self.parameters)
+        drawn, gradient = self._draw_samples(forwards, parameters, weights)
+        if not self.ranks.all(bool(drawn)):
+            return Learned(None, SATURATED, is_failure=False)
+        # The random vectors of a network that is certain of every answer are zero.
+        if self.ranks.all(not any(bool(w.any()) for w in drawn)):
+            return Learned(None, SATURATED, is_failure=False)
+        with torch.no_grad():
+            g = self._pack_mean(gradient)
+            del gradient
+            numbers: dict[str, Any] = {"samples": settings.samples * self.ranks.size}
+            if not self.ranks.all(are_squarable(drawn)):
+                return Learned(None, "the curvature samples are not finite", g, numbers)
+            frozen = {n for n, p in zip(names, parameters, strict=True) if not p.requires_grad}
+            by_name = dict(zip(names, drawn, strict=True))
+            del drawn
+            states = self._average_samples(by_name, self._averaging_at(step), frozen)
+            states = self._invert_moments(states, self._left_out(frozen))
+            finite = all(bool(torch.isfinite(v).all()) for s in states for v in s.values())
+        if not self.ranks.all(finite):
+            reason = "the second moments of the curvature samples are not within the dtype of U"
+            return Learned(None, reason, g, numbers)
+        if settings.report_J:
+            numbers |= self._measure_J(forwards, parameters, weights, states)
+        return Learned(states, None, g, numbers)
+
+    def _draw_samples(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        parameters: list[Tensor],
+        weights: Sequence[float] | None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the samples (m, *shape) and the gradient per parameter; of a linear loss, none."""
         with self.ranks.together("refresh"):
             try:
                 samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
-                drawn = samples.draw(settings.samples, self._generator())
-                gradient = samples.gradient
+                return samples.draw(self.settings.samples, self._generator()), samples.gradient
             except LinearLoss as error:
                 # A loss that had curvature before is not linear.
                 if not self.history.accepted and not isinstance(error, SaturatedLoss):
                     raise
-                drawn, gradient = [], []
-        if not self.ranks.all(bool(drawn)):
-            return Learned(None, SATURATED, is_failure=False)
-        with torch.no_grad():
-            w, g = self._pack_samples(drawn), self._pack_mean(gradient)
-            del drawn, gradient
-            averaging = self._averaging_at(step)
-            states = [
-                part.update_moments(state, self._samples_of(part, w), averaging)
-                for part, state in zip(self.parts, self.states, strict=True)
-            ]
-            states = self._invert_moments(states)
-            finite = all(bool(torch.isfinite(v).all()) for s in states for v in s.values())
-        numbers = {"samples": settings.samples * self.ranks.size}
-        if not self.ranks.all(finite):
-            return Learned(None, "the curvature samples are not finite", g, numbers)
-        return Learned(states, None, g, numbers)
+                return [], []
+
+    def _average_samples(
+        self, drawn: dict[str, Tensor], averaging: Averaging, frozen: Collection[str]
+    ) -> States:
+        """Return the states whose averages have seen the samples (which are used up)."""
+        states, left_out = [], self._left_out(frozen)
+        # Blocks that joined later have nothing to keep.
+        fresh: Sequence[Tensor | None] = [None] * len(self.parts)
+        if averaging.keep:
+            fresh = self._without_samples()
+        samples = samples_by_part(self.layout, self.parts, drawn)
+        for part, old, begins, out, w in zip(
+            self.parts, self.states, fresh, left_out, samples, strict=True
+        ):
+            new = part.update_moments(old, w, averaging)
+            if begins is not None and bool(begins.any()):
+                new = choose(begins, part.update_moments(old, w, averaging.from_nothing()), new)
+            states.append(new if out is None else choose(out, old, new))
+        return states
 
     def _averaging_at(self, step: int) -> Averaging:
         """Return the weights of the old averages, corrected for their empty start.
@@ -184,56 +327,73 @@ class NaturalGradient(StructuredGeometry):
         seen = self.history.accepted
         renewed = -(-seen // period)
         keep, keep_bases = (beta * (1 - beta**k) / (1 - beta ** (k + 1)) for k in (seen, renewed))
+        if self.observes and seen:
+            keep = 1.0  # M follows the gradients
         # A shard has the samples of all processes; else each has its own.
         mean = (lambda t: t) if self.sharded else self.ranks.mean_
         return Averaging(keep, None if seen % period else keep_bases, mean)
 
     def _generator(self) -> torch.Generator:
         """Return the random numbers of this refresh: they depend on seed, count and process."""
-        count, rank = self.history.refreshes, self.ranks.rank
-        seed = (self.settings.seed << 48) ^ (count << 20) ^ rank
-        return torch.Generator().manual_seed(seed % (1 << 63))
-
-    def _pack_samples(self, drawn: Sequence[Tensor]) -> Tensor:
-        """Return the samples flat, (m, P): of this process, or of all for its shard."""
-        names, rows = list(self.parameters), []
-        for i in range(self.settings.samples):
-            tensors = {n: w[i] for n, w in zip(names, drawn, strict=True)}
-            if self.sharded:
-                joined = self.layout.pack_all_shards(tensors)
-                rows.append(self.layout.shards_of_all_ranks(joined))
-            else:
-                rows.append(self.layout.pack(tensors)[None])
-        return torch.cat(rows)
+        key = self.settings.seed, self.history.refreshes, self.ranks.rank
+        # torch takes 32 bits of a seed on the CPU, so all three have to be in them.
+        return torch.Generator("cpu").manual_seed(zlib.crc32(repr(key).encode()))
 
     def _pack_mean(self, gradient: Sequence[Tensor]) -> Tensor:
         joined = self.layout.pack_all_shards(dict(zip(self.parameters, gradient, strict=True)))
         return self.layout.shard_of_this_rank(self.ranks.mean_(joined))
 
-    @staticmethod
-    def _samples_of(part: ClosedForm, w: Tensor) -> Tensor:
-        group = part.group
-        own = w[:, group.start : group.start + group.numel].to(group.dtype)
-        return own if group.shape is None else own.view(len(w), part.count, *group.shape)
+    def _left_out(self, names: Collection[str]) -> list[Tensor | None]:
+        """Return the mask of what belongs to these parameters only, part by part; None: nothing."""
+        if not names:
+            return [None] * len(self.parts)
+        return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
 
-    def _invert_moments(self, states: States) -> States:
-        """Return the states with U = c (M + lambda)^-power."""
-        settings, parts = self.settings, self.parts
-        moments = [p.second_moment(s) for p, s in zip(parts, states, strict=True)]
-        count = self._total_trace([torch.ones_like(m) for m in moments])
-        lam = settings.damping * self._total_trace(moments) / count
+    def _without_samples(self) -> list[Tensor]:
+        """Return the masks of blocks that no refresh has seen, part by part."""
+        return masks_without_samples(self.layout, self.parts, self._moments_of(self.states))
+
+    def _moments_of(self, states: States) -> list[Tensor]:
+        pairs = zip(self.parts, states, strict=True)
+        return [part.second_moment(state).to(self.ranks.device) for part, state in pairs]
+
+    def _invert_moments(self, states: States, left_out: Sequence[Tensor | None]) -> States:
+        """Return the states with U = c (M + lambda)^-power, but for what is left out."""
+        settings, moments = self.settings, self._moments_of(states)
+        count = self._total_trace([torch.ones_like(m) for m in moments], left_out)
+        lam = settings.damping * self._total_trace(moments, left_out) / count
         values = [(m + lam.to(m.dtype)).pow_(-settings.power) for m in moments]
-        c = count / self._total_trace(values)  # the mean of U is 1
-        return [
-            p.set_eigenvalues(s, v.mul_(c.to(v.dtype)))
-            for p, s, v in zip(parts, states, values, strict=True)
-        ]
+        c = count / self._total_trace(values, left_out)  # the mean of U is 1
+        result = []
+        for part, state, v, out in zip(self.parts, states, values, left_out, strict=True):
+            new = part.set_eigenvalues(state, v.mul_(c.to(v.dtype)))
+            result.append(new if out is None else choose(out, state, new))
+        return result
 
-    def _total_trace(self, values: Sequence[Tensor]) -> Tensor:
+    def _total_trace(self, values: Sequence[Tensor], left_out: Sequence[Tensor | None]) -> Tensor:
         """Return the trace over all blocks of all processes, a scalar on the device."""
-        traces = [widen(p.trace(v)) for p, v in zip(self.parts, values, strict=True)]
-        device = self.ranks.device
-        return self.layout.space.sum_over_shards(torch.stack([t.to(device) for t in traces]).sum())
+        total = widen(torch.zeros((), device=self.ranks.device))
+        for part, v, out in zip(self.parts, values, left_out, strict=True):
+            total += widen(part.trace(v if out is None else v * ~expand_mask(out, v)))
+        return self.layout.space.sum_over_shards(total)
+
+    def _measure_J(
+        self,
+        forwards: Sequence[Callable[[], Any]],
+        parameters: list[Tensor],
+        weights: Sequence[float] | None,
+        states: States,
+    ) -> dict[str, Any]:
+        """Return equation (9) at the old and the new U."""
+        with self.ranks.together("refresh"):
+            model = quadratic_model(forwards, parameters, self.curvature, weights=weights)
+        with torch.no_grad():
+            flat = FlatModel(model, self.layout, list(self.parameters), self.ranks)
+            before, after = (
+                float(quadratic_value(u, flat.gradient, flat.product(u), self.layout.space.dot))
+                for u in (self.blocks.apply(s, -flat.gradient) for s in (self.states, states))
+            )
+        return {"J_before": before, "J_after": after, "products": model.products}
 
     # -- following the gradients ---------------------------------------------------------------
 
@@ -245,12 +405,28 @@ class NaturalGradient(StructuredGeometry):
     @torch.no_grad()
     def observe(self, gradients: Tensors) -> None:
         """Let M follow the clean gradient of a step, in the present bases."""
-        if not self.observes or not self.history.accepted:
+        if not (self.observes and self.history.accepted and gradients):
             return
+        self._move_to_device_of(next(iter(gradients.values())))
         flat, beta = self.layout.pack(gradients), self.settings.gradient_ema
-        self.states = self._invert_moments(
-            [
-                part.observe_gradient(state, self._samples_of(part, flat[None])[0], beta)
-                for part, state in zip(self.parts, self.states, strict=True)
-            ]
-        )
+        absent = self.parameters.keys() - gradients.keys()
+        # M and U of blocks without a gradient, or that no refresh has seen, stay.
+        pairs = zip(self._without_samples(), self._left_out(absent), strict=True)
+        stays = [fresh if out is None else fresh | out for fresh, out in pairs]
+        states = []
+        for part, state, out in zip(self.parts, self.states, stays, strict=True):
+            g = own_samples(part, flat[None])[0]
+            states.append(choose(out, state, part.observe_gradient(state, g, beta)))
+        self.states = self._invert_moments(states, stays)
+
+    # -- memory --------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, int]:
+        """Return bytes in this process: of U, and of a refresh beside the graph of its forward.
+
+        "preconditioner" is U with its averages. "refresh" is the most that a refresh holds at a
+        time: ``samples`` vectors of the parameters' size, the gradient, what a part's averages take
+        while they are computed, and the new U. The graph is about a training step's.
+        """
+        refresh = peak_bytes(self.layout, self.parts, self.states, self.settings.samples)
+        return {**super().memory(), "refresh": refresh}

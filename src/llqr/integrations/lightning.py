@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from .. import _optimizer
+from ._logs import log_refreshes as _log_refreshes
 from ._micro_batches import MicroBatches, find_optimizer
 from ._once import replace_attribute, silenced
 
-__all__ = ["Optimizer", "TwoPasses"]
+__all__ = ["Optimizer", "TwoPasses", "log_refreshes"]
 
 # Nothing of Lightning is imported: the mixin stands before a LightningModule.
 if TYPE_CHECKING:
@@ -152,3 +154,25 @@ class TwoPasses(Module):  # type: ignore[misc]
         takes_index = len(inspect.signature(self.training_step).parameters) > 1
         output = training_step(batch, batch_idx) if takes_index else training_step(batch)
         return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def log_refreshes(module: Any, *, prefix: str = "llqr/") -> RemovableHandle:
+    """Log the numbers of every refresh with the loggers of the Trainer, at the optimizer's step.
+
+    Call it in ``on_train_start`` of the module, with automatic or manual optimization::
+
+        def on_train_start(self):
+            log_refreshes(self)
+
+    ``self.log`` is no help there: a refresh runs between the hooks in which it may be called.
+
+    Args:
+        module: the LightningModule, with one optimizer.
+        prefix: as in :func:`llqr.integrations.numbers_of`.
+    """
+
+    def log(numbers: dict[str, float], step: int) -> None:
+        for logger in module.trainer.loggers:
+            logger.log_metrics(numbers, step=step)
+
+    return _log_refreshes(module.optimizers(), log, prefix=prefix)

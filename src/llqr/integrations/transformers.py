@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from ._logs import log_refreshes as _log_refreshes
 from ._micro_batches import MicroBatches, find_optimizer
 from ._once import silenced
 
-__all__ = ["TwoPasses"]
+__all__ = ["TwoPasses", "log_refreshes"]
 
 # Nothing of transformers is imported: the mixin stands before a Trainer.
 if TYPE_CHECKING:
@@ -72,6 +74,19 @@ class TwoPasses(Trainer):  # type: ignore[misc]
         loss = loss * (self.current_gradient_accumulation_steps if added else 1)
         logits = _logits_of(outputs)
         return loss if logits is None else (loss, logits)
+
+
+def log_refreshes(trainer: Any, *, prefix: str = "llqr/") -> RemovableHandle:
+    """Log the numbers of every refresh by ``trainer.log``: ``report_to``, and ``log_history``.
+
+    Call it after the Trainer was made and before ``train()``.
+
+    Args:
+        trainer: a Trainer with :class:`TwoPasses`, which was handed a llqr.Optimizer.
+        prefix: as in :func:`llqr.integrations.numbers_of`.
+    """
+    log = trainer.log  # the method itself: the name is silenced while a refresh runs
+    return _log_refreshes(trainer.optimizer, lambda numbers, step: log(numbers), prefix=prefix)
 
 
 def _logits_of(outputs: Any) -> Any:

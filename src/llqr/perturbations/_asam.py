@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class ASAM(Perturbation):
         ASAM(rho=1.0, start=0, interval=1, eta=0.01)
     """
 
+    _is_bounded: ClassVar[bool] = True
+
     def __init__(
         self, rho: Schedule = 0.5, *, eta: float = 0.01, start: int = 0, interval: int = 1
     ) -> None:
@@ -46,14 +49,19 @@ class ASAM(Perturbation):
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return rho T^2 g / |T g|."""
-        t = {n: self._weight_size(n, probe.parameters[n], g) for n, g in probe.gradients.items()}
-        tg = {n: t[n] * g for n, g in probe.gradients.items()}
-        unit = 1 / math.sqrt(total_inner_product(tg, tg) + EPS0)
-        return {n: t[n] * x * (probe.radii[n] * unit) for n, x in tg.items()}
+        g = probe.gradients
+        scaled = [n for n in g if not is_bias(n)]  # for the others T = 1
+        weights = [probe.parameters[n].detach().to(g[n].dtype) for n in scaled]
+        t = torch._foreach_abs(weights)
+        torch._foreach_add_(t, self.eta)
+        tg = torch._foreach_mul(t, [g[n] for n in scaled])
+        t_g = {**g, **dict(zip(scaled, tg, strict=True))}
+        tt_g = {**g, **dict(zip(scaled, torch._foreach_mul(t, tg), strict=True))}
+        unit = 1 / math.sqrt(total_inner_product(t_g, t_g) + EPS0)
+        return probe.scale_by_radius(tt_g, unit)
 
-    def _weight_size(self, name: str, w: Tensor, like: Tensor) -> Tensor:
-        """Return T of one parameter."""
-        last = name.rpartition(".")[2]
-        if last.startswith("bias") or last.endswith("_bias"):
-            return torch.ones_like(like)
-        return w.detach().to(like.dtype).abs() + self.eta
+
+def is_bias(name: str) -> bool:
+    """Tell whether a parameter is a bias, by its last name."""
+    last = name.rpartition(".")[2]
+    return last.startswith("bias") or last.endswith("_bias")

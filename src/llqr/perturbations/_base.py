@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from .._checks import Schedule, check_integer, check_number
-from .._vectors import Tensors
+from .._vectors import Tensors, scale_tensors
 
 __all__ = ["EPS0", "Metric", "Perturbation", "Probe"]
 
@@ -39,8 +39,14 @@ class Probe:
     radii: Mapping[str, float]
     metric: Metric
     layers: Mapping[str, str]
-    momentum: Tensors
-    step: int
+    momentum: Tensors = field(default_factory=dict)
+    step: int = 0
+
+    def scale_by_radius(self, tensors: Tensors, unit: float) -> dict[str, Tensor]:
+        """Return each tensor times its radius and a common factor."""
+        each = {n: self.radii[n] * unit for n in tensors}
+        values = set(each.values())
+        return scale_tensors(tensors, values.pop() if len(values) == 1 else each)
 
 
 class Perturbation:
@@ -75,6 +81,9 @@ class Perturbation:
 
     #: Whether eps needs no gradient of the step, so that its only pass is at theta + eps.
     looks_ahead: ClassVar[bool] = False
+    # Whether eps is finite if the gradients are, so that nobody has to look. It holds for the
+    # displacement() of the same class only, not for one that overrides it.
+    _is_bounded: ClassVar[bool] = False
 
     def __init__(self, rho: Schedule, *, start: int = 0, interval: int = 1) -> None:
         check_number("rho", rho, low=0, schedule=True)
@@ -141,3 +150,9 @@ class Perturbation:
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({shown})"
+
+
+def bounds_displacement(kind: type[Perturbation]) -> bool:
+    """Tell whether the class that defines ``displacement`` says that eps is finite."""
+    definer = next(c for c in kind.__mro__ if "displacement" in vars(c))
+    return bool(vars(definer).get("_is_bounded", False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,8 @@ class ESAM(SAM):
         >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
     """
 
+    _is_bounded: ClassVar[bool] = True
+
     def __init__(
         self,
         rho: Schedule = 0.05,
@@ -74,7 +78,7 @@ class ESAM(SAM):
             return None
         drawn = self._draw(probe)
         chosen = {n: e for n, e in eps.items() if drawn[n]}
-        return scale_tensors(chosen, dict.fromkeys(chosen, 1 / self.beta))
+        return scale_tensors(chosen, 1 / self.beta)
 
     def _draw(self, probe: Probe) -> dict[str, bool]:
         """Return m, also for parameters that have no gradient here but elsewhere."""

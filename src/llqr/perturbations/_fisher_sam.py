@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import scale_tensors, total_inner_product
+from .._vectors import total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["FisherSAM"]
@@ -35,6 +37,8 @@ class FisherSAM(Perturbation):
         FisherSAM(rho=0.2, start=0, interval=1, eta=0.1)
     """
 
+    _is_bounded: ClassVar[bool] = True
+
     def __init__(
         self, rho: Schedule = 0.1, *, eta: float = 0.1, start: int = 0, interval: int = 1
     ) -> None:
@@ -45,6 +49,8 @@ class FisherSAM(Perturbation):
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return rho d / sqrt(g.d)."""
         g = probe.gradients
-        d = {n: x / (x.square() + self.eta) for n, x in g.items()}
-        unit = 1 / math.sqrt(total_inner_product(g, d) + EPS0)
-        return scale_tensors(d, {n: probe.radii[n] * unit for n in d})
+        whole = list(g.values())
+        damped = torch._foreach_mul(whole, whole)
+        torch._foreach_add_(damped, self.eta)
+        d = dict(zip(g, torch._foreach_div(whole, damped), strict=True))
+        return probe.scale_by_radius(d, 1 / math.sqrt(total_inner_product(g, d) + EPS0))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
@@ -41,6 +44,8 @@ class FriendlySAM(RememberingSAM):
         0.9
     """
 
+    _is_bounded: ClassVar[bool] = True
+
     def __init__(
         self,
         rho: Schedule = 0.1,
@@ -62,12 +67,12 @@ class FriendlySAM(RememberingSAM):
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return SAM's displacement with v = g - sigma m in the place of g."""
-        v = {n: g - self.sigma * self._recall(n, g) for n, g in probe.gradients.items()}
-        return self._ascend(v, probe)
+        g, m = list(probe.gradients.values()), self._recall_all(probe.gradients)
+        v = torch._foreach_sub(g, torch._foreach_mul(m, self.sigma))
+        return self._ascend(dict(zip(probe.gradients, v, strict=True)), probe)
 
     def observe(self, gradients: Tensors) -> None:
         """Form the next memory; it becomes the memory when the step counts."""
-        keep = self.decay
-        self._next_memory = {
-            n: keep * self._recall(n, g) + (1 - keep) * g for n, g in gradients.items()
-        }
+        memory = torch._foreach_mul(self._recall_all(gradients), self.decay)
+        torch._foreach_add_(memory, torch._foreach_mul(list(gradients.values()), 1 - self.decay))
+        self._next_memory = dict(zip(gradients, memory, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .._checks import Schedule, check_number
 from .._vectors import Tensors, total_inner_product
 from ._sam import SAM, Along, Direction, Norm
@@ -63,4 +65,6 @@ class GSAM(SAM):
         if not square > 0:
             return perturbed  # no direction to be orthogonal to
         alpha, c = self.alpha, total_inner_product(clean, perturbed) / square
-        return {n: (1 + alpha * c) * p - alpha * clean[n] for n, p in perturbed.items()}
+        stepped = torch._foreach_mul(list(perturbed.values()), 1 + alpha * c)
+        torch._foreach_sub_(stepped, torch._foreach_mul([clean[n] for n in perturbed], alpha))
+        return dict(zip(perturbed, stepped, strict=True))

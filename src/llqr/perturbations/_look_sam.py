@@ -98,4 +98,5 @@ class LookSAM(RememberingSAM):
     def adjust(self, gradients: Tensors) -> dict[str, Tensor]:
         """Return g + alpha |g| v."""
         length = self.alpha * math.sqrt(total_inner_product(gradients, gradients))
-        return {n: torch.add(g, self._recall(n, g), alpha=length) for n, g in gradients.items()}
+        g, v = list(gradients.values()), self._recall_all(gradients)
+        return dict(zip(gradients, torch._foreach_add(g, v, alpha=length), strict=True))

@@ -77,6 +77,10 @@ class RememberingSAM(SAM):
             memory = self._memory[name] = memory.to(like)
         return memory
 
+    def _recall_all(self, like: Tensors) -> list[Tensor]:
+        """Return the memory of each parameter, where and as its gradient is."""
+        return [self._recall(name, gradient) for name, gradient in like.items()]
+
     def commit(self) -> None:
         """Take over the next memory."""
         self._memory.update(self._next_memory)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .._checks import Schedule
-from .._vectors import scale_tensors, total_inner_product, widen_to_float32
+from .._vectors import total_inner_product, widen_to_float32
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["MSAM"]
@@ -51,6 +51,7 @@ class MSAM(Perturbation):
     """
 
     looks_ahead: ClassVar[bool] = True
+    _is_bounded: ClassVar[bool] = True
 
     def __init__(self, rho: Schedule = 0.3, *, start: int = 0, interval: int = 1) -> None:
         super().__init__(rho, start=start, interval=interval)
@@ -58,5 +59,4 @@ class MSAM(Perturbation):
     def displacement(self, probe: Probe) -> dict[str, Tensor]:
         """Return -rho m / |m|."""
         m = widen_to_float32(probe.momentum)
-        unit = -1 / math.sqrt(total_inner_product(m, m) + EPS0)
-        return scale_tensors(m, {n: probe.radii[n] * unit for n in m})
+        return probe.scale_by_radius(m, -1 / math.sqrt(total_inner_product(m, m) + EPS0))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from .._checks import Schedule, check_choice
-from .._vectors import Tensors, inner_products, scale_tensors, sum_as_double, total_inner_product
+from .._vectors import Tensors, inner_products, scale_tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["Along", "Direction", "Norm", "SAM"]
@@ -46,6 +46,8 @@ class SAM(Perturbation):
         >>> optimizer = llqr.Optimizer(base, model, perturbation=llqr.SAM(rho=0.05))
     """
 
+    _is_bounded: ClassVar[bool] = True
+
     def __init__(
         self,
         rho: Schedule = 0.05,
@@ -71,16 +73,15 @@ class SAM(Perturbation):
         d: Tensors = probe.metric(v) if self.along == "metric" else v
         if self.direction == "normalised":
             length = math.sqrt(total_inner_product(d, d) + EPS0)
-            d = scale_tensors(d, dict.fromkeys(d, 1 / length))
+            d = scale_tensors(d, 1 / length)
         # v'Uv in the metric of U, |Uv|^2 in the Euclidean one.
-        squares = inner_products(v if self.norm.endswith("metric") else d, d)
+        dual = v if self.norm.endswith("metric") else d
         if self.norm.startswith("layer"):
-            return self._scale_by_layer(d, v, squares, probe)
-        square = sum_as_double(squares)
+            return self._scale_by_layer(d, v, inner_products(dual, d), probe)
+        square = total_inner_product(dual, d)
         if _fails_to_be_positive(square, v):
             return None
-        unit = 1 / math.sqrt(square + EPS0)
-        return scale_tensors(d, {n: probe.radii[n] * unit for n in d})
+        return probe.scale_by_radius(d, 1 / math.sqrt(square + EPS0))
 
     def _scale_by_layer(
         self, d: Tensors, v: Tensors, squares: dict[str, float], probe: Probe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
@@ -62,4 +63,7 @@ class WSAM(SAM):
     def combine(self, clean: Tensors, perturbed: Tensors) -> dict[str, Tensor]:
         """Return g + gamma / (1 - gamma) (g~ - g)."""
         weight = self.gamma / (1 - self.gamma)
-        return {n: clean[n] + weight * (p - clean[n]) for n, p in perturbed.items()}
+        g = [clean[n] for n in perturbed]
+        rise = torch._foreach_sub(list(perturbed.values()), g)
+        torch._foreach_mul_(rise, weight)
+        return dict(zip(perturbed, torch._foreach_add(g, rise), strict=True))

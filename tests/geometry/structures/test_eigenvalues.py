@@ -13,6 +13,7 @@ from llqr.geometry.structures._eigenvalues import (
     decompose_symmetric,
     extremes_of_matrices,
     extremes_of_operator,
+    follow_eigenvectors,
     nearest_orthogonal,
 )
 
@@ -55,15 +56,39 @@ def test_narrow_bounds():
     agree(result, torch.eye(5, dtype=F64).expand(3, 5, 5), 1e-11)
 
 
-def test_polar():
-    """Orthogonal, and what is left is symmetric positive: M = Q P."""
-    matrices = torch.randn(3, 5, 5, dtype=F64)
+@pytest.mark.parametrize("distance", [1e-3, 0.1, 0.3, 1.0, 10.0])
+def test_polar(distance, monkeypatch):
+    """Orthogonal, and what is left is symmetric positive: M = Q P; near Q without decomposition."""
+    start = torch.linalg.qr(torch.randn(3, 5, 5, dtype=F64))[0]
+    matrices = start + distance * torch.randn(3, 5, 5, dtype=F64)
+    if distance <= 0.1:
+        monkeypatch.setattr(torch.linalg, "svd", None)
     q = nearest_orthogonal(matrices)
     agree(q @ q.mT, torch.eye(5, dtype=F64).expand(3, 5, 5), 1e-13)
     p = q.mT @ matrices
     agree(p, p.mT.contiguous(), 1e-12)
     assert float(torch.linalg.eigvalsh(p).min()) > 0
     agree(nearest_orthogonal(q), q, 1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_bases_follow(dtype):
+    """One step is Q R = (L + dI) Q, columns by eigenvalue; repeated, the eigenvectors of L."""
+    n, eps = 12, torch.finfo(dtype).eps
+    raw = torch.randn(3, n, 30, dtype=dtype) * torch.logspace(0, -2, n, dtype=dtype)[:, None]
+    matrices = raw @ raw.mT
+    q = torch.linalg.qr(torch.randn(3, n, n, dtype=dtype))[0]
+    values = (q * (matrices @ q)).sum(1)
+    shift = 1e-3 * values.mean(1)[:, None, None]
+    order = values.argsort(1, descending=True)[:, None, :].expand(-1, n, -1)
+    expected = torch.linalg.qr((matrices @ q + shift * q).gather(2, order))[0]
+    step = follow_eigenvectors(matrices, q)
+    agree((step * expected).sum(1).abs(), torch.ones(3, n, dtype=dtype), 1e4 * eps)
+    for _ in range(400):
+        q = follow_eigenvectors(matrices, q)
+    agree(q.mT @ q, torch.eye(n, dtype=dtype).expand(3, n, n).contiguous(), 50 * eps)
+    exact = decompose_symmetric(matrices)[1].flip(-1)
+    agree((q * exact).sum(1).abs(), torch.ones(3, n, dtype=dtype), 1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 3, 64, 65, 90])

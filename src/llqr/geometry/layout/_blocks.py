@@ -182,6 +182,10 @@ class Group:
         """Return the group's part of a flat vector as a batch of blocks, (count, *shape)."""
         return part if self.shape is None else part.view(len(self.blocks), *self.shape)
 
+    def shape_samples(self, rows: Tensor) -> Tensor:
+        """Return the group's part of several flat vectors as batches, (m, count, *shape)."""
+        return rows if self.shape is None else rows.view(len(rows), len(self.blocks), *self.shape)
+
 
 class PlannedBlock(NamedTuple):
     """A block, and what makes it equal to others: blocks of equal keys form a group."""

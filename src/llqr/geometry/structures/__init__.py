@@ -17,3 +17,5 @@ from ._table import StructureName as StructureName
 from ._table import StructureOf as StructureOf
 from ._table import find_structure as find_structure
 from ._verify import verify_structure as verify_structure
+from .closed_form import Averaging as Averaging
+from .closed_form import ClosedForm as ClosedForm

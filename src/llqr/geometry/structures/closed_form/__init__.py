@@ -6,5 +6,6 @@ A file holds one kind. To give a structure of one's own a closed form, derive it
 
 from ._base import Averaging as Averaging
 from ._base import ClosedForm as ClosedForm
+from ._one_sided import OneSided as OneSided
 from ._table import CLOSED_FORMS as CLOSED_FORMS
 from ._table import closed_form_of as closed_form_of

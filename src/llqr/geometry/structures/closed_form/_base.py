@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._base import Bounds, State, Structure
 
-__all__ = ["Averaging", "ClosedForm"]
+__all__ = ["Averaging", "ClosedForm", "average"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Averaging:
     keep: float
     keep_bases: float | None
     mean_over_ranks: Callable[[Tensor], Tensor]
+
+    def from_nothing(self) -> Averaging:
+        """Return the weights with which averages start."""
+        return Averaging(0.0, 0.0, self.mean_over_ranks)
 
 
 class ClosedForm(Structure):
@@ -70,11 +74,11 @@ class ClosedForm(Structure):
             averaging: how.
         """
         squares = averaging.mean_over_ranks(self.squares(state, w))
-        return {**state, "M": _average(state["M"], squares, averaging.keep)}
+        return {**state, "M": average(state["M"], squares, averaging.keep)}
 
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose M has seen a gradient, in the present coordinates."""
-        return {**state, "M": _average(state["M"], self.squares(state, g[None]), keep)}
+        return {**state, "M": average(state["M"], self.squares(state, g[None]), keep)}
 
     def second_moment(self, state: State) -> Tensor:
         """Return M, the diagonal of Q'CQ."""
@@ -83,6 +87,15 @@ class ClosedForm(Structure):
     def set_eigenvalues(self, state: State, values: Tensor) -> State:
         """Return the state whose U has these eigenvalues, in the order of M."""
         return {**state, self.eigenvalue_entry: values}
+
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
+        """Return what :meth:`update_moments` allocates at a time, beside samples and states.
+
+        Args:
+            samples: how many.
+            contiguous: whether they lie one behind the other, which those of a shard do not.
+        """
+        return samples * self.group.numel * self.group.dtype.itemsize  # their squares
 
     def trace(self, values: Tensor) -> Tensor:
         """Return the trace of a matrix with these eigenvalues, a scalar."""
@@ -93,6 +106,6 @@ class ClosedForm(Structure):
         return state
 
 
-def _average(old: Tensor, new: Tensor, keep: float) -> Tensor:
+def average(old: Tensor, new: Tensor, keep: float) -> Tensor:
     """Return keep old + (1 - keep) new."""
     return torch.lerp(new, old, keep)

@@ -19,6 +19,7 @@ class DenseMoments(ClosedForm, Dense):
     """Q are the eigenvectors of the average C of w w', M its eigenvalues."""
 
     eigenvalue_entry: ClassVar[str] = "S"
+    observes_gradients: ClassVar[bool] = False
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
@@ -43,6 +44,10 @@ class DenseMoments(ClosedForm, Dense):
         values, vectors = decompose_symmetric(average)
         q = vectors.contiguous()
         return {**state, "C": average, "Q": q, "M": values.clamp(min=0)}
+
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
+        """Return four matrices like C: the decomposition's."""
+        return 4 * self.group.dtype.itemsize * self.group.numel * (self.group.numel // self.count)
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S."""

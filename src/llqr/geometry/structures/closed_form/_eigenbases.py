@@ -43,6 +43,15 @@ class KroneckerBases(ClosedForm, EKfac):
         """Return the extremes of S: the bases are orthogonal."""
         return state["S"].amin((1, 2)), state["S"].amax((1, 2))
 
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
+        """Return what the bases take, or the squares in them: three tensors like the samples."""
+        own = super().work_bytes(samples, contiguous)
+        # A single block is stacked without a copy.
+        copies = 1 if self.count == 1 and contiguous else 2
+        # Eight float64 matrices of the wider side follow the eigenvectors.
+        wide = 8 * 8 * self.count * max(self.group.matrix_shape) ** 2
+        return copies * own + max(own, wide)
+
     def update_bases(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state with L, R and their eigenvectors."""
         keep = averaging.keep_bases
@@ -79,6 +88,7 @@ class EKfacMoments(KroneckerBases):
 class KfacMoments(KroneckerBases):
     """M = outer(eigenvalues of L, eigenvalues of R) / trace of R: Kronecker factors."""
 
+    name: ClassVar[str] = "kfac"
     observes_gradients: ClassVar[bool] = False
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:

@@ -15,9 +15,13 @@ __all__ = ["IdentityMoments"]
 class IdentityMoments(ClosedForm, Identity):
     """U = I: these blocks have no part in the scale of U."""
 
+    def work_bytes(self, samples: int, contiguous: bool) -> int:
+        """Return nothing."""
+        return 0
+
     def squares(self, state: State, x: Tensor) -> Tensor:
         """Return no number."""
-        return x.new_zeros(0)
+        return x.new_zeros(self.count, 0)
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Return the state."""
@@ -29,7 +33,7 @@ class IdentityMoments(ClosedForm, Identity):
 
     def second_moment(self, state: State) -> Tensor:
         """Return no number."""
-        return torch.zeros(0)
+        return torch.zeros(self.count, 0)
 
     def set_eigenvalues(self, state: State, values: Tensor) -> State:
         """Return the state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .._base import Structure
 from .._dense import Dense
+from .._diag_kfac import DiagKfac
 from .._diagonal import Diagonal, Vector
 from .._e_kfac import EKfac
 from .._identity import Identity
@@ -11,6 +12,7 @@ from .._kfac import Kfac
 from .._scalar import Scalar
 from ._base import ClosedForm
 from ._dense import DenseMoments
+from ._diag_kfac import DiagKfacMoments
 from ._eigenbases import EKfacMoments, KfacMoments
 from ._elementwise import DiagonalMoments, ScalarMoments
 from ._identity import IdentityMoments
@@ -23,6 +25,7 @@ CLOSED_FORMS: dict[type[Structure], type[ClosedForm]] = {
     Scalar: ScalarMoments,
     Diagonal: DiagonalMoments,
     Vector: DiagonalMoments,
+    DiagKfac: DiagKfacMoments,
     Kfac: KfacMoments,
     EKfac: EKfacMoments,
     Dense: DenseMoments,
