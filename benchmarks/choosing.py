@@ -1,6 +1,7 @@
-"""Try the rules of docs/how-to-choose.md on four small networks; write docs/choosing.json.
+"""Try the rules of docs/how-to-choose.md on four small networks.
 
     python benchmarks/choosing.py [--only cnn,vit] [--steps 100] [--seeds 2] [--workers 2] [--out F]
+    python benchmarks/choosing.py --page      write the tables of F into the page
 
 A BatchNorm CNN, a ResNet of width 16 and a small vision transformer on 12,000 images of
 Fashion-MNIST at 14 x 14, and a translation model on LibreOffice's help. Every method makes the same
@@ -39,6 +40,10 @@ from llqr_lab.models.resnet import resnet18
 from llqr_lab.models.translation import translation_model
 from llqr_lab.models.vit import vit
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "choosing.json"
+PAGE = ROOT / "docs" / "how-to-choose.md"
+BEGIN, END = "<!-- tables of benchmarks/choosing.py -->", "<!-- end of the tables -->"
 TUNING_SEED = 100
 RATES = {"SGD": (0.05, 0.2), "AdamW": (1e-3, 4e-3)}
 TUNING_STEPS = 40
@@ -249,10 +254,31 @@ def _fixed_copy(geometry: llqr.Geometry) -> llqr.Geometry:
     return Applied()
 
 
-def study(name: str, steps: int, seeds: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+def inner_rates(name: str, steps: int) -> list[dict[str, Any]]:
+    """Return what find_inner_lr says of LLQR with kfac after some steps of SGDM."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    problem = problem_of(name, 0)
+    optimizer = optimizer_of(METHODS["SGDM"], problem.model, 0.05)
+    train(problem, optimizer, steps)
+    geometry = llqr.LLQR("kfac")
+    geometry.bind(problem.model)
+    some = [batch for _, batch in zip(range(4), problem.batches, strict=False)]
+    table = llqr.find_inner_lr(geometry, lambda b: problem.loss(problem.model, b), batches=some)
+    keys = ("lr", "reason", "change", "gain", "held_out", "standard_error", "products")
+    rows = ({key: getattr(row, key) for key in keys} for row in table.rows)
+    return [
+        {k: round(v, 3) if isinstance(v, float) and k != "lr" else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def study(
+    name: str, names: list[str], steps: int, seeds: int, pool: ProcessPoolExecutor
+) -> dict[str, Any]:
     """Tune each method's rate, then run the seeds of the table."""
-    found = pool.submit(radii, name, steps)
-    tuning = [(m, lr) for m, method in METHODS.items() for lr in RATES[method.base]]
+    found, rates = pool.submit(radii, name, steps), pool.submit(inner_rates, name, steps)
+    tuning = [(m, lr) for m in names for lr in RATES[METHODS[m].base]]
     tuned = [(m, lr, pool.submit(run, name, m, lr, TUNING_SEED, TUNING_STEPS)) for m, lr in tuning]
     results: dict[str, list[tuple[float, float]]] = {}
     for m, lr, future in tuned:
@@ -263,23 +289,118 @@ def study(name: str, steps: int, seeds: int, pool: ProcessPoolExecutor) -> dict[
         (m, [pool.submit(run, name, m, best[m], s, steps) for s in range(seeds)]) for m in best
     ]
     methods = {m: {"lr": best[m], "runs": [f.result() for f in runs]} for m, runs in fresh}
-    return {"methods": methods, "radii": found.result()}
+    return {"methods": methods, "radii": found.result(), "inner_rates": rates.result()}
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def section(data: dict[str, Any]) -> str:
+    """Return what stands between the two comments of the page."""
+    problems = data["problems"]
+    sizes = ", ".join(f"{name} {p['steps']} steps" for name, p in problems.items())
+    lines = [
+        f"Training loss (mean of the last 20 batches) of each of two seeds, and in brackets the "
+        f"processor time as a multiple of SGDM's ({sizes}; torch {data['torch']}):",
+        "",
+        _row("", *problems),
+        "|---|" + "---|" * len(problems),
+    ]
+    lines += [
+        _row(m, *(_loss_cell(p, m, "loss", time=True) for p in problems.values())) for m in METHODS
+    ]
+    lines += ["", "Loss on held-out data in evaluation mode:", "", _row("", *problems)]
+    lines += ["|---|" + "---|" * len(problems)]
+    lines += [_row(m, *(_loss_cell(p, m, "held_out") for p in problems.values())) for m in METHODS]
+    lines += [
+        "",
+        "What `find_rho` says to try with `NaturalGradient`, and how many times as large `rho` "
+        'must be with `along="metric"` for the same rise:',
+        "",
+        _row("", "after steps", "loss", "along gradient", "along metric", "times"),
+        "|---|---|---|---|---|---|",
+    ]
+    for name, problem in problems.items():
+        found = problem["radii"]
+        for at in (problem["steps"] // 2, problem["steps"]):
+            plain, metric = found[f"gradient at {at}"], found[f"metric at {at}"]
+            # Both are linear in rho at the smallest one.
+            times = plain["rows"][0][1] / metric["rows"][0][1]
+            cells = (f"{plain['loss']:.3g}", _range(plain), _range(metric), f"{times:.2g}")
+            lines.append(_row(name, str(at), *cells))
+    return "\n".join([*lines, *_inner_rate_lines(problems)])
+
+
+def _inner_rate_lines(problems: dict[str, Any]) -> list[str]:
+    """Return the table of find_inner_lr: how good U is on other batches, at each rate."""
+    measured = {name: p["inner_rates"] for name, p in problems.items() if "inner_rates" in p}
+    if not measured:
+        return []
+    rates = [str(row["lr"]) for row in next(iter(measured.values()))]
+    lines = [
+        "",
+        'What `find_inner_lr` says of `LLQR("kfac")` after as many steps of SGDM: the gain on the '
+        "refresh batch and, after the arrow, on other batches:",
+        "",
+        _row("", *(f"lr {rate}" for rate in rates)),
+        "|---|" + "---|" * len(rates),
+    ]
+    for name, rows in measured.items():
+        cells = [
+            "refused" if r["reason"] else f"{r['gain']:.2f} → {r['held_out']:.2f}" for r in rows
+        ]
+        lines.append(_row(name, *cells))
+    return lines
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _loss_cell(problem: dict[str, Any], method: str, key: str, time: bool = False) -> str:
+    if method not in problem["methods"]:
+        return ""
+    runs, plain = problem["methods"][method]["runs"], problem["methods"]["SGDM"]["runs"]
+    cell = ", ".join(f"{r[key]:.3f}" for r in runs)
+    ratio = sum(r["seconds"] for r in runs) / sum(r["seconds"] for r in plain)
+    return f"{cell} ({ratio:.1f})" if time else cell
+
+
+def _range(found: dict[str, Any]) -> str:
+    if found["low"] is None:
+        return "none"
+    return f"{found['low']:.3g} to {found['high']:.3g}"
+
+
+def write_page(path: Path) -> None:
+    """Put the tables of a JSON file into the page."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    tables = section(json.loads(path.read_text()))
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
 
 
 def main() -> None:
     """Run the study and write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(NETWORKS), help="problems, with commas")
+    parser.add_argument("--methods", help="methods, separated by semicolons; default: all")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/choosing.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true", help="write the tables into the page")
     options = parser.parse_args()
+    if options.page:
+        write_page(options.out)
+        return
+    options.out.parent.mkdir(exist_ok=True)
+    names = list(METHODS) if options.methods is None else options.methods.split(";")
     kept = json.loads(options.out.read_text()) if options.out.exists() else {"problems": {}}
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         for name in options.only.split(","):
             print(name, flush=True)
-            found = study(name, options.steps, options.seeds, pool)
+            found = study(name, names, options.steps, options.seeds, pool)
             kept["problems"][name] = {"steps": options.steps, "seeds": options.seeds, **found}
             kept["torch"] = torch.__version__
             options.out.write_text(json.dumps(kept, indent=1) + "\n")
