@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from functools import partial
 
 import pytest
@@ -98,11 +99,11 @@ def test_modules_beside_the_model_are_put_back():
     problem = norm_net()
     beside = torch.nn.BatchNorm1d(3).double()
     optimizer = optimizer_of(problem, modules=[beside], geometry=llqr.LLQR("kfac"))
-    hidden = {"module": beside}  # not found in the forward's own variables
+    hidden = weakref.ref(beside)  # not found among what the forward names
 
     def forward():
         loss, z = problem()
-        return loss + hidden["module"](z).square().mean(), z
+        return loss + hidden()(z).square().mean(), z
 
     before = copy.deepcopy(beside.state_dict())
     llqr.find_rho(optimizer, [forward, forward], rhos=[0.1])
