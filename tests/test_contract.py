@@ -131,6 +131,8 @@ def test_signatures_hold_what_was_promised(function, positional, keywords):
     [
         (llqr.quadratic_model, ["forward", "parameters", "curvature"]),
         (llqr.exact_lqr_step, ["layers", "x", "loss", "curvature", "damping"]),
+        (llqr.find_rho, ["optimizer", "forward", "batches", "rhos", "progress"]),
+        (llqr.find_inner_lr, ["geometry", "forward", "batches", "lrs", "progress"]),
         (llqr.sharpness.eigenvalues, ["forward", "parameters", "k", "curvature"]),
         (llqr.sharpness.trace, ["forward", "parameters", "curvature"]),
         (llqr.sharpness.density, ["forward", "parameters", "curvature"]),
@@ -211,7 +213,11 @@ def test_imports_are_torchs_and_the_standard_librarys(file):
         ("geometry/structures", ("llqr.geometry.inner_solve", "llqr.curvature")),
         ("geometry/inner_solve", ("torch.nn.Module", "torch.distributed")),
         ("perturbations", (*UPSTAIRS, "llqr.geometry", "llqr.curvature")),
-        *((p, ("llqr.sharpness",)) for p in ("geometry", "perturbations", "curvature", *PARTS)),
+        *(
+            (p, ("llqr.sharpness", "llqr.finding"))
+            for p in ("geometry", "perturbations", "curvature", *PARTS)
+        ),
+        ("sharpness", ("llqr._optimizer", "llqr.finding")),
         *(
             (file, tuple(f"llqr.geometry.{n}" for n in ("LLQR", "_llqr", "_natural_gradient")))
             for file in PARTS

@@ -24,6 +24,10 @@ from .curvature import Newton as Newton
 from .curvature import QuadraticModel as QuadraticModel
 from .curvature import quadratic_model as quadratic_model
 
+# What to try
+from .finding import find_inner_lr as find_inner_lr
+from .finding import find_rho as find_rho
+
 # The metric U
 from .geometry import LLQR as LLQR
 from .geometry import FixedGeometry as FixedGeometry

@@ -155,7 +155,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self.ranks = Ranks(model, process_group)
         self._progress = Progress()
         self._parameters = NamedParameters(one_base, model)
-        step_modules = StepModules(model, modules)
+        step_modules = self._step_modules = StepModules(model, modules)
         self._probing = Probing(
             self._parameters, geometry, perturbation, self.ranks, self._progress
         )

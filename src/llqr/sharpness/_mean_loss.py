@@ -61,9 +61,9 @@ class MeanLoss:
         self._move_to(d)
         return float(self._loss_of(self._forwards[index]).detach())
 
-    def gradient_of(self, index: int) -> tuple[float, Tensor]:
-        """Return the loss of one batch of this process at w, and its own gradient, flat."""
-        self._move_to(None)
+    def gradient_of(self, index: int, d: Tensor | None = None) -> tuple[float, Tensor]:
+        """Return the loss of one batch of this process at w + d, and its own gradient, flat."""
+        self._move_to(d)
         return self._differentiate(self._forwards[index])
 
     def check_start(self, losses: Tensor) -> None:

@@ -65,13 +65,18 @@ class Effort:
         if self._progress is not None:
             self._progress(self.done, max(self.done, self._total))
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the start."""
+        return time.perf_counter() - self._began
+
     def fields(self, data: Data) -> dict[str, Any]:
         """Return the fields of a :class:`Measurement`."""
         return {
             "batches": data.batches,
             "examples": data.examples,
             "evaluations": self.done,
-            "seconds": time.perf_counter() - self._began,
+            "seconds": self.seconds,
         }
 
 
