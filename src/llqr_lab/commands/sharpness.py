@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..common.environment import describe_environment
 from ..common.output import progress_bar, write_json
 from ..data.errors import DataError
 from ..recipes.trained import load_trained, training_forwards
+from ..sharpness.over_epochs import draw_courses, measure_course, refuse_unequal
 from ..sharpness.pictures import draw_density, draw_eigenvalues, draw_landscape
 
 __all__ = ["add_arguments", "main"]
@@ -27,6 +28,9 @@ Measures the sharpness of the network that a run of `llqr run` has trained: the 
 of the Hessian, its trace and spectral density, the rise of the loss in balls, and a plane of the
 loss. Writes sharpness.json, and pictures of the eigenvalues, the density and the plane as PNG and
 SVG, into the folder `sharpness` of the run. docs/sharpness.md says what each number is.
+
+With --over-epochs, of one or several runs that kept networks (keep_every=N): the largest eigenvalue
+over the epochs, a line per method, as eigenvalues_over_epochs.json, PNG and SVG.
 """
 
 
@@ -35,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = ABOUT
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="of a run: config.json and network.pt are in it"
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="of a run: config.json and network.pt are in it; several with --over-epochs",
+    )
+    parser.add_argument(
+        "--over-epochs", action="store_true", help="the largest eigenvalue of each kept network"
     )
     parser.add_argument(
         "--batches",
@@ -55,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of the data, as the run had it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write to (default: FOLDER/sharpness)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: sharpness in the first FOLDER)",
     )
 
 
@@ -67,19 +81,30 @@ def _positive(text: str) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure, print, write; 2 if there is no such run."""
+    out = arguments.out or arguments.folders[0] / "sharpness"
+    measure = measure_over_epochs if arguments.over_epochs else measure_network
     try:
-        about, task = load_trained(arguments.folder, arguments.data, arguments.device)
-        measures = measures_of(task, arguments)
-        found = {name: measures[name]() for name in progress_bar(measures, "measuring")}
+        written = measure(arguments, out)
     except (DataError, ValueError) as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2
+    for path in written:
+        print(f"wrote {path}")
+    return 0
+
+
+def measure_network(arguments: argparse.Namespace, out: Path) -> list[Path]:
+    """Measure the network of a run in all ways, print, and return the files written."""
+    if len(arguments.folders) > 1:
+        raise ValueError("FOLDER: expected one run; several are compared with --over-epochs")
+    about, task = load_trained(arguments.folders[0], arguments.data, arguments.device)
+    measures = measures_of(task, arguments)
+    found = {name: measures[name]() for name in progress_bar(measures, "measuring")}
     for result in found.values():
         print(result)
-    out = arguments.out or arguments.folder / "sharpness"
     run = {k: about[k] for k in ("recipe", "scale", "dataset", "model", "method", "seed", "noise")}
     content = {name: _as_plain(result) for name, result in found.items()}
-    written = [
+    return [
         write_json(
             out / "sharpness.json",
             {**run, **content, "environment": describe_environment(torch.get_num_threads())},
@@ -88,9 +113,26 @@ def main(arguments: argparse.Namespace) -> int:
         *draw_density(found["density"], out),
         *draw_landscape(found["landscape"], out),
     ]
-    for path in written:
-        print(f"wrote {path}")
-    return 0
+
+
+def measure_over_epochs(arguments: argparse.Namespace, out: Path) -> list[Path]:
+    """Measure the kept networks of all runs, print, and return the files written."""
+    courses = [
+        measure_course(folder, arguments.batches, arguments.data, arguments.device)
+        for folder in arguments.folders
+    ]
+    refuse_unequal(courses)
+    for course in courses:
+        print(f"{course.about['method']}, seed {course.about['seed']}:")
+        for epoch, value in zip(course.epochs, course.values, strict=True):
+            print(f"  epoch {epoch}: largest eigenvalue {value:.4g}")
+    environment = describe_environment(torch.get_num_threads())
+    content = {"runs": [asdict(c) | {"folder": str(c.folder)} for c in courses]}
+    path = out / "eigenvalues_over_epochs.json"
+    return [
+        write_json(path, {**content, "environment": environment}),
+        *draw_courses(courses, out),
+    ]
 
 
 def measures_of(task: Any, arguments: argparse.Namespace) -> Mapping[str, Callable[[], Any]]:

@@ -163,6 +163,9 @@ class Training:
         self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
         self.records.write_measurement("epoch", self.step, {"epoch": self.epoch, **values})
         bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.2f}"}, refresh=False)
+        keep_every = self.config.keep_every
+        if keep_every and self.epoch % keep_every == 0:
+            self.records.keep_network(self.task.network.state_dict(), self.epoch)
         self.records.save_checkpoint(self.checkpoint_state())
 
     def _train_step(self, batch: Any) -> Tensor:

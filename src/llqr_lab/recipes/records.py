@@ -12,7 +12,7 @@ import torch
 
 from ..common.output import RESULT_FORMAT, without_nan, write_json, write_whole
 
-__all__ = ["Records"]
+__all__ = ["Records", "kept_networks"]
 
 
 class Records:
@@ -85,10 +85,12 @@ class Records:
             return None
         return torch.load(path, map_location=device, weights_only=True)
 
-    def keep_network(self, weights: Mapping[str, Any]) -> None:
-        """Write the trained network."""
+    def keep_network(self, weights: Mapping[str, Any], epoch: int | None = None) -> None:
+        """Write the trained network, or that after an epoch."""
         if (folder := self._written) is not None:
-            torch.save(dict(weights), folder / "network.pt")
+            path = folder / ("network.pt" if epoch is None else f"networks/epoch-{epoch:04}.pt")
+            path.parent.mkdir(exist_ok=True)
+            torch.save(dict(weights), path)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result; the checkpoint is no longer needed."""
@@ -107,3 +109,9 @@ class Records:
         """The result of a finished run."""
         path = self.folder and self.folder / "result.json"
         return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+
+def kept_networks(folder: Path) -> dict[int, Path]:
+    """Return the files of the networks that a run has kept, by epoch."""
+    paths = sorted((folder / "networks").glob("epoch-*.pt"))
+    return {int(path.stem.partition("-")[2]): path for path in paths}

@@ -22,7 +22,7 @@ from .config import changed_keys, chosen_names, flat_settings, resolve_config, s
 from .digits import NoisyDigits
 from .images import Classification, FolderClassification
 from .loop import Training
-from .records import Records
+from .records import Records, kept_networks
 from .task import Task
 from .text import Translation
 from .workers import Workers
@@ -65,8 +65,12 @@ def perform_run(config: DictConfig) -> None:
         return
     # Otherwise the new run would go on from the old one's checkpoint.
     if config.force and workers.is_first:
-        for name in ("result.json", "checkpoint.pt"):
-            (folder / name).unlink(missing_ok=True)
+        for path in (
+            folder / "result.json",
+            folder / "checkpoint.pt",
+            *kept_networks(folder).values(),
+        ):
+            path.unlink(missing_ok=True)
     try:
         measured = measure_run(config, workers, records, about)
         finished = datetime.datetime.now().isoformat(timespec="seconds")

@@ -9,7 +9,7 @@ from llqr import sharpness
 
 from ..common.drawing import new_figure, save_figure
 
-__all__ = ["draw_density", "draw_eigenvalues", "draw_landscape"]
+__all__ = ["draw_density", "draw_eigenvalues", "draw_landscape", "save_both"]
 
 BLUE = "#0072b2"
 
@@ -24,7 +24,7 @@ def draw_eigenvalues(found: sharpness.Eigenvalues, out: Path) -> list[Path]:
     axes.set(xlabel="number", ylabel="eigenvalue of the Hessian", xticks=list(places))
     axes.grid(alpha=0.3)
     bars = "" if errors is None else "Bars are standard errors between the batches. "
-    return _save_both(figure, out / "eigenvalues.png", f"{bars}{_data_of(found)}")
+    return save_both(figure, out / "eigenvalues.png", f"{bars}{_data_of(found)}")
 
 
 def draw_density(found: sharpness.Density, out: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def draw_density(found: sharpness.Density, out: Path) -> list[Path]:
         f"Stochastic Lanczos quadrature: {len(found.nodes)} probes, {found.nodes.shape[1]} steps, "
         f"smoothed by {found.width:.2g}; the band is the standard error between the probes. "
     )
-    return _save_both(figure, out / "density.png", caption + _data_of(found))
+    return save_both(figure, out / "density.png", caption + _data_of(found))
 
 
 def draw_landscape(found: sharpness.Landscape, out: Path) -> list[Path]:
@@ -55,14 +55,14 @@ def draw_landscape(found: sharpness.Landscape, out: Path) -> list[Path]:
     axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
     axes.locator_params(nbins=5)
     caption = "Two random directions with the filter norms of the weights; + is the network. "
-    return _save_both(figure, out / "landscape.png", caption + _data_of(found))
+    return save_both(figure, out / "landscape.png", caption + _data_of(found))
 
 
 def _data_of(found: sharpness.Measurement) -> str:
     return f"{found.batches} training batches, evaluation mode."
 
 
-def _save_both(figure: Any, path: Path, caption: str) -> list[Path]:
+def save_both(figure: Any, path: Path, caption: str) -> list[Path]:
     """Write PNG and SVG."""
     written = save_figure(figure, path, caption)
     figure.savefig(path.with_suffix(".svg"))

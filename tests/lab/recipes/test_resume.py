@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llqr_lab.cli import main
+from llqr_lab.recipes.records import kept_networks
 
 
 def ended(folder):
@@ -45,6 +46,7 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     from llqr_lab.recipes import loop
 
     settings = [recipe, f"method={method}", "scale=smoke", "tensorboard=false", "log_every=1"]
+    settings += ["keep_every=1"]
     monkeypatch.chdir(tmp_path)
     assert main(["run", *settings, "out=whole"]) == 0
     real = loop.Training._train_step
@@ -65,6 +67,11 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
         assert list((tmp_path / "broken").rglob("checkpoint.pt"))
     assert main(["run", *settings, "out=broken", "checkpoint_every=2"]) == 0
     equal(ended(tmp_path / "broken"), ended(tmp_path / "whole"))
+    (path,) = (tmp_path / "broken").rglob("network.pt")
+    kept = kept_networks(path.parent)
+    assert list(kept) == [epoch["epoch"] for epoch in ended(tmp_path / "whole")[1]]
+    last, final = (torch.load(p, weights_only=True) for p in (kept[max(kept)], path))
+    assert all(torch.equal(last[k], v) for k, v in final.items())
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """llqr sharpness: the network of a run, measured, written and drawn."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from llqr_lab.recipes.config import compose_config, flat_settings, resolve_confi
 from llqr_lab.recipes.run import describe_run, make_task
 from llqr_lab.recipes.trained import config_of_run, load_trained, training_forwards
 from llqr_lab.recipes.workers import Workers
+from llqr_lab.sharpness.over_epochs import Course, lines_of, refuse_unequal
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,76 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["sharpness", str(tmp_path)]) == 2
     assert "no weights" in capsys.readouterr().err
+
+
+def kept_run(folder, method, seed=0, epochs=(1, 3), **changes):
+    """A run's folder with the networks of two epochs: the last layer is the larger, the later."""
+    config = resolve_config(
+        compose_config("demo", ["scale=smoke", f"method={method}", f"seed={seed}", "device=cpu"])
+    )
+    about = describe_run(config) | changes
+    network = make_task(config, Workers("cpu"), about).network
+    (folder / "networks").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    for epoch in epochs:
+        torch.save(network.state_dict(), folder / "networks" / f"epoch-{epoch:04}.pt")
+        with torch.no_grad():
+            list(network.parameters())[-2].mul_(1.5)
+    torch.save(network.state_dict(), folder / "network.pt")
+    return folder
+
+
+def test_the_largest_eigenvalue_over_the_epochs(tmp_path, capsys):
+    runs = [
+        kept_run(tmp_path / "sgdm", "sgdm"),
+        kept_run(tmp_path / "sam0", "sam", 0, (1, 2, 3)),
+        kept_run(tmp_path / "sam1", "sam", 1),
+    ]
+    words = ["--over-epochs", "--batches", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["sharpness", *map(str, runs), *words]) == 0
+    assert "SAM, seed 1:\n  epoch 1: largest eigenvalue" in capsys.readouterr().out
+    pictures = [f"eigenvalues_over_epochs.{kind}" for kind in ("json", "png", "svg")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == pictures
+    content = json.loads((tmp_path / "out" / pictures[0]).read_text())
+    courses = [Course(**run) for run in content["runs"]]
+    assert [course.folder for course in courses] == [str(folder) for folder in runs]
+    # Against the networks one by one.
+    _, task = load_trained(runs[2], device="cpu")
+    forwards = training_forwards(task, 2)
+    for epoch, value, error in zip((1, 3), courses[2].values, courses[2].errors, strict=True):
+        path = runs[2] / "networks" / f"epoch-{epoch:04}.pt"
+        task.network.load_state_dict(torch.load(path, weights_only=True))
+        found = sharpness.eigenvalues(forwards, task.network)
+        assert value == pytest.approx(float(found.values[0]), rel=1e-3)
+        assert error == pytest.approx(float(found.standard_errors[0]), rel=0.05)
+    sgdm, sam = lines_of(courses)
+    assert (sgdm.label, sgdm.x, sgdm.std) == ("SGDM", [1, 3], None)
+    a, b = courses[1].values[::2], courses[2].values  # epoch 2 is of one run only
+    pairs = list(zip(a, b, strict=True))
+    assert sam.x == [1, 3] and sam.y == pytest.approx([(x + y) / 2 for x, y in pairs])
+    assert sam.std == pytest.approx([abs(x - y) / 2**0.5 for x, y in pairs])
+
+
+def test_runs_that_cannot_be_compared(tmp_path, capsys):
+    first = kept_run(tmp_path / "a", "sgdm")
+
+    def refused(*folders, over=True):
+        words = ["--over-epochs"] if over else []
+        assert main(["sharpness", *map(str, folders), *words, "--batches", "1"]) == 2
+        return capsys.readouterr().err
+
+    assert "several are compared with --over-epochs" in refused(first, first, over=False)
+    (tmp_path / "none").mkdir()
+    assert "run it with keep_every=N" in refused(tmp_path / "none")
+    about = json.loads((first / "config.json").read_text())
+    course = Course(about, first, [1, 3], [2.0, 3.0], [None, None], 1)
+    noisy, seeded, set_otherwise = {"method": "SAM", "noise": 0.2}, {"seed": 1}, {"settings": {}}
+    for changed, epochs, message in (
+        (noisy, [1, 3], "another noise than .*/a;"),
+        (set_otherwise, [1, 3], "another settings than .*/a;"),
+        (seeded, [7, 8], "kept no epoch in common"),
+    ):
+        other = replace(course, about=about | changed, epochs=epochs)
+        with pytest.raises(ValueError, match=message):
+            refuse_unequal([course, other])
+    refuse_unequal([course, replace(course, about=about | seeded)])
