@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["compute_per_device", "flatten", "split_by_device", "widen", "widest_dtype"]
+__all__ = ["compute_per_device", "flatten", "split_by_device", "unflatten", "widen", "widest_dtype"]
 
 V = TypeVar("V")
 R = TypeVar("R")
@@ -30,6 +30,15 @@ def flatten(tensors: list[Tensor]) -> Tensor:
     In one call for all; a tensor that is alone shares its memory with the result.
     """
     return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return the parts of a flat tensor that :func:`flatten` made of others, in their shapes."""
+    if all(map(Tensor.numel, like)):
+        return list(torch._C._nn.unflatten_dense_tensors(flat, like))
+    # Of tensors without entries torch forgets the shape.
+    parts = torch.split(flat, list(map(Tensor.numel, like)))
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
 def split_by_device(

@@ -134,7 +134,7 @@ class Update:
         )
 
     def _warn_of_omissions(self) -> None:
-        if self._probing.displaces and not self._passes.probed:
+        if not self._passes.probed and self._probing.displaces:
             self._progress.warn_once(
                 "step() ran without a perturbed pass although a perturbation is set: use "
                 "minimize, step(closure), passes or perturbed"
