@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llqr
+from llqr._random_state import RandomState
+from llqr._vectors import copies_of
 
 #: What only looks at memory in another way, allocates, or marks a range for the profiler.
 FREE = {
@@ -111,3 +113,78 @@ def test_reads_from_the_device(method, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, read)
     optimizer.minimize(problem)
     assert len(reads) <= bound
+
+
+def test_numpy_is_asked_for_its_state_only_after_it_drew(monkeypatch):
+    numpy = pytest.importorskip("numpy")
+    numpy.random.seed(0)
+    RandomState()
+    calls = []
+    for name in ("get_state", "set_state"):
+        real = getattr(numpy.random, name)
+
+        def watched(*args, real=real, name=name, **options):
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(numpy.random, name, watched)
+    RandomState().restore()
+    assert calls == []
+    for draw in (numpy.random.rand, numpy.random.randn, numpy.random.randn, numpy.random.randn):
+        before = RandomState()
+        drawn = draw()
+        before.restore()
+        assert draw() == drawn
+    assert set(calls) == {"get_state", "set_state"}
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "replaced inside"])
+def test_modules_that_changed_are_found(change):
+    problem = Problem(2)
+    base = torch.optim.SGD(problem.model.parameters(), lr=0.0)
+    optimizer = llqr.Optimizer(base, problem.model, perturbation=llqr.SAM())
+    optimizer.minimize(problem)
+    new = nn.BatchNorm1d(8, affine=False)
+    if change == "replaced":
+        problem.model[2] = new
+    elif change == "added":
+        problem.model.insert(2, new)
+    else:
+        problem.model[2] = nn.Sequential(nn.ReLU())
+        optimizer.minimize(problem)
+        problem.model[2][0] = new
+    optimizer.minimize(problem)
+    assert int(new.num_batches_tracked) == 1  # as the first pass left it
+
+
+def test_a_displacement_that_is_overridden_is_looked_at():
+    class Endless(llqr.SAM):
+        def displacement(self, probe):
+            return {n: g * float("inf") for n, g in probe.gradients.items()}
+
+    problem = Problem(1)
+    base = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    optimizer = llqr.Optimizer(base, problem.model, perturbation=Endless())
+    with pytest.raises(RuntimeError, match="Endless gave a displacement that is not finite"):
+        optimizer.minimize(problem)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_copies_of_many_tensors(empty):
+    tensors = [
+        torch.randn(3, 4),
+        torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last),
+        torch.tensor(7),
+        torch.arange(6).view(2, 3),
+        torch.randn(4, dtype=torch.float64),
+        torch.full((5,), float("nan")),
+    ]
+    tensors += [torch.empty(0, 5), torch.empty(3, 0)] if empty else []
+    copies = copies_of(tensors)
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert copy.dtype == tensor.dtype and copy.shape == tensor.shape
+        assert torch.equal(copy.nan_to_num(9.0), tensor.nan_to_num(9.0))
+        assert not copy.numel() or copy.data_ptr() != tensor.data_ptr()
+    alone = torch.randn(4)
+    (copy,) = copies_of([alone])
+    assert torch.equal(copy, alone) and copy.data_ptr() != alone.data_ptr()

@@ -331,8 +331,10 @@ class Passes:
 
 def check_scaler(scaler: Any) -> None:
     """Refuse what does not scale losses and tell its scale, as torch's GradScaler does."""
+    if scaler is None:
+        return
     wrong = isinstance(scaler, type) or not (
         hasattr(scaler, "scale") and hasattr(scaler, "get_scale")
     )
-    if scaler is not None and wrong:
+    if wrong:
         raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")
