@@ -8,10 +8,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["compute_per_device", "flatten", "split_by_device", "unflatten", "widen", "widest_dtype"]
+__all__ = [
+    "WIDE",
+    "compute_per_device",
+    "flatten",
+    "split_by_device",
+    "unflatten",
+    "widen",
+    "widest_dtype",
+]
 
 V = TypeVar("V")
 R = TypeVar("R")
+
+#: The dtypes in which gradients are taken as they are.
+WIDE = frozenset({torch.float32, torch.float64})
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

@@ -126,9 +126,11 @@ class Passes:
         self.forget_step()
         record, ranks = self._open, self._ranks
         modules = self._modules.all(functions)
-        others = self._parameters.parameters_not_held(modules) if self.needed else []
+        twice = self.needed
+        others = self._parameters.parameters_not_held(modules) if twice else []
         start = self._start = self._state_of(modules, others, "start")
-        random = RandomState(*self._parameters.devices) if self._replay_rng else None
+        replays = twice and self._replay_rng
+        random = RandomState(*self._parameters.devices) if replays else None
         self._parameters.base.zero_grad()
         quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
         ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()

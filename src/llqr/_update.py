@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ._autocast import without_autocast
+from ._devices import WIDE
 from ._parameters import NamedParameters
 from ._passes import Passes
 from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Refresher
-from ._vectors import DTYPE, WIDE, lay_out_like, rescale_to_norm, widen_to_float32
+from ._vectors import DTYPE, lay_out_like, rescale_to_norm, widen_to_float32
 from ._wrapper import step_base
 from .distributed import Ranks
 from .distributed._sharded import local

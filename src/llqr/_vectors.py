@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._devices import compute_per_device, flatten, unflatten, widen
+from ._devices import WIDE, compute_per_device, flatten, unflatten, widen
 from .distributed._sharded import is_sharded, local, summed
 
 __all__ = [
@@ -48,7 +48,6 @@ PIECE = 2**8
 COPIED = 2**16
 #: Entries of tensors that are copied side by side.
 RUN = 2**24
-WIDE = frozenset({torch.float32, torch.float64})
 DEVICE, DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
