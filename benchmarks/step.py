@@ -5,7 +5,8 @@ steps (and so on), from the refresh measured here, with LLQR's default settings.
 alone, in plain steps. "own" is what minimize spends outside of forward, backward and the base's
 step, likewise: a difference of clocks within one step, where quotients of two steps differ by what
 else the machine does. "sam / hand" is this library's SAM over a SAM step written out for one model,
-without its checks and its restoring of buffers.
+without its checks and its restoring of buffers, in calls for all parameters; "sam / loops" over one
+that goes through the parameters one by one, as the usual implementations of SAM do.
 
 With ``--probes`` instead: a step with each perturbation over SGD's, without a geometry. Those that
 probe every 5 steps are timed over the 5, and the quotient is the mean.
@@ -24,7 +25,7 @@ from torch import nn
 
 import llqr
 
-SMALL = ("small mlp", "small cnn")
+SMALL = ("small mlp", "small cnn", "tiny tensors")
 APPLIED = {
     **STRUCTURES,
     "kfac 512 bfloat16": {**STRUCTURES["kfac 512"], "application": "bfloat16"},
@@ -62,8 +63,10 @@ def main() -> None:
 
 
 def small(name: str, device: str) -> Classifier:
-    """Networks whose step is mostly Python: 9 thousand parameters, and 6 thousand."""
+    """Networks whose step is mostly Python: 9 thousand parameters, 6 thousand, 400 tensors."""
     torch.manual_seed(0)
+    if name == "tiny tensors":
+        return Classifier(TinyTensors(400), torch.randn(8, 3), torch.randint(400, (8,)), device)
     if name == "small mlp":
         layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
         return Classifier(
@@ -74,6 +77,17 @@ def small(name: str, device: str) -> Classifier:
         layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
     return Classifier(model, torch.randn(32, 1, 8, 8), torch.randint(10, (32,)), device)
+
+
+class TinyTensors(nn.Module):
+    """A linear map whose rows are parameters of their own."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(rows)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ torch.stack(list(self.rows)).T
 
 
 def written_out(p: Classifier, base: torch.optim.Optimizer, rho: float) -> None:
@@ -90,6 +104,26 @@ def written_out(p: Classifier, base: torch.optim.Optimizer, rho: float) -> None:
     p()[0].backward()
     with torch.no_grad():
         torch._foreach_copy_(parameters, old)
+    base.step()
+
+
+def written_out_in_loops(p: Classifier, base: torch.optim.Optimizer, rho: float) -> None:
+    """Do a SAM step by hand, one parameter at a time."""
+    parameters = list(p.model.parameters())
+    base.zero_grad()
+    p()[0].backward()
+    with torch.no_grad():
+        norm = torch.stack([q.grad.norm() for q in parameters if q.grad is not None]).norm()
+        old = []
+        for q in parameters:
+            old.append(q.clone())
+            if q.grad is not None:
+                q.add_(q.grad * (rho / (norm + 1e-12)))
+    base.zero_grad()
+    p()[0].backward()
+    with torch.no_grad():
+        for q, value in zip(parameters, old, strict=True):
+            q.copy_(value)
     base.step()
 
 
@@ -148,6 +182,7 @@ def row(
             "llqr": lambda: plain.minimize(p),
             "sam": lambda: sam.minimize(p),
             "hand": lambda: written_out(p, base, 0.05),
+            "loops": lambda: written_out_in_loops(p, base, 0.05),
             "llqr+sam": lambda: both.minimize(p),
             "apply": lambda: refresh.geometry.apply(gradient),
         },
@@ -162,6 +197,8 @@ def row(
         "own, sam": own(sam, p, clock, repeats) / times["step"],
         "own, llqr+sam": own(both, p, clock, repeats) / times["step"],
         "sam / hand": times["sam"] / times["hand"],
+        "sam / loops": times["sam"] / times["loops"],
+        "llqr+sam / hand": times["llqr+sam"] / times["hand"],
     }
     for method, against in (("llqr", "sgd"), ("llqr+sam", "sam")):
         found[f"{method} / {against}"] = times[method] / times[against]

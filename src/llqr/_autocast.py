@@ -13,14 +13,15 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["autocast_off", "autocast_overruled", "without_autocast"]
 
 
-@contextmanager
-def without_autocast(*devices: torch.device) -> Iterator[None]:
+def without_autocast(*devices: torch.device) -> AbstractContextManager[Any]:
     """Switch the caller's autocast off for the body, on the devices where it is on."""
-    with ExitStack() as stack:
-        for kind in {d.type for d in devices}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    on = [kind for kind in {d.type for d in devices} if torch.is_autocast_enabled(kind)]
+    if not on:
+        return nullcontext()
+    stack = ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 @contextmanager

@@ -8,10 +8,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["compute_per_device", "flatten", "split_by_device", "widen", "widest_dtype"]
+__all__ = [
+    "WIDE",
+    "compute_per_device",
+    "flatten",
+    "split_by_device",
+    "unflatten",
+    "widen",
+    "widest_dtype",
+]
 
 V = TypeVar("V")
 R = TypeVar("R")
+
+#: The dtypes in which gradients are taken as they are.
+WIDE = frozenset({torch.float32, torch.float64})
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -30,6 +41,15 @@ def flatten(tensors: list[Tensor]) -> Tensor:
     In one call for all; a tensor that is alone shares its memory with the result.
     """
     return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Return the parts of a flat tensor that :func:`flatten` made of others, in their shapes."""
+    if all(map(Tensor.numel, like)):
+        return list(torch._C._nn.unflatten_dense_tensors(flat, like))
+    # Of tensors without entries torch forgets the shape.
+    parts = torch.split(flat, list(map(Tensor.numel, like)))
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
 
 
 def split_by_device(

@@ -43,7 +43,11 @@ class TensorValues:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._plain, self._memory, self._copies = list[Tensor](), list[Tensor](), list[Tensor]()
+        self._versions, self._others = list[int](), list[tuple[Tensor, Tensor]]()
         unique = list({id(t): t for t in tensors if not is_lazy(t)}.values())
+        if not unique:
+            return
         self._plain = plain_among(unique)
         # The memory they lie in, since `tensor.data = other` makes them point elsewhere.
         self._memory = [t.data for t in self._plain]

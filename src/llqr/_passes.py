@@ -18,7 +18,7 @@ from ._random_state import RandomState
 from ._step_modules import StepModules
 from ._vectors import copies_of, copy_all
 from .distributed import Ranks
-from .distributed._sharded import local_all, reshard
+from .distributed._sharded import is_sharded, local_all, reshard
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -42,21 +42,23 @@ class PassRecord:
         self.running: RunningPass | None = None
 
     def put_back(self) -> bool:
-        """Put everything back, once; tell whether weights had moved."""
+        """Put everything back, once; tell whether sharded weights had moved."""
         weights, self.weights = self.weights, []
         gradients, self.gradients = self.gradients, []
         after, self.after = self.after, None
+        sharded = False
         if weights:
             # From copies: subtracting eps would not give the bits back.
             with torch.no_grad():
                 moved, copies = zip(*weights, strict=True)
                 copy_all(local_all(moved), local_all(copies))
+                sharded = any(map(is_sharded, moved))
         for p, gradient in gradients:
             p.grad = gradient
         if after is not None:
             self.lost += after.learn()
             after.restore()
-        return bool(weights)
+        return sharded
 
 
 class Passes:
@@ -124,9 +126,11 @@ class Passes:
         self.forget_step()
         record, ranks = self._open, self._ranks
         modules = self._modules.all(functions)
-        others = self._parameters.parameters_not_held(modules) if self.needed else []
+        twice = self.needed
+        others = self._parameters.parameters_not_held(modules) if twice else []
         start = self._start = self._state_of(modules, others, "start")
-        random = RandomState(*self._parameters.devices) if self._replay_rng else None
+        replays = twice and self._replay_rng
+        random = RandomState(*self._parameters.devices) if replays else None
         self._parameters.base.zero_grad()
         quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
         ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()
@@ -204,8 +208,8 @@ class Passes:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
         record, ranks = self._open, self._ranks
         clean = self._parameters.require_gradients(after)
-        healthy = ranks.finite(clean)
-        eps = self._probing.find_displacement(clean, scaler) if healthy else {}
+        healthy, square = self._probing.measure(clean)
+        eps = self._probing.find_displacement(clean, scaler, square) if healthy else {}
         displaces = self._probing.displaces
         # The clean gradients are as large as the model: only who combines both keeps them.
         combines = healthy and displaces and self._probing.combines
@@ -260,9 +264,11 @@ class Passes:
         plain = plain_among(moving)
         copies = copies_of(plain) if plain is moving else [p.detach().clone() for p in moving]
         record.weights = list(zip(moving, copies, strict=True))
-        steps: list[Tensor] = [e.to(p.dtype) for e, p in zip(eps.values(), moving, strict=True)]
+        pairs = zip(eps.values(), moving, strict=True)
+        steps: list[Tensor] = [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs]
         torch._foreach_add_(moving, steps)
-        reshard(self._parameters.model)
+        if any(map(is_sharded, moving)):
+            reshard(self._parameters.model)
 
     def _state_of(
         self, modules: Iterable[nn.Module], parameters: Iterable[Tensor], moment: str
@@ -327,8 +333,10 @@ class Passes:
 
 def check_scaler(scaler: Any) -> None:
     """Refuse what does not scale losses and tell its scale, as torch's GradScaler does."""
+    if scaler is None:
+        return
     wrong = isinstance(scaler, type) or not (
         hasattr(scaler, "scale") and hasattr(scaler, "get_scale")
     )
-    if scaler is not None and wrong:
+    if wrong:
         raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")

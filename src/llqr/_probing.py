@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from numbers import Real
@@ -15,7 +16,7 @@ from ._checks import value_at_step
 from ._joined_bases import defaults_of_group
 from ._parameters import NamedParameters
 from ._progress import Progress
-from ._vectors import copies_of, copy_all, scale_tensors, widen_to_float32
+from ._vectors import copies_of, copy_all, scale_tensors, total_inner_product, widen_to_float32
 from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all
 from .geometry import Geometry
@@ -54,6 +55,7 @@ class Probing:
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._geometry, self._perturbation = geometry, perturbation
+        self._bounded = perturbation is not None and bounds_displacement(type(perturbation))
         self.observed = False
         self.clean: dict[str, Tensor] | None = None
         if self.looks_ahead:
@@ -80,7 +82,8 @@ class Probing:
             taken = "rho" in defaults_of_group(base, group)
             rho = perturbation.rho if taken else group.get("rho", perturbation.rho)
             rho = value_at_step(rho, self._progress.step)
-            if not (isinstance(rho, Real) and 0 <= rho < float("inf")):
+            number = isinstance(rho, float) or isinstance(rho, Real)  # the first is faster
+            if not (number and 0 <= rho < math.inf):
                 raise ValueError(f"rho: expected a number >= 0 (group {index}), got {rho!r}")
             radii.append(float(rho))
         return radii
@@ -117,12 +120,25 @@ class Probing:
     # -- the displacement ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def find_displacement(self, clean: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
+    def measure(self, clean: Mapping[str, Tensor]) -> tuple[bool, float | None]:
+        """Tell whether g is finite in every process; return g'g too if both take one read."""
+        if self._ranks.size > 1 or self._ranks.sharded:
+            return self._ranks.finite(clean), None
+        square = total_inner_product(clean, clean)
+        if math.isfinite(square):
+            return True, square
+        return self._ranks.finite(clean), None
+
+    @torch.no_grad()
+    def find_displacement(
+        self, clean: Mapping[str, Tensor], scaler: Any, square: float | None = None
+    ) -> dict[str, Tensor]:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
 
         Args:
             clean: g, scaled; empty if no pass was run yet.
             scaler: the GradScaler that scaled it.
+            square: g'g, scaled, if it is known.
         """
         perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
         if clean:
@@ -130,8 +146,8 @@ class Probing:
         if perturbation is None:
             return {}
         radii = self.radii
-        chosen = {n for n, rho in radii.items() if rho > 0}
-        everything = len(chosen) == len(radii)
+        everything = all(radii.values())
+        chosen = radii.keys() if everything else {n for n, rho in radii.items() if rho > 0}
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
             return {}
@@ -145,6 +161,7 @@ class Probing:
                 lambda: {n: m for n, m in self._find_momentum().items() if n in chosen}
             ),
             step=self._progress.step,
+            square=square / loss_scale(scaler) ** 2 if everything and square is not None else None,
         )
         # The passes may run within the caller's autocast.
         with without_autocast(*self._parameters.devices):
@@ -152,7 +169,7 @@ class Probing:
         if eps is None:
             self._progress.skipped_probes += 1
             return {}
-        if not (bounds_displacement(type(perturbation)) or self._ranks.finite(eps)):
+        if not (self._bounded or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(radii.values())}"

@@ -164,7 +164,14 @@ def as_forwards(forward: Forward | Sequence[Forward]) -> list[Forward]:
         raise TypeError(
             f"forward: expected a function without arguments or a list of them, got {forward!r}"
         )
-    return [partial(call_and_unpack, f) for f in forwards]
+    return [unpacking(f) for f in forwards]
+
+
+def unpacking(forward: Forward) -> Forward:
+    """Return a function that calls a forward and unpacks what it returns."""
+    wrapper = partial(call_and_unpack, forward)
+    wrapper.__wrapped__ = forward  # type: ignore[attr-defined]  # whose variables name modules
+    return wrapper
 
 
 #: Told where a forward fails in a refresh.

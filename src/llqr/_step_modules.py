@@ -159,6 +159,9 @@ def modules_named_in(function: Any) -> list[nn.Module]:
 
 def unwrap_callable(value: Any) -> Any:
     """Return the function that a decorator or torch.compile wraps, and an object's ``__call__``."""
+    inner = value.__func__ if type(value) is MethodType else value
+    if type(inner) is FunctionType and not inner.__dict__:
+        return value  # as most are
     for _ in range(16):
         if isinstance(value, nn.Module):
             return value

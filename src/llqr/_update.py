@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ._autocast import without_autocast
+from ._devices import WIDE
 from ._parameters import NamedParameters
 from ._passes import Passes
 from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Refresher
-from ._vectors import DTYPE, WIDE, lay_out_like, rescale_to_norm, widen_to_float32
+from ._vectors import DTYPE, lay_out_like, rescale_to_norm, widen_to_float32
 from ._wrapper import step_base
 from .distributed import Ranks
 from .distributed._sharded import local
@@ -134,7 +135,7 @@ class Update:
         )
 
     def _warn_of_omissions(self) -> None:
-        if self._probing.displaces and not self._passes.probed:
+        if not self._passes.probed and self._probing.displaces:
             self._progress.warn_once(
                 "step() ran without a perturbed pass although a perturbation is set: use "
                 "minimize, step(closure), passes or perturbed"

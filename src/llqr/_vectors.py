@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._devices import compute_per_device, flatten, widen
+from ._devices import WIDE, compute_per_device, flatten, unflatten, widen
 from .distributed._sharded import is_sharded, local, summed
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, Tensor]
+V = TypeVar("V")
 
 #: Entries up to which float64 costs nothing.
 SHORT = 1 << 14
@@ -45,9 +46,8 @@ TINY = 1e-20
 PIECE = 2**8
 #: Numbers that are copied to float64 rather than summed in their own precision.
 COPIED = 2**16
-#: Entries of tensors that are multiplied in one call, from copies side by side.
+#: Entries of tensors that are copied side by side.
 RUN = 2**24
-WIDE = frozenset({torch.float32, torch.float64})
 DEVICE, DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
@@ -104,18 +104,18 @@ def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | float) -> dic
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of plain tensors, with a few calls for all of them."""
-    copies: list[Tensor] = [t for t in tensors]
+    copies = list(tensors)
     for places in _places_by_kind(tensors):
-        run = [tensors[i] for i in places]
-        together = all(map(Tensor.is_contiguous, run)) and all(map(Tensor.numel, run))
-        if len(run) > 1 and together:
-            # The copies lie one behind the other in one piece of memory.
-            made = torch._C._nn.unflatten_dense_tensors(flatten(run), run)
-        else:
-            made = [torch.empty_like(t) for t in run]
-            torch._foreach_copy_(made, run)
-        for i, copy in zip(places, made, strict=True):
-            copies[i] = copy
+        # The copies of a run lie one behind the other in one piece of memory.
+        for run in _gather_runs(places, lambda i: tensors[i].numel()):
+            originals = [tensors[i] for i in run]
+            if len(run) > 1 and all(map(Tensor.is_contiguous, originals)):
+                made = unflatten(flatten(originals), originals)
+            else:
+                made = [torch.empty_like(t) for t in originals]
+                torch._foreach_copy_(made, originals)
+            for i, copy in zip(run, made, strict=True):
+                copies[i] = copy
     return copies
 
 
@@ -185,34 +185,41 @@ def total_inner_product(a: Tensors, b: Tensors) -> float:
     if not b:
         return 0.0
     pairs = {n: (a[n], y) for n, y in b.items()}
-    return math.fsum(compute_per_device(_total_on_one_device, pairs, itemgetter(0)))
+    return sum(compute_per_device(_total_on_one_device, pairs, itemgetter(0)))
 
 
 def _total_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
     """Return the inner product over all pairs, with one read from the device."""
-    runs = _runs_of_pairs(list(pairs.values()))
-    found = torch.stack([_product_of_run(run, double=short) for short, run in runs]).tolist()
-    return math.fsum(
-        p if short or TINY < abs(p) < math.inf else float(_product_of_run(run, double=True))
-        for (short, run), p in zip(runs, found, strict=True)
-    )
+    every = list(pairs.values())
+    xs = [x for x, _ in every]
+    if xs[0].device.type != "cpu" and all(x is y for x, y in every):
+        # Norms in one call for all: on a CPU they lose digits of long tensors.
+        norms = torch.stack(torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs]))
+        square = float(widen(norms).square().sum())
+        if TINY < square < math.inf:
+            return square
+    short = [pair for pair in every if pair[0].numel() <= SHORT]
+    long = [pair for pair in every if pair[0].numel() > SHORT]
+    runs = _gather_runs(long, lambda pair: pair[0].numel())
+    sums = [_product_of_run(short, double=True)] if short else []
+    sums += [_product_of_run(run, double=False) for run in runs]
+    found = torch.stack(sums).tolist()
+    for place, run in enumerate(runs, start=len(found) - len(runs)):
+        if not TINY < abs(found[place]) < math.inf:
+            found[place] = float(_product_of_run(run, double=True))
+    return math.fsum(found)
 
 
-def _runs_of_pairs(
-    pairs: list[tuple[Tensor, Tensor]],
-) -> list[tuple[bool, list[tuple[Tensor, Tensor]]]]:
-    """Gather pairs so that each run of them fits one product: the short ones, then the others."""
-    short = [pair for pair in pairs if pair[0].numel() <= SHORT]
-    runs = [(True, short)] if short else []
-    room = 0
-    for pair in pairs:
-        size = pair[0].numel()
-        if size <= SHORT:
-            continue
+def _gather_runs(items: Iterable[V], numel_of: Callable[[V], int]) -> list[list[V]]:
+    """Return the items, in their order, in runs of at most RUN entries or one item."""
+    runs: list[list[V]] = []
+    room = -1
+    for item in items:
+        size = numel_of(item)
         if size > room:
-            runs.append((False, []))
+            runs.append([])
             room = RUN
-        runs[-1][1].append(pair)
+        runs[-1].append(item)
         room -= size
     return runs
 

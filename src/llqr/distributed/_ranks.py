@@ -146,6 +146,8 @@ class Ranks:
                 are not.
         """
         self._refuse_join()
+        if self.size == 1:
+            return math.isfinite(_largest(tensors))
         low, high = self.range(_largest(tensors))
         equal = equal and not self.sharded
         if equal and low != high and math.isfinite(high):

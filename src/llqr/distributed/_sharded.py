@@ -37,7 +37,8 @@ WHOLE = frozenset({Tensor, nn.Parameter})
 
 def is_sharded(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which this process holds a part."""
-    return type(tensor).__name__ == "DTensor" or hasattr(tensor, "_local_tensor")
+    kind = type(tensor)
+    return kind not in WHOLE and (kind.__name__ == "DTensor" or hasattr(tensor, "_local_tensor"))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import is_
 from typing import ClassVar
 
 from torch import Tensor
 
 from .._checks import Schedule, check_integer, check_number
-from .._vectors import Tensors, scale_tensors
+from .._vectors import Tensors, scale_tensors, total_inner_product
 
 __all__ = ["EPS0", "Metric", "Perturbation", "Probe"]
 
@@ -32,6 +33,7 @@ class Probe:
         momentum: the base's running mean of gradients (``momentum_buffer`` or ``exp_avg``) of the
             perturbed parameters, in its own dtype, not copied; empty before the first step.
         step: how many steps counted before this one.
+        square: g'g of ``gradients``, if it is known.
     """
 
     gradients: Tensors
@@ -41,6 +43,14 @@ class Probe:
     layers: Mapping[str, str]
     momentum: Tensors = field(default_factory=dict)
     step: int = 0
+    square: float | None = None
+
+    def inner_product(self, a: Tensors, b: Tensors) -> float:
+        """Return a'b over all tensors and shards; g'g is often known already."""
+        known = self.square is not None and a is self.gradients and len(b) == len(a)
+        if known and all(map(is_, a.values(), b.values())):
+            return float(self.square or 0.0)
+        return total_inner_product(a, b)
 
     def scale_by_radius(self, tensors: Tensors, unit: float) -> dict[str, Tensor]:
         """Return each tensor times its radius and a common factor."""

@@ -78,7 +78,7 @@ class SAM(Perturbation):
         dual = v if self.norm.endswith("metric") else d
         if self.norm.startswith("layer"):
             return self._scale_by_layer(d, v, inner_products(dual, d), probe)
-        square = total_inner_product(dual, d)
+        square = probe.inner_product(dual, d)
         if _fails_to_be_positive(square, v):
             return None
         return probe.scale_by_radius(d, 1 / math.sqrt(square + EPS0))

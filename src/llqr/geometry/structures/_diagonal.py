@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..._devices import unflatten
 from ..layout._blocks import CutRule
 from ._base import Bounds, State, Structure
 
@@ -45,11 +46,13 @@ class Diagonal(Structure):
     def scale_tensors(self, state: State, tensors: list[Tensor | None]) -> list[Tensor | None]:
         """Multiply the tensors as they lie: nothing is gathered."""
         # The slices of an elementwise block are whole parameters, in the order of the group.
+        given = [x for x in tensors if x is not None]
+        if len(given) == len(tensors):
+            return list(torch._foreach_mul(unflatten(state["U"], given), given))
         factors = torch.split(state["U"], [s.numel for s, _ in self.group.slice_offsets])
-        pairs = [
-            (u.view(x.shape), x) for u, x in zip(factors, tensors, strict=True) if x is not None
-        ]
-        products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else [])
+        pairs = zip(factors, tensors, strict=True)
+        views = [u.view(x.shape) for u, x in pairs if x is not None]
+        products = iter(torch._foreach_mul(views, given) if given else [])
         return [None if x is None else next(products) for x in tensors]
 
     def project(self, state: State, bounds: Bounds) -> State:
