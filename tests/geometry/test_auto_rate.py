@@ -146,6 +146,6 @@ def test_nothing_to_learn_is_no_refusal():
 
 
 def test_a_string_that_is_no_rate_is_refused():
-    with pytest.raises(ValueError, match="lr: expected a number > 0 or a function of the step"):
+    with pytest.raises(ValueError, match="lr: expected 'auto', a number > 0 or a function"):
         llqr.LLQR(lr="automatic")
     assert llqr.LLQR().settings.lr == "auto" and llqr.LLQR.paper().settings.lr == 1e-3

@@ -354,6 +354,27 @@ def test_a_network_that_has_become_certain_is_refused_and_is_no_failure():
         assert not fresh.refresh(problem).accepted
 
 
+def test_a_loss_that_loses_its_convexity_in_training_is_refused_and_ends_nothing():
+    """At first it is an error: its user can change it. Later it may be rounding, too."""
+    problem = mlp()
+    sign = 1.0
+
+    def forward():
+        z = problem.model(problem.x)
+        return sign * torch.logsumexp(z.reshape(-1) * 2, 0), z
+
+    geometry = natural_of(max_failures=0)
+    optimizer = optimizer_of(problem, geometry=geometry)
+    assert optimizer.refresh(forward).accepted
+    before, sign = copy.deepcopy(geometry.state()), -1.0
+    with pytest.warns(UserWarning, match="refused because the loss's second derivative"):
+        assert not optimizer.refresh(forward).accepted
+    same(geometry.state(), before)
+    fresh = optimizer_of(problem, geometry=natural_of(max_failures=0))
+    with says(ValueError, "positive semidefinite", "logits"):
+        fresh.refresh(forward)
+
+
 @pytest.mark.parametrize(
     "factor, steps", [(float("nan"), 1), (float("inf"), 1), (1e60, 1), (1e-42, 0)]
 )
@@ -510,7 +531,7 @@ def test_repr_shows_what_differs_from_the_defaults():
     [
         ({"samples": 0}, ("samples", "0")),
         ({"damping": 0.0}, ("damping", "0")),
-        ({"power": 2.5}, ("power", "2.5")),
+        ({"power": 2.0}, ("power", "2.0")),
         ({"ema": 1.0}, ("ema", "1")),
         ({"second_moment": "both"}, ("second_moment", "both")),
         ({"gradient_ema": 1.0}, ("gradient_ema", "1")),

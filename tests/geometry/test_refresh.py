@@ -160,6 +160,7 @@ def test_a_zero_gradient_leaves_u_as_it_is():
         report = geometry.refresh([forward])
         assert report.accepted and report.J_before == report.J_after == 0.0
         assert report.gradient_norm == 0.0 and math.isnan(report.ratio)
+        assert "nan" not in str(report) and "gradient of its batch is zero" in str(report)
         assert all(pair == pytest.approx((1.0, 1.0)) for pair in geometry.spectrum().values())
 
 

@@ -18,3 +18,4 @@ from ._samples import curvature_samples as curvature_samples
 from ._synchronised import is_synchronised as is_synchronised
 from ._synchronised import synchronised_batch_norm as synchronised_batch_norm
 from ._twice_differentiable import twice_differentiable as twice_differentiable
+from .sampling import IndefiniteHessian as IndefiniteHessian

@@ -72,6 +72,10 @@ class LLQRSettings(MetricSettings):
     def __post_init__(self) -> None:
         """Refuse values out of range, naming the argument and the value."""
         super().__post_init__()
+        if isinstance(self.lr, str) and self.lr != "auto":
+            raise ValueError(
+                f"lr: expected 'auto', a number > 0 or a function of the step, got {self.lr!r}"
+            )
         if self.lr != "auto":
             INNER_LR.check(self.lr)
         EMA.check(self.ema)

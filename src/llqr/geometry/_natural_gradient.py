@@ -15,6 +15,7 @@ from .._devices import widen
 from .._vectors import Tensors, quadratic_value
 from ..curvature import (
     Curvature,
+    IndefiniteHessian,
     LinearLoss,
     SaturatedLoss,
     as_curvature,
@@ -44,6 +45,11 @@ EVERY_GROWING = growing(5, 500)
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
     "loss has become linear in `outputs`)"
+)
+INDEFINITE = (
+    "the loss's second derivative in the outputs is not positive semidefinite here (the loss is "
+    "not convex in them, or their curvature is lost in rounding: return the logits that the loss "
+    "takes the softmax of, scaled as it takes them)"
 )
 
 
@@ -104,7 +110,7 @@ class NaturalGradient(StructuredGeometry):
     first terms of each average weigh more, so that the first refresh gives the mean of its own
     samples. Parameters that do not require a gradient keep their U, and have no part in lambda and
     c; those that join later start their averages at the next refresh. A refresh is refused, and U
-    kept, if the loss has lost its curvature or the samples are not finite.
+    kept, if the loss has lost its curvature or its convexity, or the samples are not finite.
 
     The bases are those of K-FAC (J. Martens and R. Grosse, ICML 2015), as averages of samples of
     the whole curvature in place of products of activations and backpropagated derivatives, which is
@@ -122,7 +128,7 @@ class NaturalGradient(StructuredGeometry):
         samples: m, how many samples a refresh draws in each process; a backward pass each.
         damping: of lambda, relative to the mean of M, so that U does not depend on the scale of the
             loss. Smaller values trust the curvature more.
-        power: p, in (0, 2]; 1/2 gives a root, as in Adam.
+        power: p, in (0, 2); 1/2 gives a root, as in Adam.
         ema: beta, in [0, 1); a number or a function of the step.
         every: optimizer steps between refreshes; a number, :class:`llqr.growing` or a function of
             the step.
@@ -257,9 +263,10 @@ class NaturalGradient(StructuredGeometry):
     ) -> Learned:
         """Average the second moments of new samples; U follows in closed form."""
         settings, names = self.settings, list(self.parameters)
-        drawn, gradient = self._draw_samples(forwards, parameters, weights)
+        drawn, gradient, reason = self._draw_samples(forwards, parameters, weights)
         if not self.ranks.all(bool(drawn)):
-            return Learned(None, SATURATED, is_failure=False)
+            shown = SATURATED if self.ranks.all(reason != INDEFINITE) else INDEFINITE
+            return Learned(None, shown, is_failure=False)
         # The random vectors of a network that is certain of every answer are zero.
         if self.ranks.all(not any(bool(w.any()) for w in drawn)):
             return Learned(None, SATURATED, is_failure=False)
@@ -287,17 +294,19 @@ class NaturalGradient(StructuredGeometry):
         forwards: Sequence[Callable[[], Any]],
         parameters: list[Tensor],
         weights: Sequence[float] | None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the samples (m, *shape) and the gradient per parameter; of a linear loss, none."""
+    ) -> tuple[list[Tensor], list[Tensor], str | None]:
+        """Return the samples (m, *shape) and the gradient per parameter, or why there are none."""
         with self.ranks.together("refresh"):
             try:
                 samples = curvature_samples(forwards, parameters, self.curvature, weights=weights)
-                return samples.draw(self.settings.samples, self._generator()), samples.gradient
-            except LinearLoss as error:
-                # A loss that had curvature before is not linear.
+                drawn = samples.draw(self.settings.samples, self._generator())
+                return drawn, samples.gradient, None
+            except (LinearLoss, IndefiniteHessian) as error:
+                # A loss that had curvature before is not linear, and may well be convex: training
+                # does not end because a network has become certain.
                 if not self.history.accepted and not isinstance(error, SaturatedLoss):
                     raise
-                return [], []
+                return [], [], INDEFINITE if isinstance(error, IndefiniteHessian) else SATURATED
 
     def _average_samples(
         self, drawn: dict[str, Tensor], averaging: Averaging, frozen: Collection[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -84,7 +85,9 @@ class RefreshReport:
                 return said
             return [*said, "If this is common, a smaller inner lr or a larger refresh batch helps."]
         said = ["The new U is used from now on."]
-        if self.change is not None:
+        if self.gradient_norm == 0:
+            said.append("The gradient of its batch is zero, so it tells nothing of how U acts.")
+        elif self.change is not None:
             acts = f"It acts: it changes the gradient by {self.change:.0%}.".replace("%", " %")
             hardly = "It hardly acts: a larger inner lr, a smaller ema or more refreshes let it."
             said.append(hardly if self.change < INACTIVE else acts)
@@ -109,7 +112,8 @@ class RefreshReport:
             (self.samples, f"{self.samples} samples"),
             (self.seconds, f"{self.seconds or 0.0:.2f} s"),
         ]
-        return [text for value, text in shown if value is not None]
+        # The quotients of a gradient that is zero are nan.
+        return [text for value, text in shown if value is not None and not math.isnan(value)]
 
 
 def _short(value: float | None, digits: int = 3) -> str:

@@ -19,7 +19,8 @@ class IndefiniteHessian(ValueError):
         super().__init__(
             "loss: its second derivative in the outputs is not positive semidefinite (it has a "
             f"curvature of {eigenvalue:.2e} along a direction), so that C has no square root to "
-            "draw samples from; hand over outputs in which the loss is convex (logits), or use "
+            "draw samples from; hand over outputs in which the loss is convex (the logits, "
+            "scaled as the softmax takes them), or use "
             "llqr.Divergence with a convex divergence of the outputs, or llqr.LLQR, which needs "
             "only products with C"
         )
