@@ -335,6 +335,21 @@ def test_parameters_that_join_start_their_averages_anew(structure):
         assert float(sum(kept)) == pytest.approx(float(expected.sum()), rel=1e-9)
 
 
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac", "diag-kfac", "diagonal", "dense"])
+def test_a_head_that_no_sample_reaches_changes_nothing(structure):
+    """It would have the largest U, and the mean of U is 1."""
+    problem, larger = mlp(), mlp()
+    larger.model.add_module("unused", nn.Linear(40, 40).double())
+    larger.model.forward = lambda x: larger.model[2](larger.model[1](larger.model[0](x)))
+    alone, beside = natural_of(structure), natural_of(structure)
+    optimizer_of(problem, geometry=alone).refresh(problem)
+    optimizer_of(larger, geometry=beside).refresh(larger)
+    g = {n: torch.randn_like(p) for n, p in beside.parameters.items()}
+    moved, expected = beside.apply(g), alone.apply({n: g[n] for n in alone.parameters})
+    for name, v in g.items():
+        torch.testing.assert_close(moved[name], expected.get(name, v))
+
+
 def test_a_network_that_has_become_certain_is_refused_and_is_no_failure():
     problem = mlp()
     geometry = natural_of(max_failures=0)

@@ -108,8 +108,9 @@ class NaturalGradient(StructuredGeometry):
 
     is least over U = Q diag(s) Q' at :math:`s_i = 1 / (Q^\top C Q)_{ii}`, which M estimates. The
     first terms of each average weigh more, so that the first refresh gives the mean of its own
-    samples. Parameters that do not require a gradient keep their U, and have no part in lambda and
-    c; those that join later start their averages at the next refresh. A refresh is refused, and U
+    samples. Parameters that do not require a gradient, or that no sample has reached yet (of a head
+    that the loss does not use), keep their U and have no part in lambda and c; those that join
+    later start their averages at the next refresh. A refresh is refused, and U
     kept, if the loss has lost its curvature or its convexity, or the samples are not finite.
 
     The bases are those of K-FAC (J. Martens and R. Grosse, ICML 2015), as averages of samples of
@@ -280,7 +281,7 @@ class NaturalGradient(StructuredGeometry):
             by_name = dict(zip(names, drawn, strict=True))
             del drawn
             states = self._average_samples(by_name, self._averaging_at(step), frozen)
-            states = self._invert_moments(states, self._left_out(frozen))
+            states = self._invert_moments(states, self._kept_back(states, frozen))
             finite = all(bool(torch.isfinite(v).all()) for s in states for v in s.values())
         if not self.ranks.all(finite):
             reason = "the second moments of the curvature samples are not within the dtype of U"
@@ -358,9 +359,18 @@ class NaturalGradient(StructuredGeometry):
             return [None] * len(self.parts)
         return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
 
-    def _without_samples(self) -> list[Tensor]:
+    def _without_samples(self, states: States | None = None) -> list[Tensor]:
         """Return the masks of blocks that no refresh has seen, part by part."""
-        return masks_without_samples(self.layout, self.parts, self._moments_of(self.states))
+        moments = self._moments_of(self.states if states is None else states)
+        return masks_without_samples(self.layout, self.parts, moments)
+
+    def _kept_back(self, states: States, names: Collection[str]) -> list[Tensor]:
+        """Return the masks of what keeps its U: these parameters, and blocks without samples.
+
+        A head that the loss does not use would have the largest U, and set lambda and c.
+        """
+        pairs = zip(self._without_samples(states), self._left_out(names), strict=True)
+        return [fresh if out is None else fresh | out for fresh, out in pairs]
 
     def _moments_of(self, states: States) -> list[Tensor]:
         pairs = zip(self.parts, states, strict=True)
@@ -418,10 +428,8 @@ class NaturalGradient(StructuredGeometry):
             return
         self._move_to_device_of(next(iter(gradients.values())))
         flat, beta = self.layout.pack(gradients), self.settings.gradient_ema
-        absent = self.parameters.keys() - gradients.keys()
         # M and U of blocks without a gradient, or that no refresh has seen, stay.
-        pairs = zip(self._without_samples(), self._left_out(absent), strict=True)
-        stays = [fresh if out is None else fresh | out for fresh, out in pairs]
+        stays = self._kept_back(self.states, self.parameters.keys() - gradients.keys())
         states = []
         for part, state, out in zip(self.parts, self.states, stays, strict=True):
             g = own_samples(part, flat[None])[0]

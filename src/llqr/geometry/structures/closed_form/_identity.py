@@ -32,8 +32,8 @@ class IdentityMoments(ClosedForm, Identity):
         return state
 
     def second_moment(self, state: State) -> Tensor:
-        """Return no number."""
-        return torch.zeros(self.count, 0)
+        """Return no number, in a row for each entry, as masks of elementwise blocks have."""
+        return torch.zeros(self.group.numel, 0)
 
     def set_eigenvalues(self, state: State, values: Tensor) -> State:
         """Return the state."""
