@@ -299,6 +299,7 @@ class Cast(torch.nn.Module):
         return x.to(self.dtype)
 
 
+@pytest.mark.filterwarnings("ignore:a refresh was refused because J is below:UserWarning")
 @base_and_method
 def test_mixed_dtypes(base, method):
     """float64, float32 and bfloat16 parameters in one group."""

@@ -171,7 +171,7 @@ def test_each_forward_has_its_own_statistics_and_leaves_no_trace(batch_norm, mic
     problem.model[1].momentum = momentum
     problem()  # running statistics of their own
     parts = [problem.part(0, 2), problem.part(2, 6)]
-    geometry = llqr.LLQR("kfac", ema=0.0, batch_norm=batch_norm, micro_batch=micro_batch)
+    geometry = llqr.LLQR("kfac", lr=1e-2, ema=0.0, batch_norm=batch_norm, micro_batch=micro_batch)
     optimizer = optimizer_of(problem, geometry=geometry)
     before = copy.deepcopy(problem.model.state_dict())
     assert before["1.num_batches_tracked"] == 1
@@ -258,6 +258,6 @@ def test_batch_statistics_keep_J_of_the_function_that_is_trained():
     problem = Problem(model, x, y)
     J = {}
     for statistics in ("batch", "running"):
-        geometry = llqr.LLQR("diagonal", steps=1, constraint="none", batch_norm=statistics)
+        geometry = llqr.LLQR("diagonal", lr=1e-2, steps=1, constraint="none", batch_norm=statistics)
         J[statistics] = optimizer_of(problem, geometry=geometry).refresh(problem).J_before
     assert J["batch"] < 5 and J["running"] > 200, J

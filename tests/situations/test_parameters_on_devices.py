@@ -223,6 +223,8 @@ def test_every_float64_in_the_library_is_guarded():
         "curvature/linearised/_train_batch_norm.py: from_call",  # of an input that has it
         "perturbations/_memory.py: _zero_memory",  # of a parameter that has it
         "geometry/structures/_verify.py",  # a check on the host
+        "finding/_inner_lr.py: refresh",  # the host
+        "finding/_rho.py: find_rho",  # the host
         "sharpness/_data.py",  # of parameters that have it, the host
         *(
             f"sharpness/_{name}.py"  # the host

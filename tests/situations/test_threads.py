@@ -106,9 +106,8 @@ def test_refreshes_that_overlap_leave_everything_as_it_was():
             return F.cross_entropy(z, torch.tensor([0, 1])), z
 
         try:
-            optimizer = llqr.Optimizer(
-                torch.optim.SGD(net.parameters(), lr=0.1), net, geometry=llqr.LLQR("diagonal")
-            )
+            base = torch.optim.SGD(net.parameters(), lr=0.1)
+            optimizer = llqr.Optimizer(base, net, geometry=llqr.LLQR("diagonal", lr=1e-2))
             optimizer._refresher._warn_of_autocast = lambda: None
             optimizer.refresh(forward)
         except BaseException as error:

@@ -209,7 +209,9 @@ class _Trials(Geometry):
             learned = [self._learn(lr, forwards[0], parameters) for lr in self._rates]
             states = [found for found, _ in learned]
             judged = torch.tensor(
-                [self._judge(f, parameters, states) for f in forwards], dtype=torch.float64
+                [self._judge(f, parameters, states) for f in forwards],
+                dtype=torch.float64,
+                device="cpu",
             )
         for i, (_, row) in enumerate(learned):
             (change, gain), others = judged[0, i].tolist(), judged[1:, i, 1]

@@ -171,8 +171,10 @@ def find_rho(
                 measured = [
                     _probe_batch(i, losses, probe, grid, effort) for i in range(len(data.forwards))
                 ]
-            start = torch.tensor([loss for loss, _ in measured], dtype=torch.float64)
-            numbers = torch.tensor([rows for _, rows in measured], dtype=torch.float64)
+            start = torch.tensor([loss for loss, _ in measured], dtype=torch.float64, device="cpu")
+            numbers = torch.tensor(
+                [rows for _, rows in measured], dtype=torch.float64, device="cpu"
+            )
             loss = float(data.mean(start))
             rows = _rows_of(grid, loss, data.mean(numbers), data.standard_error(numbers))
             fields = {**effort.fields(data), "evaluations": 1 + len(grid)}
