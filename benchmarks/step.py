@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from common import PROBLEMS, Classifier, Clock, arguments, optimizer_of, problem, show
-from refresh import STRUCTURES, Refresh
+from refresh import NATURAL, STRUCTURES, Refresh
 from torch import nn
 
 import llqr
@@ -29,6 +29,10 @@ SMALL = ("small mlp", "small cnn", "tiny tensors")
 APPLIED = {
     **STRUCTURES,
     "kfac 512 bfloat16": {**STRUCTURES["kfac 512"], "application": "bfloat16"},
+    **{
+        f"natural {structure}": {"kind": llqr.NaturalGradient, "structure": structure}
+        for structure in NATURAL
+    },
 }
 
 
@@ -157,6 +161,7 @@ def row(
 ) -> dict[str, Any]:
     """Time the methods in turns."""
     settings = {**APPLIED[structure], "every": 10**9}
+    kind = settings.pop("kind", llqr.LLQR)
     base = torch.optim.SGD(p.model.parameters(), lr=1e-3, momentum=0.9)
 
     def sgd() -> None:
@@ -164,12 +169,12 @@ def row(
         p()[0].backward()
         base.step()
 
-    refresh = Refresh(p, **settings)
+    refresh = Refresh(p, kind, **settings)
     refresh()
     took = clock(refresh)
     plain = optimizer_of(p, refresh.geometry)
     sam = optimizer_of(p, None, perturbation=llqr.SAM(0.05))
-    both_geometry = llqr.LLQR(**settings)
+    both_geometry = kind(**settings)
     both = optimizer_of(p, both_geometry, perturbation=llqr.SAM(0.05))
     both.refresh(p)
     p.step()
