@@ -45,5 +45,5 @@ def sam_step(
 
 def length(gradients: list[Tensor]) -> Tensor:
     """Return |g|, summed as the library sums it, so that runs can be compared bit for bit."""
-    flat = [g.flatten().double() for g in gradients]
-    return (torch.stack([torch.dot(g, g) for g in flat]).sum() + 1e-12).sqrt()
+    flat = torch.cat([g.flatten() for g in gradients]).double()
+    return (torch.dot(flat, flat) + 1e-12).sqrt()

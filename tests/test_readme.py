@@ -39,7 +39,7 @@ def test_readme_shows_both_commands_on_its_first_screen():
 def test_every_method_is_spelled_as_it_works():
     rows = re.findall(r"^\| ([^|]+) \| `(opt\([^`]+)`", README, re.MULTILINE)
     methods = [name for name, _ in rows]
-    assert len(methods) == 12
+    assert len(methods) == 18
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
     x, y = torch.randn(8, 4), torch.randint(2, (8,))
 

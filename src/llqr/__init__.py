@@ -4,8 +4,8 @@ Learn a structured inverse preconditioner U from the layerwise LQR objective, pr
 metric, and transport the update by it, around any torch.optim optimizer.
 """
 
-# Seeing the sharpness: eigenvalues, trace, density, rises and slices of the loss
-from . import sharpness as sharpness
+import importlib as _importlib
+import typing as _typing
 
 # Which pass of a step is running
 from ._current_pass import current_pass as current_pass
@@ -23,10 +23,6 @@ from .curvature import Fisher as Fisher
 from .curvature import Newton as Newton
 from .curvature import QuadraticModel as QuadraticModel
 from .curvature import quadratic_model as quadratic_model
-
-# What to try
-from .finding import find_inner_lr as find_inner_lr
-from .finding import find_rho as find_rho
 
 # The metric U
 from .geometry import LLQR as LLQR
@@ -51,4 +47,32 @@ from .perturbations import LookSAM as LookSAM
 from .perturbations import Perturbation as Perturbation
 from .perturbations import Probe as Probe
 
+if _typing.TYPE_CHECKING:
+    # Seeing the sharpness: eigenvalues, trace, density, rises and slices of the loss
+    from . import finding as finding
+    from . import sharpness as sharpness
+
+    # What to try
+    from .finding import find_inner_lr as find_inner_lr
+    from .finding import find_rho as find_rho
+
 __version__ = "0.1.0"
+
+#: Where a tool is that a training does not need: it is imported when it is asked for.
+_TOOLS = {
+    "finding": "finding",
+    "sharpness": "sharpness",
+    "find_inner_lr": "finding",
+    "find_rho": "finding",
+}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _importlib.import_module(f".{_TOOLS[name]}", __name__)
+    return module if name == _TOOLS[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TOOLS})
