@@ -21,9 +21,9 @@ from ..curvature import (
     quadratic_model,
 )
 from ._base import NormStatistics
-from ._metric_settings import Application, Learned, MetricSettings
+from ._metric_settings import SATURATED, Application, Learned, MetricSettings
 from ._refresh_progress import RefreshProgress
-from ._schedules import EMA, INNER_LR, growing
+from ._schedules import EMA, EVERY_GROWING, INNER_LR
 from ._structured import StructuredGeometry
 from .inner_solve import (
     FlatModel,
@@ -42,11 +42,6 @@ __all__ = ["LLQR", "LLQRSettings"]
 
 Bases = Literal["learned", "gradient"]
 Scale = Literal["mean", "sum"] | float
-EVERY_GROWING = growing(5, 500)
-SATURATED = (
-    "the loss has no curvature in its outputs (the network is certain of every answer, or the "
-    "loss has become linear in `outputs`)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

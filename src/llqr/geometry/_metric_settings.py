@@ -13,9 +13,14 @@ from ._base import NormStatistics
 from ._schedules import EVERY
 from .structures import States
 
-__all__ = ["Application", "Learned", "MetricSettings"]
+__all__ = ["SATURATED", "Application", "Learned", "MetricSettings"]
 
 Application = Literal["full", "bfloat16"]
+#: Why a refresh is refused that no setting can help.
+SATURATED = (
+    "the loss has no curvature in its outputs (the network is certain of every answer, or the "
+    "loss has become linear in `outputs`)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,11 @@ from ..curvature import (
     quadratic_model,
 )
 from ._base import NormStatistics
-from ._metric_settings import Application, Learned, MetricSettings
+from ._metric_settings import SATURATED, Application, Learned, MetricSettings
 from ._samples_by_part import are_squarable, own_samples, peak_bytes, samples_by_part
-from ._schedules import EMA, growing
+from ._schedules import EMA, EVERY_GROWING
 from ._structured import StructuredGeometry
-from .inner_solve import FlatModel
+from .inner_solve import FlatModel, pack_mean
 from .structures import States, Structure, StructureOf
 from .structures.closed_form import Averaging, ClosedForm, closed_form_of
 from .structures.closed_form._elementwise import DiagonalMoments
@@ -41,11 +41,6 @@ from .structures.closed_form._units import (
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
 
 SecondMoment = Literal["samples", "gradients"]
-EVERY_GROWING = growing(5, 500)
-SATURATED = (
-    "the loss has no curvature in its outputs (the network is certain of every answer, or the "
-    "loss has become linear in `outputs`)"
-)
 INDEFINITE = (
     "the loss's second derivative in the outputs is not positive semidefinite here (the loss is "
     "not convex in them, or their curvature is lost in rounding: return the logits that the loss "
@@ -272,7 +267,7 @@ class NaturalGradient(StructuredGeometry):
         if self.ranks.all(not any(bool(w.any()) for w in drawn)):
             return Learned(None, SATURATED, is_failure=False)
         with torch.no_grad():
-            g = self._pack_mean(gradient)
+            g = pack_mean(gradient, self.layout, names, self.ranks)
             del gradient
             numbers: dict[str, Any] = {"samples": settings.samples * self.ranks.size}
             if not self.ranks.all(are_squarable(drawn)):
@@ -348,10 +343,6 @@ class NaturalGradient(StructuredGeometry):
         key = self.settings.seed, self.history.refreshes, self.ranks.rank
         # torch takes 32 bits of a seed on the CPU, so all three have to be in them.
         return torch.Generator("cpu").manual_seed(zlib.crc32(repr(key).encode()))
-
-    def _pack_mean(self, gradient: Sequence[Tensor]) -> Tensor:
-        joined = self.layout.pack_all_shards(dict(zip(self.parameters, gradient, strict=True)))
-        return self.layout.shard_of_this_rank(self.ranks.mean_(joined))
 
     def _left_out(self, names: Collection[str]) -> list[Tensor | None]:
         """Return the mask of what belongs to these parameters only, part by part; None: nothing."""

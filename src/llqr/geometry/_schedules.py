@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from .._checks import Schedule, check_number, value_at_step
 
-__all__ = ["EMA", "EVERY", "INNER_LR", "ScheduledSetting", "back_off", "gap_after", "growing"]
+__all__ = [
+    "EMA",
+    "EVERY",
+    "EVERY_GROWING",
+    "INNER_LR",
+    "ScheduledSetting",
+    "back_off",
+    "gap_after",
+    "growing",
+]
 
 #: Optimizer steps that refusals lengthen a gap to, at most.
 LONGEST = 500
@@ -101,6 +110,10 @@ class growing:  # lower case, as functools.partial: it is called like a function
     def __repr__(self) -> str:
         rate = "" if self.rate == 4 else f", rate={self.rate}"
         return f"growing({self.first}, {self.last}{rate})"
+
+
+#: The default cadence of what learns from curvature.
+EVERY_GROWING = growing(5, 500)
 
 
 def gap_after(every: Schedule, last: int, step: int) -> float:

@@ -6,6 +6,7 @@ earlier ones. Vectors here are flat; nothing knows a module, a parameter or a pr
 """
 
 from ._flat_model import FlatModel as FlatModel
+from ._flat_model import pack_mean as pack_mean
 from ._learner import Learner as Learner
 from ._learner import Outcome as Outcome
 from ._objective import Objective as Objective

@@ -10,7 +10,18 @@ from ...curvature import QuadraticModel
 from ...distributed import Ranks
 from ..layout import Layout
 
-__all__ = ["FlatModel"]
+__all__ = ["FlatModel", "pack_mean"]
+
+
+def pack_mean(
+    values: Sequence[Tensor], layout: Layout, names: Sequence[str], ranks: Ranks | None
+) -> Tensor:
+    """Return this process's shard of the mean of tensors over all processes, flat."""
+    # The vectors of all shards, one behind the other, so that one all-reduce averages them.
+    joined = layout.pack_all_shards(dict(zip(names, values, strict=True)))
+    if ranks is not None:
+        joined = ranks.mean_(joined)
+    return layout.shard_of_this_rank(joined)
 
 
 class FlatModel:
@@ -42,12 +53,7 @@ class FlatModel:
         model.gradient = []  # one copy is enough while directions fill the memory
 
     def _pack_mean(self, values: Sequence[Tensor]) -> Tensor:
-        """Return this process's shard of the mean over all processes."""
-        # The vectors of all shards, one behind the other, so that one all-reduce averages them.
-        joined = self._layout.pack_all_shards(dict(zip(self._names, values, strict=True)))
-        if self._ranks is not None:
-            joined = self._ranks.mean_(joined)
-        return self._layout.shard_of_this_rank(joined)
+        return pack_mean(values, self._layout, self._names, self._ranks)
 
     def product(self, d: Tensor) -> Tensor:
         """Return C d."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._base import Bounds, State, Structure
+from .._eigenvalues import eigenvectors, follow_eigenvectors
 
 __all__ = ["Averaging", "ClosedForm", "average"]
 
@@ -28,6 +29,12 @@ class Averaging:
     keep: float
     keep_bases: float | None
     mean_over_ranks: Callable[[Tensor], Tensor]
+
+    def turn_bases(self, matrices: Tensor, old: Tensor) -> Tensor:
+        """Return the eigenvectors of averages: exact of the first, then followed from the old."""
+        new = follow_eigenvectors(matrices, old) if self.keep_bases else eigenvectors(matrices)
+        # Contiguous, as a checkpoint brings them back: products round by the strides.
+        return new.contiguous()
 
     def from_nothing(self) -> Averaging:
         """Return the weights with which averages start."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from .._base import State
 from .._e_kfac import EKfac, squared_overlaps
-from .._eigenvalues import eigenvectors, follow_eigenvectors
 from ._base import Averaging, ClosedForm
 
 __all__ = ["EKfacMoments", "KfacMoments"]
@@ -62,9 +60,7 @@ class KroneckerBases(ClosedForm, EKfac):
         for entry, basis, square in (("L", "QB", wide @ wide.mT), ("R", "QA", tall.mT @ tall)):
             mean = averaging.mean_over_ranks(square / len(w))
             new[entry] = torch.lerp(mean, state[entry], keep)
-            turn = partial(follow_eigenvectors, bases=state[basis]) if keep else eigenvectors
-            # Contiguous, as a checkpoint brings them back: products round by the strides.
-            new[basis] = turn(new[entry]).contiguous()
+            new[basis] = averaging.turn_bases(new[entry], state[basis])
         return new
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...layout._blocks import CutRule
 from .._base import State
-from .._eigenvalues import eigenvectors, follow_eigenvectors
 from ._base import Averaging, ClosedForm
 
 __all__ = ["OneSided"]
@@ -63,8 +62,7 @@ class OneSided(ClosedForm):
             wide = (w.mT if self.tall else w).transpose(0, 1)  # (count, m, k, n)
             square = averaging.mean_over_ranks((wide @ wide.mT).mean(1))
             new["C"] = torch.lerp(square, state["C"], keep)
-            turned = follow_eigenvectors(new["C"], state["Q"]) if keep else eigenvectors(new["C"])
-            new["Q"] = turned.contiguous()
+            new["Q"] = averaging.turn_bases(new["C"], state["Q"])
             if keep:  # the diagonal of the old operator in the new basis
                 overlap = torch.square(new["Q"].mT @ state["Q"])
                 new["M"] = (overlap @ state["M"][:, :, None])[:, :, 0]
