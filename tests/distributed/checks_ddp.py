@@ -471,7 +471,7 @@ def check_sharpness():
 
         s, given = llqr.sharpness, {"batches": rows(parts), **options}
         top = s.eigenvalues(loss, network, 2, tolerance=1e-8, **given)
-        total = s.trace(loss, network, "fisher", products=9, **given)
+        total = s.trace(loss, network, "fisher", products=16, **given)
         worst = s.worst_case(loss, network, 0.3, steps=4, starts=2, **given)
         mean = s.m_sharpness(loss, network, m=2, **given)
         plane = s.landscape(loss, network, 1, points=3, **given)

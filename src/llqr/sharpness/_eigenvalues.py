@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_choice, check_flags, check_integer, check_number
 from .._vectors import dots
 from ..curvature import Curvature
-from ._data import Data, Forwards, Parameters, Progress, measuring
+from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._lanczos import LanczosBasis
 from ._mean_curvature import MeanCurvature
 from ._measurement import Effort, Measurement, error_text
@@ -153,7 +153,7 @@ def eigenvalues(
             )
         effort = Effort(progress, max_products)
         product = MeanCurvature(data, curvature, effort)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = generator_of(seed)
 
         def draw() -> Tensor:
             return data.random_vector(generator)
