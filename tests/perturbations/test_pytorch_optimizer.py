@@ -143,7 +143,7 @@ UNEQUAL = {
 
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_where_they_differ(name):
-    """If one of these fails, pytorch_optimizer has changed: say so in the docstring of the probe."""
+    """If one fails, pytorch_optimizer has changed: say so in the docstring of the probe."""
     probe, run = UNEQUAL[name]
     assert distance(mlp, probe(), run) > 1e-3
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -116,6 +117,16 @@ def test_progress_and_log(caplog):
         )
     assert seen == [(i, 16) for i in range(1, 17)]
     assert caplog.messages == [str(found)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_result_says_on_how_much_data_and_how_exactly(name, caplog):
+    net = network()
+    with caplog.at_level(logging.INFO, "llqr"):
+        SMALL[name](net, net.model, batches=net.batches)
+    assert "24 examples in 3 batches" in caplog.text
+    between = {"density": "2 probes", "m_sharpness": "3 sub-batches"}.get(name, "3 batches")
+    assert re.search(rf"rough standard error [\d.e-]+ between {between}", caplog.text), caplog.text
 
 
 def bad_loss(value):

@@ -64,7 +64,9 @@ class Eigenvalues(Measurement):
         return "\n  ".join([f"{kind} eigenvalues of {self.curvature!r}; {end}:", *lines])
 
     def __repr__(self) -> str:
-        return f"<Eigenvalues: {', '.join(f'{value:.4g}' for value in self.values.tolist())}>"
+        values = ", ".join(f"{value:.4g}" for value in self.values.tolist())
+        residual = float(self.residuals.max())
+        return f"<Eigenvalues: {values} (residuals <= {residual:.1g}); {self._effort()}>"
 
 
 def eigenvalues(

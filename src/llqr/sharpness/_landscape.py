@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import check_choice, check_integer, check_number, short_repr
 from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._mean_loss import MeanLoss
-from ._measurement import Effort, Measurement
+from ._measurement import Effort, Measurement, error_text
 
 __all__ = ["Landscape", "landscape"]
 
@@ -45,12 +45,15 @@ class Landscape(Measurement):
     def __str__(self) -> str:
         points = " x ".join(map(str, self.losses.shape))
         kind = {1: "line", 2: "plane"}[self.losses.dim()]
-        centre = self.losses[(len(self.coordinates) // 2,) * self.losses.dim()]
+        middle = (len(self.coordinates) // 2,) * self.losses.dim()
+        centre, errors = self.losses[middle], self.standard_errors
+        error = None if errors is None else float(errors[middle])
         finite = self.losses[self.losses.isfinite()]
         ends = f"{float(finite.min()):.4g} .. {float(finite.max()):.4g}" if len(finite) else "none"
         return (
             f"loss on a {kind} of {points} points within "
-            f"{float(self.coordinates[-1]):g}: {ends}, {float(centre):.6g} at the centre; "
+            f"{float(self.coordinates[-1]):g}: {ends}, {float(centre):.6g} at the centre "
+            f"({error_text(error, self.batches, 'batch')}); "
             f"{self._effort()}"
         )
 
