@@ -484,7 +484,7 @@ def test_the_states_of_separate_optimizers_load():
 
 
 MISFITS = {
-    "order": "group 0 belongs to optimizer 1 of the list",
+    "order": r"group 0 belongs to optimizer 1 of the list, here to optimizer 0 \(Muon\)",
     "groups": "parameter groups of sizes",
     "sizes": "parameter groups of sizes",
     "count": "the states of 1 optimizers, expected 2",
@@ -517,6 +517,29 @@ def test_a_state_that_does_not_fit_changes_nothing(wrong):
         load(state)
     same(everything(optimizer), before)
     train(optimizer, problem, 1)
+
+
+@pytest.mark.parametrize("through", ["ours", "base"])
+@pytest.mark.parametrize("options", [{}, {"geometry": None}])
+def test_optimizers_in_another_order_are_told_apart_by_their_options(options, through):
+    """Where the groups are as large, before the state of one is another's."""
+    _, optimizer = start(steps=2, **options)
+    problem, other = start(lambda model: muon_and_adamw(model)[::-1], **options)
+    receiver, sender = (other, optimizer) if through == "ours" else (other.base, optimizer.base)
+    before = everything(other)
+    said = r"group 0 has the options of optimizer 1 \(Muon\), here it belongs to optimizer 0 \(Ad"
+    with pytest.raises(ValueError, match=said):
+        receiver.load_state_dict(sender.state_dict())
+    same(everything(other), before)
+    train(other, problem, 1)
+
+
+def test_an_option_that_the_saved_state_lacks_is_no_other_optimizer():
+    """As of an older torch: it stays as it is."""
+    problem, optimizer = start(steps=1)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0]["nesterov"]
+    optimizer.base.check_saved_groups(state["param_groups"])
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

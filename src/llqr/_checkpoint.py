@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._joined_bases import JoinedBases
 from ._parameters import NamedParameters, check_group_options
 from ._progress import Progress
 from ._refresher import Refresher
@@ -134,6 +135,8 @@ class Checkpoint:
                 )
             self._load_plain(given)
             return
+        if isinstance(base, JoinedBases):
+            base.check_saved_groups(given["param_groups"])
         names = {i: n for n, i in self._state_keys(given["param_groups"]).items()}
         ours, state = _split_state(given["state"], names)
         counters = {

@@ -13,6 +13,7 @@ __all__ = [
     "check_flags",
     "check_integer",
     "check_number",
+    "short_repr",
     "value_at_step",
 ]
 
@@ -25,10 +26,16 @@ def value_at_step(value: Schedule, step: int) -> float:
     return value(step) if callable(value) else value
 
 
+def short_repr(value: Any) -> str:
+    """Return a value's repr, or the name of its type if that takes more than a part of a line."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
+
+
 def check_integer(name: str, value: Any, *, low: int) -> None:
     """Refuse what is not an integer >= low."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        raise ValueError(f"{name}: expected an integer >= {low}, got {short_repr(value)}")
 
 
 def check_number(
@@ -52,18 +59,20 @@ def check_number(
         sign = ">" if open_low else ">="
         limit = "" if high == math.inf else f" and < {high}"
         also = " or a function of the step" if schedule else ""
-        raise ValueError(f"{name}: expected a number {sign} {low}{limit}{also}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a number {sign} {low}{limit}{also}, got {short_repr(value)}"
+        )
 
 
 def check_choice(name: str, value: Any, allowed: Any) -> None:
     """Refuse what is not one of the strings of a ``Literal`` type."""
     choices = get_args(allowed)
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {short_repr(value)}")
 
 
 def check_flags(**flags: Any) -> None:
     """Refuse what is neither True nor False: a string such as "False" would count as True."""
     for name, value in flags.items():
         if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {value!r}")
+            raise TypeError(f"{name}: expected True or False, got {short_repr(value)}")

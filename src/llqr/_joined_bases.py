@@ -246,13 +246,7 @@ class JoinedBases(torch.optim.Optimizer):
             raise ValueError(
                 f"state_dict: has {len(groups)} parameter groups, this optimizer {len(places)}"
             )
-        for number, (i, group) in enumerate(zip(places, groups, strict=True)):
-            if group.get(BASE, i) != i:
-                raise ValueError(
-                    f"state_dict: group {number} belongs to optimizer {group[BASE]} of the list, "
-                    f"here to optimizer {i}; give the optimizers in the order of the run that "
-                    "saved it"
-                )
+        self.check_saved_groups(groups)
         parts = []
         for i in range(len(self)):
             own = [group for j, group in zip(places, groups, strict=True) if j == i]
@@ -260,6 +254,30 @@ class JoinedBases(torch.optim.Optimizer):
             state = {k: v for k, v in given["state"].items() if k in keys}
             parts.append({"state": state, "param_groups": own})
         return parts
+
+    def check_saved_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse groups of a state dict that belong to another optimizer of the list.
+
+        Its number or its options show it. Options that only this optimizer lacks are new ones.
+        """
+        remedy = "give the optimizers in the order of the run that saved it"
+        options = [set(optimizer.defaults) for optimizer in self.optimizers]
+        kinds = [f"optimizer {i} ({type(o).__name__})" for i, o in enumerate(self.optimizers)]
+        places = self._places()
+        if len(groups) != len(places):  # of an optimizer with other groups, as is told elsewhere
+            return
+        for number, (i, group) in enumerate(zip(places, groups, strict=True)):
+            if group.get(BASE, i) != i:
+                raise ValueError(
+                    f"state_dict: group {number} belongs to optimizer {group[BASE]} of the list, "
+                    f"here to {kinds[i]}; {remedy}"
+                )
+            others = [j for j, own in enumerate(options) if own and own <= set(group)]
+            if others and not options[i] <= set(group):
+                raise ValueError(
+                    f"state_dict: group {number} has the options of {kinds[others[0]]}, here it "
+                    f"belongs to {kinds[i]}; {remedy}"
+                )
 
     def _places(self) -> list[int]:
         """Return the optimizer's number of each group, in the list's order."""

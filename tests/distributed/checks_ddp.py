@@ -471,7 +471,7 @@ def check_sharpness():
 
         s, given = llqr.sharpness, {"batches": rows(parts), **options}
         top = s.eigenvalues(loss, network, 2, tolerance=1e-8, **given)
-        total = s.trace(loss, network, "fisher", products=9, **given)
+        total = s.trace(loss, network, "fisher", products=16, **given)
         worst = s.worst_case(loss, network, 0.3, steps=4, starts=2, **given)
         mean = s.m_sharpness(loss, network, m=2, **given)
         plane = s.landscape(loss, network, 1, points=3, **given)
@@ -494,3 +494,36 @@ def check_sharpness():
         one.x[9] = float("nan")
     with raises(*((ValueError, "loss of batch 1 is nan") if rank() else (RuntimeError, "another"))):
         measure(model, mine)
+
+
+def check_sharpness_in_a_metric_with_batch_norm():
+    """Rises in U's metric and a plane of filters, in training mode, against one with all."""
+    one, cuts = norm_net(), [(0, 3), (3, 4), (4, 6)]
+    model = DistributedDataParallel(copy.deepcopy(one.model))
+    mine = cuts[:1] if rank() == 0 else cuts[1:]
+    draws = torch.Generator().manual_seed(4)
+    U = {n: 0.5 + torch.rand(p.shape, dtype=F64, generator=draws)
+         for n, p in one.model.named_parameters()}  # fmt: skip
+
+    def measure(network, parts, **options):
+        geometry = llqr.FixedGeometry(U)
+        geometry.bind(network)
+
+        def loss(rows):
+            z = network(one.x[rows])
+            return nn.functional.cross_entropy(z, one.y[rows]), z
+
+        s, given = llqr.sharpness, {"batches": [torch.arange(*part) for part in parts], **options}
+        worst = s.worst_case(loss, network, 0.2, geometry, steps=4, starts=2, **given)
+        mean = s.m_sharpness(loss, network, 0.1, geometry, **given)
+        plane = s.landscape(loss, network, 2, points=3, **given)
+        numbers = [worst.rise, worst.standard_error, mean.rise, mean.standard_error]
+        return torch.cat([plane.losses.flatten(), plane.standard_errors.flatten(),
+                          torch.tensor(numbers, dtype=F64)])  # fmt: skip
+
+    buffers = [b.clone() for b in model.buffers()]
+    both = measure(model, mine)
+    near({"found": both}, {"found": measure(one.model, cuts, process_group=alone())}, 1e-10)
+    replicas_equal(both)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    assert float(both[18]) > 0 and float(both[:9].std()) > 0

@@ -99,6 +99,22 @@ def wsam(loop):
     return (1 - 2 * gamma) / (1 - gamma) * g + gamma / (1 - gamma) * second
 
 
+def esam(loop):
+    """SWP of the paper: SAM's displacement on the tensors drawn with probability beta, over beta.
+
+    One number is drawn per tensor, from the seed and the number of the step.
+    """
+    beta, seed = 0.6, 3
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + loop.step)
+    like = weights(loop.problem.model)
+    uniform = torch.rand(len(like), generator=generator)
+    mask = {
+        n: torch.full_like(w, float(u < beta))
+        for (n, w), u in zip(like.items(), uniform, strict=True)
+    }
+    return loop.gradient(flat(mask) / beta * loop.ascent(loop.gradient()))
+
+
 def msam(loop):
     """Algorithm 1 of the paper: the gradient at w - rho v / |v|."""
     return loop.gradient(-RHO * loop.m / (loop.m @ loop.m + EPS0).sqrt())
@@ -111,6 +127,7 @@ RULES = {
     "LookSAM": (look_sam, lambda **o: llqr.LookSAM(RHO, interval=3, start=1, **o)),
     "GSAM": (gsam, lambda **o: llqr.GSAM(RHO, **o)),
     "WSAM": (wsam, lambda **o: llqr.WSAM(RHO, gamma=0.8, **o)),
+    "ESAM": (esam, lambda **o: llqr.ESAM(RHO, beta=0.6, seed=3, **o)),
     "MSAM": (msam, lambda **o: llqr.MSAM(RHO)),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tiny import norm_net
 
 SMALL = {
     "eigenvalues": lambda f, p, **o: sharpness.eigenvalues(f, p, max_products=200, **o).values[0],
-    "trace": lambda f, p, **o: sharpness.trace(f, p, products=6, **o).value,
+    "trace": lambda f, p, **o: sharpness.trace(f, p, products=16, **o).value,
     "density": lambda f, p, **o: sharpness.density(f, p, steps=3, probes=2, **o).nodes[0, 0],
     "worst_case": lambda f, p, **o: sharpness.worst_case(f, p, steps=2, starts=2, **o).rise,
     "m_sharpness": lambda f, p, **o: sharpness.m_sharpness(f, p, **o).rise,
@@ -111,11 +112,21 @@ def test_progress_and_log(caplog):
             net,
             net.model,
             batches=net.batches,
-            products=6,
+            products=16,
             progress=lambda done, total: seen.append((done, total)),
         )
-    assert seen == [(i, 6) for i in range(1, 7)]
+    assert seen == [(i, 16) for i in range(1, 17)]
     assert caplog.messages == [str(found)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_result_says_on_how_much_data_and_how_exactly(name, caplog):
+    net = network()
+    with caplog.at_level(logging.INFO, "llqr"):
+        SMALL[name](net, net.model, batches=net.batches)
+    assert "24 examples in 3 batches" in caplog.text
+    between = {"density": "2 probes", "m_sharpness": "3 sub-batches"}.get(name, "3 batches")
+    assert re.search(rf"rough standard error [\d.e-]+ between {between}", caplog.text), caplog.text
 
 
 def bad_loss(value):
@@ -173,6 +184,16 @@ def refused():
             lambda: s.worst_case(lambda: ps[0].sum(), ps, 1, lambda vs: [-v for v in vs]),
             "norm: g'Ug is -2.0",
         ),
+        "result of U": (
+            lambda: s.worst_case(loss, ps, 1, lambda vs: vs[0]),
+            "norm: the function returned tensor.*, expected U v: a list of tensors of the shapes",
+        ),
+        "long": (lambda: s.eigenvalues(loss, ps, torch.zeros(9, 9)), "k: .*got <Tensor>"),
+        "one direction": (
+            lambda: s.landscape(loss, ps, list(torch.zeros(3, 2))),
+            r"directions: expected 1 or 2.*goes in a list: \[direction\]",
+        ),
+        "no tensors": (lambda: s.landscape(loss, ps, [0.5]), "directions: number 0 is 0.5"),
         "points": (lambda: s.landscape(loss, ps, 1, points=4), "points: expected an odd number"),
         "directions": (lambda: s.landscape(loss, ps, 3), "directions: expected 1 or 2"),
         "shapes": (lambda: s.landscape(loss, ps, pair), "directions: number 1 has the shapes"),
@@ -187,19 +208,57 @@ def test_bad_arguments_are_refused(name):
         call()
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((3, [nn.Parameter(torch.ones(1))]), "forward: expected a function of a batch"),
-        ((torch.sum, nn.Parameter(torch.ones(1))), "parameters: expected a module or a list"),
-        ((torch.sum, ["w"]), "parameters: expected tensors, got str"),
-    ],
-)
-def test_things_of_other_types_are_refused(arguments, message):
-    with pytest.raises(TypeError, match=message):
-        sharpness.trace(*arguments)
-    with pytest.raises(TypeError, match="batches: with them forward is one function"):
-        sharpness.trace([torch.sum], [nn.Parameter(torch.ones(1))], batches=[1])
+MODEL = nn.Linear(2, 2)
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+ROWS = (torch.ones(6, 2), torch.tensor([0, 1] * 3))
+
+
+def loss():
+    return F.cross_entropy(MODEL(ROWS[0]), ROWS[1])
+
+
+def loss_of(batch):
+    return F.cross_entropy(MODEL(batch[0]), batch[1])
+
+
+SECOND = "pass the model, or a list of its parameters, as the second argument"
+WRONG = {
+    "an optimizer": ((loss, OPTIMIZER), {}, f"parameters: expected a module .*got <SGD>; {SECOND}"),
+    "swapped": ((MODEL, loss), {}, f"parameters: .*got <function loss at .*; {SECOND}"),
+    "a criterion": ((MODEL, nn.CrossEntropyLoss()), {}, f"none of them requires grad.*; {SECOND}"),
+    "one tensor": ((loss, MODEL.weight), {}, f"parameters: .*got <Parameter>; {SECOND}"),
+    "names": ((loss, MODEL.state_dict()), {}, "number 0 is 'weight', expected a tensor"),
+    "pairs": ((loss, list(MODEL.named_parameters())), {}, "number 0 is <tuple>, expected a tensor"),
+    "a loss": ((loss().detach(), MODEL), {}, "forward: .*got tensor.*pass lambda: criterion"),
+    "no batches": ((loss_of, MODEL), {}, r"loss_of\(batch\) does not fit .*batches=\[...\] too"),
+    "no argument": ((loss, MODEL), {"batches": [ROWS]}, r"loss\(\) does not fit .*with one batch"),
+    "several": (([loss], MODEL), {"batches": [ROWS]}, "batches: with them forward is one function"),
+    "a tensor": ((loss_of, MODEL), {"batches": ROWS[0]}, r"got <Tensor>; .*list, \[batch\]"),
+    "a dict": ((loss_of, MODEL), {"batches": {"x": ROWS[0]}}, r"got <dict>; .*list, \[batch\]"),
+    "weight": ((loss_of, MODEL), {"batches": [ROWS], "weights": 1.0}, "weights: .*got 1.0"),
+    "progress": ((loss, MODEL), {"progress": True}, "progress: expected a function .*got True"),
+    "another model": ((loss, nn.Linear(2, 2)), {}, "does not depend on any of the parameters"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", SMALL)
+def test_wrong_calls_are_told_what_to_pass(name, wrong):
+    """In one sentence, whatever the measurement; what prints long is named by its type."""
+    arguments, options, message = WRONG[wrong]
+    if (name, wrong) == ("landscape", "another model"):
+        with pytest.warns(UserWarning, match="the loss is the same at all points"):
+            SMALL[name](*arguments)
+        return
+    with pytest.raises((TypeError, ValueError), match=message) as told:
+        SMALL[name](*arguments, **options)
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if n != "m_sharpness"])
+def test_a_seed_is_an_integer(name):
+    with pytest.raises(ValueError, match="seed: expected an integer >= 0, got 1.5"):
+        SMALL[name](loss, MODEL, seed=1.5)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -243,8 +302,8 @@ def test_outputs_of_transformers():
             self.loss, self.logits = loss, logits
 
     net = network()
-    plain = sharpness.trace(net, net.model, "fisher", batches=net.batches, products=6)
+    plain = sharpness.trace(net, net.model, "fisher", batches=net.batches, products=16)
     found = sharpness.trace(
-        lambda b: Output(*net(b)), net.model, "fisher", batches=net.batches, products=6
+        lambda b: Output(*net(b)), net.model, "fisher", batches=net.batches, products=16
     )
     assert found.value == plain.value

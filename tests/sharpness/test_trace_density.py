@@ -28,6 +28,25 @@ def test_trace_is_within_its_standard_error(sketch):
     assert {f.evaluations for f in found} == {30} and {f.sketch for f in found} == {sketch}
 
 
+def test_few_probes_are_refused_and_ten_cover():
+    """From ten probes on 2 standard errors cover 92 % (Student's t); from two it would be 70 %."""
+    A = torch.randn(12, 12, dtype=F64, generator=torch.Generator().manual_seed(2))
+    w = nn.Parameter(torch.zeros(12, dtype=F64))
+
+    def loss():
+        return w @ A @ w / 2
+
+    for options in ({"products": 9}, {"products": 13, "sketch": 2}):
+        with pytest.raises(ValueError, match="products: expected an integer >= 1[04], got"):
+            sharpness.trace(loss, [w], **options)
+    assert sharpness.trace(loss, [w], products=14).sketch == 2
+    found = [sharpness.trace(loss, [w], products=10, seed=s) for s in range(200)]
+    off = torch.tensor([abs(f.value - float(A.trace())) / f.standard_error for f in found])
+    # The binomial standard error of a share is 0.019 here.
+    assert 0.86 < float((off < 2).double().mean()) < 0.98
+    assert "(standard error" in str(found[0]) and found[0].probes == 10
+
+
 def test_the_sketch_lowers_the_error_and_takes_all_of_a_low_rank():
     net = network()
     plain, sketched = (
@@ -68,7 +87,7 @@ def test_error_between_batches():
     """With Q complete there are no probes left to be random, and it is exact."""
     net = network()
     n = len(net.matrices["newton"])
-    found = sharpness.trace(net, net.model, batches=net.batches, products=2 * n + 2, sketch=n)
+    found = sharpness.trace(net, net.model, batches=net.batches, products=2 * n + 10, sketch=n)
     assert found.value == pytest.approx(float(net.matrices["newton"].trace()), rel=1e-9)
     each = torch.stack([net.matrix_of(b, "newton").trace() for b in net.batches])
     shares = torch.tensor([10.0, 8.0, 6.0], dtype=F64) / 24

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import short_repr
 from ._forwards import differentiable_in
 from ._output_hessian import OutputHessian
 from .sampling import OutputSquareRoot
@@ -169,5 +170,5 @@ def as_curvature(curvature: str | Curvature) -> Curvature:
     if curvature == "newton":
         return Newton()
     raise ValueError(
-        f"curvature: expected 'fisher', 'newton' or a llqr.Curvature, got {curvature!r}"
+        f"curvature: expected 'fisher', 'newton' or a llqr.Curvature, got {short_repr(curvature)}"
     )

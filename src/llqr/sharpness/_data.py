@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from .._autocast import autocast_off
+from .._checks import check_integer, short_repr
 from .._module_state import ForwardState, TensorValues, WrittenParameters
 from .._random_state import RandomState
 from .._refresher import call_and_unpack
@@ -22,7 +24,15 @@ from .._step_modules import modules_named_in
 from ..distributed import Ranks
 from ..distributed._sharded import is_sharded
 
-__all__ = ["Data", "Forward", "Forwards", "Parameters", "Progress", "measuring"]
+__all__ = [
+    "Data",
+    "Forward",
+    "Forwards",
+    "Parameters",
+    "Progress",
+    "generator_of",
+    "measuring",
+]
 
 #: A function of a batch, or without arguments; it returns the loss or (loss, outputs).
 Forward = Callable[..., Any]
@@ -188,29 +198,62 @@ def _call_from(start: ForwardState, forward: Forward) -> Any:
     return forward()
 
 
+def generator_of(seed: int) -> torch.Generator:
+    """Return a generator on the CPU: all processes and devices draw the same from it."""
+    check_integer("seed", seed, low=0)
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _as_functions(forward: Any, batches: Iterable[Any] | None) -> list[Forward]:
     several = isinstance(forward, Sequence)
     functions = list(forward) if several else [forward]
     if not functions or not all(callable(f) for f in functions):
+        wrong = next((f for f in functions if not callable(f)), forward)
         raise TypeError(
             "forward: expected a function of a batch with batches=..., a function without "
-            f"arguments, or a list of such functions, got {forward!r}"
+            f"arguments, or a list of such functions, got {short_repr(wrong)}; the loss has to be "
+            "computed anew, so pass lambda: criterion(model(x), y) and not its result"
         )
     if several and batches is not None:
         raise TypeError("batches: with them forward is one function of a batch, not a list")
+    for function in functions:
+        _check_signature(function, with_batch=batches is not None)
     return functions
 
 
-def _checked_parameters(parameters: Parameters) -> list[Tensor]:
+def _check_signature(function: Forward, with_batch: bool) -> None:
+    """Refuse a forward that cannot be called in the way it will be."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some built-in functions
+        return
+    try:
+        signature.bind(*([None] if with_batch else []))
+    except TypeError as error:
+        if with_batch:
+            remedy = "with batches it is called with one batch: take it apart inside"
+        else:
+            remedy = "without batches it is called without arguments: pass batches=[...] too"
+        name = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(f"forward: {name}{signature} does not fit ({error}); {remedy}") from None
+
+
+def _checked_parameters(parameters: Any) -> list[Tensor]:
     """Return the parameters as a list, each once."""
+    remedy = "pass the model, or a list of its parameters, as the second argument"
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    if isinstance(parameters, Tensor):
-        raise TypeError("parameters: expected a module or a list of tensors, got one tensor")
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters: expected a module or a list of tensors, got "
+            f"{short_repr(parameters)}; {remedy}"
+        )
     tensors = list(parameters)
     for i, p in enumerate(tensors):
         if not isinstance(p, Tensor):
-            raise TypeError(f"parameters: expected tensors, got {type(p).__name__}")
+            raise TypeError(
+                f"parameters: number {i} is {short_repr(p)}, expected a tensor; {remedy}"
+            )
         if is_sharded(p):
             raise ValueError(
                 "parameters: those of fully_shard are not supported; measure on a model that is "
@@ -224,7 +267,9 @@ def _checked_parameters(parameters: Parameters) -> list[Tensor]:
                 "model.parameters() has them)"
             )
     if not any(p.requires_grad and p.numel() for p in tensors):
-        raise ValueError("parameters: none of them requires grad, so there is nothing to measure")
+        raise ValueError(
+            f"parameters: none of them requires grad, so there is nothing to measure; {remedy}"
+        )
     return tensors
 
 
@@ -262,6 +307,11 @@ def _read_batches(
         if rows is not None:
             raise ValueError("m: sub-batches can only be cut from batches; pass batches=...")
         return functions, [None] * len(functions)
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches: expected a list of batches or a DataLoader, got {short_repr(batches)}; one "
+            "batch goes in a list, [batch]"
+        )
     kept = list(batches)
     if not kept:
         raise ValueError("batches: there is none; pass at least one (in every process)")
@@ -312,7 +362,12 @@ def _weights_of(
         if None in counts:
             return [1.0] * many
         return [float(n) for n in counts if n is not None]
-    values = [float(w) for w in weights]
+    try:
+        values = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"weights: expected {many} numbers, one per batch, got {short_repr(weights)}"
+        ) from None
     if len(values) != many:
         raise ValueError(f"weights: expected {many} numbers, one per batch, got {len(values)}")
     if not (all(w >= 0 for w in values) and 0 < sum(values) < float("inf")):

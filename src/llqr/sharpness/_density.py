@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from ..curvature import Curvature
-from ._data import Forwards, Parameters, Progress, measuring
+from ._data import Forwards, Parameters, Progress, generator_of, measuring
 from ._lanczos import LanczosBasis
 from ._mean_curvature import MeanCurvature
-from ._measurement import Effort, Measurement, plural
+from ._measurement import Effort, Measurement, error_text
 
 __all__ = ["Density", "density"]
 
@@ -59,7 +59,7 @@ class Density(Measurement):
         ends = f"{float(self.nodes.min()):.4g} .. {float(self.nodes.max()):.4g}"
         return (
             f"spectral density of {self.curvature!r}: eigenvalues {ends}, mean {mean:.4g} "
-            f"(standard error {error:.2g} between {plural(len(self.nodes), 'probe')}); "
+            f"({error_text(error, len(self.nodes), 'probe')}); "
             f"{self.dimension:,} parameters, {self._effort()}"
         )
 
@@ -131,7 +131,7 @@ def density(
         steps = min(steps, data.dimension)
         effort = Effort(progress, steps * probes)
         product = MeanCurvature(data, curvature, effort)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = generator_of(seed)
         pairs = []
         for _ in range(probes):
             start = data.random_vector(generator, signs=True)

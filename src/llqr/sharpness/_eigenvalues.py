@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_choice, check_flags, check_integer, check_number
 from .._vectors import dots
 from ..curvature import Curvature
-from ._data import Data, Forwards, Parameters, Progress, measuring
+from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._lanczos import LanczosBasis
 from ._mean_curvature import MeanCurvature
 from ._measurement import Effort, Measurement, error_text
@@ -64,7 +64,9 @@ class Eigenvalues(Measurement):
         return "\n  ".join([f"{kind} eigenvalues of {self.curvature!r}; {end}:", *lines])
 
     def __repr__(self) -> str:
-        return f"<Eigenvalues: {', '.join(f'{value:.4g}' for value in self.values.tolist())}>"
+        values = ", ".join(f"{value:.4g}" for value in self.values.tolist())
+        residual = float(self.residuals.max())
+        return f"<Eigenvalues: {values} (residuals <= {residual:.1g}); {self._effort()}>"
 
 
 def eigenvalues(
@@ -153,7 +155,7 @@ def eigenvalues(
             )
         effort = Effort(progress, max_products)
         product = MeanCurvature(data, curvature, effort)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = generator_of(seed)
 
         def draw() -> Tensor:
             return data.random_vector(generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_number
-from ._data import Data, Forwards, Parameters, Progress, measuring
+from .._checks import check_choice, check_integer, check_number, short_repr
+from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._mean_loss import MeanLoss
-from ._measurement import Effort, Measurement
+from ._measurement import Effort, Measurement, error_text
 
 __all__ = ["Landscape", "landscape"]
 
@@ -44,12 +45,15 @@ class Landscape(Measurement):
     def __str__(self) -> str:
         points = " x ".join(map(str, self.losses.shape))
         kind = {1: "line", 2: "plane"}[self.losses.dim()]
-        centre = self.losses[(len(self.coordinates) // 2,) * self.losses.dim()]
+        middle = (len(self.coordinates) // 2,) * self.losses.dim()
+        centre, errors = self.losses[middle], self.standard_errors
+        error = None if errors is None else float(errors[middle])
         finite = self.losses[self.losses.isfinite()]
         ends = f"{float(finite.min()):.4g} .. {float(finite.max()):.4g}" if len(finite) else "none"
         return (
             f"loss on a {kind} of {points} points within "
-            f"{float(self.coordinates[-1]):g}: {ends}, {float(centre):.6g} at the centre; "
+            f"{float(self.coordinates[-1]):g}: {ends}, {float(centre):.6g} at the centre "
+            f"({error_text(error, self.batches, 'batch')}); "
             f"{self._effort()}"
         )
 
@@ -98,6 +102,9 @@ def landscape(
     Raises:
         ValueError: a direction does not fit the parameters, or an argument is out of its range.
 
+    Warns:
+        UserWarning: the loss is the same at all points.
+
     Source: H. Li et al., Visualizing the loss landscape of neural nets, NeurIPS 2018.
 
     Example:
@@ -129,11 +136,18 @@ def landscape(
             values.append(losses.losses(_combined(found, place) if any(place) else None))
             effort.count()
         each = torch.stack(values, 1)  # (B, points^n)
+        mean = data.mean(each)
+        if bool((mean == mean[0]).all()):
+            warnings.warn(
+                "landscape: the loss is the same at all points; is it computed with these "
+                "parameters, and does the direction move them?",
+                stacklevel=2,
+            )
         shape = (points,) * len(found)
         errors = data.standard_error(each)
         return Landscape(
             coordinates=line,
-            losses=data.mean(each).view(shape),
+            losses=mean.view(shape),
             standard_errors=None if errors is None else errors.view(shape),
             directions=[data.spread(d) for d in found],
             **effort.fields(data),
@@ -144,18 +158,29 @@ def _directions_of(directions: int | Sequence[Direction], data: Data, seed: int)
     """Return one or two flat directions, random or as given."""
     if isinstance(directions, int) and not isinstance(directions, bool):
         if directions not in (1, 2):
-            raise ValueError(f"directions: expected 1 or 2, or a list of them, got {directions}")
-        generator = torch.Generator("cpu").manual_seed(seed)
+            raise ValueError(
+                f"directions: expected 1 or 2, or a list of directions, got {directions}"
+            )
+        generator = generator_of(seed)
         return [data.random_vector(generator) for _ in range(directions)]
     if not (isinstance(directions, Sequence) and len(directions) in (1, 2)):
-        raise ValueError(f"directions: expected 1 or 2, or a list of them, got {directions!r}")
+        raise ValueError(
+            "directions: expected 1 or 2, or a list of one or two directions, got "
+            f"{short_repr(directions)}; one direction goes in a list: [direction]"
+        )
     found = []
     for number, direction in enumerate(directions):
-        tensors = [direction] if isinstance(direction, Tensor) else list(direction)
+        tensors = [direction] if isinstance(direction, Tensor) else direction
+        if not (isinstance(tensors, Sequence) and all(isinstance(t, Tensor) for t in tensors)):
+            raise ValueError(
+                f"directions: number {number} is {short_repr(direction)}, expected a list of "
+                "tensors shaped like the parameters"
+            )
         shapes, expected = ([tuple(t.shape) for t in ts] for ts in (tensors, data.parameters))
         if shapes != expected:
             raise ValueError(
-                f"directions: number {number} has the shapes {shapes}, the parameters {expected}"
+                f"directions: number {number} has the shapes {shapes}, the parameters {expected}; "
+                "each direction is a list of as many tensors as there are parameters"
             )
         active = [t for t, p in zip(tensors, data.parameters, strict=True) if p.requires_grad]
         found.append(data.flatten(active))

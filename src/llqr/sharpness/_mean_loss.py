@@ -77,6 +77,11 @@ class MeanLoss:
         with torch.enable_grad():
             loss = split_loss_and_outputs(forward())[0]
             gradient = gradients_of([loss], self._data.active)
+        if all(g is None for g in gradient):
+            raise ValueError(
+                "forward: the loss does not depend on any of the parameters; compute it with the "
+                "module whose parameters these are"
+            )
         return float(loss.detach()), self._data.flatten(gradient)
 
     def _loss_of(self, forward: RepeatableForward) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
+from .._checks import short_repr
 from .._vectors import dots
 from ..geometry import Geometry
 from ._data import Data
@@ -37,16 +38,32 @@ def metric_of(norm: Norm, data: Data, weights: Tensor, eta: float) -> Metric:
         square = (weights.abs() + eta).square_()
         return lambda v: square * v
     if callable(norm):
-        function = norm
-        return lambda v: data.flatten(function(data.unflatten(v)))
+        return _function_metric(norm, data)
     raise ValueError(
-        f"norm: expected 'euclidean', 'adaptive', a llqr.Geometry or a function, got {norm!r}"
+        f"norm: expected 'euclidean', 'adaptive', a llqr.Geometry or a function, got "
+        f"{short_repr(norm)}"
     )
 
 
 def norm_name(norm: Norm) -> str:
     """Return how results call a norm."""
     return norm if isinstance(norm, str) else getattr(norm, "__name__", type(norm).__name__)
+
+
+def _function_metric(function: Callable[[list[Tensor]], Any], data: Data) -> Metric:
+    shapes = [tuple(p.shape) for p in data.active]
+
+    def apply(v: Tensor) -> Tensor:
+        image = function(data.unflatten(v))
+        fits = isinstance(image, Sequence) and all(isinstance(t, Tensor) for t in image)
+        if not fits or [tuple(t.shape) for t in image] != shapes:
+            raise ValueError(
+                f"norm: the function returned {short_repr(image)}, expected U v: a list of tensors "
+                f"of the shapes {shapes}, as the list v that it is given"
+            )
+        return data.flatten(image)
+
+    return apply
 
 
 def _geometry_metric(geometry: Geometry, data: Data) -> Metric:

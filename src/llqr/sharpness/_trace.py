@@ -13,10 +13,10 @@ from torch import Tensor
 from .._checks import check_flags, check_integer
 from .._vectors import dots
 from ..curvature import Curvature
-from ._data import Data, Forwards, Parameters, Progress, measuring
+from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._lanczos import orthogonalise
 from ._mean_curvature import MeanCurvature
-from ._measurement import Effort, Measurement, error_text
+from ._measurement import ENOUGH, Effort, Measurement, error_text
 
 __all__ = ["Trace", "trace"]
 
@@ -84,9 +84,10 @@ def trace(
         curvature: as there.
         batches: as there.
         weights: as there.
-        products: how many products are computed.
+        products: how many products are computed. At least ten are left for the random z: from
+            fewer, the standard error would tell little.
         sketch: rows of Q, each of which costs two products and is held in memory; default: a third
-            of the products. 0 is Hutchinson's estimate.
+            of the products, or what ten z leave. 0 is Hutchinson's estimate.
         diagonal: whether to return the diagonal too, which costs no product. It sums to the
             trace; its entries are noisier.
         seed: of the probes.
@@ -111,14 +112,16 @@ def trace(
         >>> round(llqr.sharpness.trace(loss, [w]).value, 4)
         2.0
     """
-    sketch = products // 3 if sketch is None else sketch
-    check_integer("sketch", sketch, low=0)
-    check_integer("products", products, low=2 * sketch + 2)
+    if sketch is not None:
+        check_integer("sketch", sketch, low=0)
+    check_integer("products", products, low=2 * (sketch or 0) + ENOUGH)
+    if sketch is None:
+        sketch = min(products // 3, (products - ENOUGH) // 2)
     check_flags(diagonal=diagonal)
     with measuring(forward, parameters, batches, weights, process_group) as data:
         effort = Effort(progress, products)
         product = MeanCurvature(data, curvature, effort)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = generator_of(seed)
         rows = _sketch_image(product, data, min(sketch, data.dimension), generator)
         entries = rows.new_zeros(data.dimension) if diagonal else None
 

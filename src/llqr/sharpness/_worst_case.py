@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import check_flags, check_integer, check_number
 from .._vectors import dots
-from ._data import Data, Forwards, Parameters, Progress, measuring
+from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._mean_loss import MeanLoss
 from ._measurement import Effort, Measurement, error_text, plural
 from ._norms import Metric, Norm, ascent_direction, metric_of, norm_name
@@ -122,7 +122,7 @@ def worst_case(
         effort = Effort(progress, 1 + starts * (steps + 1))
         losses = MeanLoss(data)
         metric = metric_of(norm, data, losses.weights, eta)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = generator_of(seed)
         search = _Search(data, losses, metric, rho, effort)
         points = [
             search.ascend(search.centre if i == 0 else search.random_point(generator), steps)

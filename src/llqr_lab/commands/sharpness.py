@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -17,21 +18,26 @@ from llqr import sharpness
 from ..common.environment import describe_environment
 from ..common.output import progress_bar, write_json
 from ..data.errors import DataError
-from ..recipes.trained import load_trained, training_forwards
+from ..recipes.trained import load_trained, training_data
 from ..sharpness.over_epochs import draw_courses, measure_course, refuse_unequal
-from ..sharpness.pictures import draw_density, draw_eigenvalues, draw_landscape
+from ..sharpness.pictures import draw_density, draw_eigenvalues, draw_landscape, draw_line
 
 __all__ = ["add_arguments", "main"]
 
 ABOUT = """\
 Measures the sharpness of the network that a run of `llqr run` has trained: the largest eigenvalues
-of the Hessian, its trace and spectral density, the rise of the loss in balls, and a plane of the
-loss. Writes sharpness.json, and pictures of the eigenvalues, the density and the plane as PNG and
-SVG, into the folder `sharpness` of the run. docs/sharpness.md says what each number is.
+of the Hessian, its trace and spectral density, the rise of the loss in balls, the loss on a line
+along the sharpest direction and on a plane. Writes sharpness.json, and pictures of the eigenvalues,
+the density, the line and the plane as PNG and SVG, into the folder `sharpness` of the run.
+docs/sharpness.md says what each number is.
 
 With --over-epochs, of one or several runs that kept networks (keep_every=N): the largest eigenvalue
 over the epochs, a line per method, as eigenvalues_over_epochs.json, PNG and SVG.
 """
+
+
+#: How far the line along the sharpest direction reaches, in radii.
+RADII = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +117,7 @@ def measure_network(arguments: argparse.Namespace, out: Path) -> list[Path]:
         ),
         *draw_eigenvalues(found["eigenvalues"], out),
         *draw_density(found["density"], out),
+        *draw_line(found["line"], found["eigenvalues"], arguments.rho, out),
         *draw_landscape(found["landscape"], out),
     ]
 
@@ -137,16 +144,28 @@ def measure_over_epochs(arguments: argparse.Namespace, out: Path) -> list[Path]:
 
 def measures_of(task: Any, arguments: argparse.Namespace) -> Mapping[str, Callable[[], Any]]:
     """Return what is measured, by name."""
-    forwards, network = training_forwards(task, arguments.batches), task.network
-    rho = arguments.rho
+    forward, batches = training_data(task, arguments.batches)
+    given, rho = (forward, task.network), arguments.rho
+
+    @functools.cache
+    def eigenvalues() -> sharpness.Eigenvalues:
+        return sharpness.eigenvalues(*given, 5, vectors=True, batches=batches)
+
+    def line() -> sharpness.Landscape:
+        sharpest = (eigenvalues().vectors or [])[0]
+        return sharpness.landscape(*given, [sharpest], radius=RADII * rho, batches=batches)
+
     return {
-        "eigenvalues": lambda: sharpness.eigenvalues(forwards, network, 5),
-        "trace": lambda: sharpness.trace(forwards, network),
-        "density": lambda: sharpness.density(forwards, network),
-        "worst_case": lambda: sharpness.worst_case(forwards, network, rho),
-        "adaptive_worst_case": lambda: sharpness.worst_case(forwards, network, rho, "adaptive"),
-        "m_sharpness": lambda: sharpness.m_sharpness(forwards, network, rho),
-        "landscape": lambda: sharpness.landscape(forwards, network, points=arguments.points),
+        "eigenvalues": eigenvalues,
+        "trace": lambda: sharpness.trace(*given, batches=batches),
+        "density": lambda: sharpness.density(*given, batches=batches),
+        "worst_case": lambda: sharpness.worst_case(*given, rho, batches=batches),
+        "adaptive_worst_case": lambda: sharpness.worst_case(
+            *given, rho, "adaptive", batches=batches
+        ),
+        "m_sharpness": lambda: sharpness.m_sharpness(*given, rho, batches=batches),
+        "line": line,
+        "landscape": lambda: sharpness.landscape(*given, points=arguments.points, batches=batches),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from omegaconf import DictConfig
 from ..protocols import slug
 from .config import GROUPS, compose_config, resolve_config
 from .run import make_task
-from .task import Forward, Task
+from .task import Task
 from .workers import Workers
 
-__all__ = ["config_of_run", "load_trained", "training_forwards"]
+__all__ = ["config_of_run", "load_trained", "training_data"]
 
 
 def config_of_run(about: dict[str, Any], data: str | None, device: str) -> DictConfig:
@@ -67,8 +68,12 @@ def load_trained(folder: Path, data: str | None = None, device: str = "auto") ->
     return about, task
 
 
-def training_forwards(task: Task, count: int) -> list[Forward]:
-    """Return the passes of the first training batches, in evaluation mode."""
+def training_data(task: Task, count: int) -> tuple[Callable[[Any], Any], list[tuple[int, Any]]]:
+    """Return the pass of a numbered training batch, in evaluation mode, and the first of these."""
     task.network.eval()
-    batches = islice(task.batches(0, 0), count)
-    return [task.forward(task.network, batch, step) for step, batch in enumerate(batches)]
+
+    def forward(numbered: tuple[int, Any]) -> Any:
+        step, batch = numbered
+        return task.forward(task.network, batch, step)()
+
+    return forward, list(enumerate(islice(task.batches(0, 0), count)))

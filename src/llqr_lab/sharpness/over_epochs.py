@@ -15,8 +15,8 @@ from llqr import sharpness
 from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure
 from ..common.output import progress_bar
 from ..recipes.records import kept_networks
-from ..recipes.trained import load_trained, training_forwards
-from .pictures import save_both
+from ..recipes.trained import load_trained, training_data
+from .pictures import data_of, save_both
 
 __all__ = ["Course", "draw_courses", "measure_course", "refuse_unequal"]
 
@@ -34,6 +34,7 @@ class Course:
         values: the eigenvalues.
         errors: their standard errors between the batches; None with one batch.
         batches: on how many training batches they were measured.
+        examples: rows of these batches, if they are known.
     """
 
     about: dict[str, Any]
@@ -42,6 +43,7 @@ class Course:
     values: list[float]
     errors: list[float | None]
     batches: int
+    examples: int | None = None
 
 
 def measure_course(folder: Path, batches: int, data: str | None, device: str) -> Course:
@@ -56,15 +58,15 @@ def measure_course(folder: Path, batches: int, data: str | None, device: str) ->
             f"{folder}: no networks were kept over the epochs; run it with keep_every=N (epochs)"
         )
     about, task = load_trained(folder, data, device)
-    forwards = training_forwards(task, batches)
+    forward, kept = training_data(task, batches)
     found = []
     for path in progress_bar(paths.values(), f"measuring {about['method']}, seed {about['seed']}"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         task.network.load_state_dict(weights)
-        found.append(sharpness.eigenvalues(forwards, task.network))
+        found.append(sharpness.eigenvalues(forward, task.network, batches=kept))
     errors = [None if f.standard_errors is None else float(f.standard_errors[0]) for f in found]
     values = [float(f.values[0]) for f in found]
-    return Course(about, folder, list(paths), values, errors, found[0].batches)
+    return Course(about, folder, list(paths), values, errors, found[0].batches, found[0].examples)
 
 
 def refuse_unequal(courses: Sequence[Course]) -> None:
@@ -88,17 +90,23 @@ def draw_courses(courses: Sequence[Course], out: Path) -> list[Path]:
     figure, axes = new_figure((1, 1), (7.2, 4.2))
     lines = lines_of(courses)
     draw_lines(axes, lines)
-    axes.set(xlabel="epoch", ylabel="largest eigenvalue of the Hessian")
+    axes.set(
+        title="How sharp the minimum is over the training",
+        xlabel="epoch",
+        ylabel="largest eigenvalue of the Hessian,\n$\\lambda_1(\\nabla^2 L)$",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     if all(y > 0 for line in lines for y in line.y):
         _set_logarithmic(axes)
     label_lines(axes, lines)
     about, seeds = courses[0].about, {c.about["seed"] for c in courses}
-    band = "; bands are standard deviations between seeds" if len(seeds) > 1 else ""
+    band = f" Mean of {len(seeds)} seeds; bands are their standard deviations." * (len(seeds) > 1)
+    shares = [e / abs(v) for c in courses for v, e in zip(c.values, c.errors, strict=True) if e]
+    spread = f" Standard error between the batches: at most {max(shares):.0%}." if shares else ""
     noise = f", {about['noise']:.0%} wrong labels".replace("%", " %") if about["noise"] else ""
     caption = (
-        f"{about['model']} on {about['dataset']}{noise}: {courses[0].batches} training batches, "
-        f"evaluation mode{band}."
+        f"{about['model']} on {about['dataset']}{noise}. "
+        f"{data_of(courses[0].batches, courses[0].examples)}{band}{spread.replace('%', ' %')}"
     )
     return save_both(figure, out / "eigenvalues_over_epochs.png", caption)
 

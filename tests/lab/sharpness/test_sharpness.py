@@ -11,7 +11,7 @@ from llqr_lab.cli import main
 from llqr_lab.commands import sharpness as command
 from llqr_lab.recipes.config import compose_config, flat_settings, resolve_config
 from llqr_lab.recipes.run import describe_run, make_task
-from llqr_lab.recipes.trained import config_of_run, load_trained, training_forwards
+from llqr_lab.recipes.trained import config_of_run, load_trained, training_data
 from llqr_lab.recipes.workers import Workers
 from llqr_lab.sharpness.over_epochs import Course, lines_of, refuse_unequal
 
@@ -49,11 +49,14 @@ def folder(tmp_path):
 
 
 def few_measures(task, arguments):
-    forwards, network = training_forwards(task, arguments.batches), task.network
+    forward, batches = training_data(task, arguments.batches)
+    given, more = (forward, task.network), {"batches": batches}
+    line = [[torch.ones_like(p) for p in task.network.parameters()]]
     return {
-        "eigenvalues": lambda: sharpness.eigenvalues(forwards, network, 2, tolerance=0.1),
-        "density": lambda: sharpness.density(forwards, network, steps=3, probes=2),
-        "landscape": lambda: sharpness.landscape(forwards, network, points=arguments.points),
+        "eigenvalues": lambda: sharpness.eigenvalues(*given, 2, tolerance=0.1, **more),
+        "density": lambda: sharpness.density(*given, steps=3, probes=2, **more),
+        "line": lambda: sharpness.landscape(*given, line, radius=1e-3, points=3, **more),
+        "landscape": lambda: sharpness.landscape(*given, points=arguments.points, **more),
     }
 
 
@@ -66,7 +69,7 @@ def test_measuring_a_run(folder, monkeypatch, capsys):
     words = ["--batches", "2", "--points", "3", "--device", "cpu"]
     assert main(["sharpness", str(folder), *words]) == 0
     out = folder / "sharpness"
-    names = ["density", "eigenvalues", "landscape"]
+    names = ["density", "eigenvalues", "landscape", "line"]
     pictures = [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert sorted(p.name for p in out.iterdir()) == sorted([*pictures, "sharpness.json"])
     content = json.loads((out / "sharpness.json").read_text())
@@ -120,11 +123,11 @@ def test_the_largest_eigenvalue_over_the_epochs(tmp_path, capsys):
     assert [course.folder for course in courses] == [str(folder) for folder in runs]
     # Against the networks one by one.
     _, task = load_trained(runs[2], device="cpu")
-    forwards = training_forwards(task, 2)
+    forward, batches = training_data(task, 2)
     for epoch, value, error in zip((1, 3), courses[2].values, courses[2].errors, strict=True):
         path = runs[2] / "networks" / f"epoch-{epoch:04}.pt"
         task.network.load_state_dict(torch.load(path, weights_only=True))
-        found = sharpness.eigenvalues(forwards, task.network)
+        found = sharpness.eigenvalues(forward, task.network, batches=batches)
         assert value == pytest.approx(float(found.values[0]), rel=1e-3)
         assert error == pytest.approx(float(found.standard_errors[0]), rel=0.05)
     sgdm, sam = lines_of(courses)
