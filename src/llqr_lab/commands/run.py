@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.errors import DataError
 from ..recipes.config import CONF, RECIPES
+from ..recipes.effects import refuse_unknown_keys
 from ..recipes.run import perform_run
 from ..recipes.workers import leave_together
 
@@ -69,6 +70,11 @@ def main(arguments: argparse.Namespace) -> int:
         overrides[at : at + 2] = [f"out={overrides[at + 1]}"]
     # Hydra's parser wants all settings in one piece.
     overrides.sort(key=lambda word: word.startswith("-") or "=" not in word)
+    try:
+        refuse_unknown_keys(arguments.recipe, overrides)
+    except ValueError as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"llqr run {arguments.recipe}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report is a traceback, whatever the error

@@ -65,6 +65,7 @@ class Training:
         state = self.records.load_checkpoint(self.workers.device)
         if state is not None:
             self._refuse_other_settings(state["settings"])
+            self._refuse_other_data(state.get("data"))
             self.task.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -82,10 +83,20 @@ class Training:
                 "differ; give another out=DIR, or force=true to start anew"
             )
 
+    def _refuse_other_data(self, data: Mapping[str, str] | None) -> None:
+        # Checkpoints of earlier versions do not know their data.
+        if data is not None and data != self.task.data_about:
+            raise ValueError(
+                f"data: {self.records.folder} holds an unfinished run on other data "
+                f"({data['preparation']}; now {self.task.data_about['preparation']}); give the "
+                "data that it had, another out=DIR, or force=true to start anew"
+            )
+
     def checkpoint_state(self) -> dict[str, Any]:
         """Return what :meth:`resume` needs."""
         return {
             "settings": flat_settings(self.config),
+            "data": dict(self.task.data_about),
             "network": self.task.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -119,6 +130,7 @@ class Training:
             "skipped_steps": self.optimizer.skipped_steps,
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "processes": self.workers.size,
+            "data": dict(self.task.data_about),
             "seconds": self.seconds,
         }
 
