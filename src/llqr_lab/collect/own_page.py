@@ -57,8 +57,12 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
                 method,
                 str(len(mine)),
                 "missing" if mean is None else plus_minus(mean, std),
-                "" if method == base else _difference_text(mine, ends[base]),
-                "" if method == "SAM" else _difference_text(mine, ends["SAM"]),
+                *(
+                    _difference_text(mine, ends[other])
+                    if method != other and not chosen[method].differences_from(chosen[other])
+                    else ""
+                    for other in (base, "SAM")
+                ),
                 _change_text(chosen[method]) if METHODS[method].curvature else "",
             ]
         )

@@ -15,6 +15,7 @@ from .cells import (
     choose_runs,
     choose_scale,
     notes_on_choices,
+    notes_on_differences,
     run_command,
     seed_differences,
     used_runs,
@@ -116,12 +117,14 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
     chosen: dict[Cell, Chosen] = {
         cell: choose_runs(runs, cell, recipe) for line in cells for cell in line
     }
-    rows = []
+    rows, compared = [], []
     for row, line in zip(paper["rows"], cells, strict=True):
         filled = []
         for text, column, cell in zip(row["cells"], paper["columns"], line, strict=True):
             baseline = row.get("minus") or column["minus"]
             against = cell.with_method(baseline) if baseline else None
+            if against and against in chosen:
+                compared.append((cell, chosen[cell], against, chosen[against]))
             filled.append(
                 {
                     "dataset": cell.dataset,
@@ -134,7 +137,13 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
                     "paper_std": parse_cell(text).std,
                     "baseline": baseline,
                     **_baseline_numbers(chosen[cell], chosen.get(against) if against else None),
-                    "command": run_command(recipe, cell, scale, out=str(found.root)),
+                    "command": run_command(
+                        recipe,
+                        cell,
+                        scale,
+                        out=str(found.root),
+                        weight_decay=found.selected_for(scale, cell),
+                    ),
                 }
             )
         rows.append({"labels": row["labels"], "cells": filled})
@@ -142,6 +151,7 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
     notes = [
         *notes_of(scale, used, paper["seeds"]),
         *notes_on_choices(chosen.values()),
+        *notes_on_differences(compared),
         *notes,
         *found.notes,
         *(f"Note on the paper: {note}" for note in paper["notes"]),
@@ -210,6 +220,11 @@ def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
         notes.append(
             f"SCALE {scale}: {data_of(runs)}, smaller networks and shorter training than the "
             "paper's. NOT COMPARABLE with the paper's numbers."
+        )
+    if any(run.data_digest == "unknown" for run in runs):
+        notes.append(
+            "Runs of earlier versions did not record their data; they are compared only among "
+            "themselves."
         )
     changed = sorted({key for run in runs for key in run.changed_keys})
     if changed:

@@ -21,6 +21,10 @@ COMMANDS = {
     "theory": ("llqr_lab.commands.theory", "check every statement of the paper's theory"),
     "list": ("llqr_lab.commands.list", "show the recipes, and what each can run"),
     "run": ("llqr_lab.commands.run", "make a run of a table or a figure of the paper"),
+    "select": (
+        "llqr_lab.commands.select",
+        "choose each row's weight decay by the baseline's best result",
+    ),
     "table": ("llqr_lab.commands.table", "make a table of the paper"),
     "figure": ("llqr_lab.commands.figure", "make a figure of the paper"),
     "sharpness": (
