@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.output import plus_minus
+from ..common.output import difference_text, plus_minus
 from ..common.statistics import mean_std
 from ..protocols import EXPERIMENTS, METHODS
 from .cells import (
@@ -65,7 +65,7 @@ def cell_row(cell: Cell, chosen: dict[Cell, Chosen]) -> dict[str, Any]:
     last, best = mine.numbers_by_seed("last"), mine.numbers_by_seed("best")
     against = _baseline_of(cell, chosen)
     found = against and seed_differences(mine, chosen[against], "last")
-    minus = found and plus_minus(found["mean"], found["standard_error"], "+")
+    minus = found and difference_text(found)
     metric = next(iter(mine.runs.values()))["metric"].replace("_", " ")
     return {
         "dataset": cell.dataset + f", noise {cell.noise:g}" * bool(cell.noise),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.output import plus_minus
+from ..common.output import difference_text, plus_minus
 from ..common.statistics import mean_std
 from ..paper import TABLES, parse_cell
 from ..protocols import slug
@@ -27,7 +27,7 @@ __all__ = ["Table", "data_of", "fill_table", "notes_of"]
 READING = (
     "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
     "Minus: difference to another method of the row, mean ± standard error over shared seeds "
-    "(their number)."
+    "(their number); of two seeds, both differences."
 )
 
 
@@ -196,7 +196,7 @@ def _baseline_numbers(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]
     if not found:
         return {"minus": None, "difference": None, "standard_error": None, "pairs": 0}
     return {
-        "minus": plus_minus(found["mean"], found["standard_error"], "+"),
+        "minus": difference_text(found),
         "difference": found["mean"],
         "standard_error": found["standard_error"],
         "pairs": len(found["seeds"]),

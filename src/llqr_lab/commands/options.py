@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ..protocols import SCALES
 
-__all__ = ["add_out", "add_run_options", "add_runs"]
+__all__ = ["add_out", "add_run_options", "add_runs", "show_examples"]
+
+
+def show_examples(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Show examples below the help, as they are written."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = examples
 
 
 def add_out(parser: argparse.ArgumentParser, default: Path = Path("outputs")) -> None:

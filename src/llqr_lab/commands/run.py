@@ -64,7 +64,10 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 2
     overrides = list(arguments.overrides)
-    # --out DIR, as the other commands have it.
+    # --out DIR and --out=DIR, as the other commands have it.
+    overrides = [
+        word.removeprefix("--") if word.startswith("--out=") else word for word in overrides
+    ]
     if "--out" in overrides[:-1]:
         at = overrides.index("--out")
         overrides[at : at + 2] = [f"out={overrides[at + 1]}"]

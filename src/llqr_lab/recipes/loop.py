@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import llqr
 
-from ..common.output import without_nan
+from ..common.output import step_bar, without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
@@ -111,11 +111,9 @@ class Training:
 
     def train_to_end(self) -> dict[str, Any]:
         """Train to the end and return what was measured."""
-        shown = {"desc": self.config.method, "unit": "step", "leave": False}
-        # disable=None: no bar where nobody watches, such as in a log file. A run without a folder
-        # is one of many, whose bar stands for all of them.
-        silent = None if self.workers.is_first and self.records.folder else True
-        with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
+        # A run without a folder is one of many, whose bar stands for all of them.
+        silent = not (self.workers.is_first and self.records.folder)
+        with step_bar(self.steps, self.step, self.config.method, silent=silent) as bar:
             self._show_refreshes(bar)
             while self.epoch < self.config.train.epochs:
                 self._train_epoch(bar)

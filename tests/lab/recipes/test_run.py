@@ -77,7 +77,7 @@ def test_multirun_makes_every_combination(run):
 def test_noise_and_own_settings_have_folders_of_their_own(run, tmp_path):
     run("table8", "method=sgdm", "noise=0.2")
     run("table8", "method=sgdm", "noise=0.6")
-    _, results = run("table8", "method=sgdm", "noise=0.6", "base.weight_decay=0.001")
+    _, results = run("table8", "method=sgdm", "noise=0.6", "base.weight_decay=0.01")
     assert sorted((r["noise"], *r["changed"]) for r in results) == [
         (0.2,),
         (0.6,),
