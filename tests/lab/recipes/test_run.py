@@ -48,6 +48,11 @@ def test_a_smoke_run_of_each_family(run, tmp_path, recipe):
     assert (result["recipe"], result["model"], result["seed"]) == (recipe, model, 0)
     assert slug(result["method"]) == method and result["changed"] == []
     assert result["skipped_steps"] == 0 and result["parameters"] > 0
+    assert (
+        len(result["data"]["digest"]) == 16
+        and "pixels" in result["data"]["preparation"]
+        or ("pairs, raw text, joint BPE" in result["data"]["preparation"])
+    )
     if recipe in ("table10", "figure6"):
         assert result["timing"]["epoch_seconds"] > 0 and result["timing"]["updates"] >= 2
         return
