@@ -10,6 +10,7 @@ import statistics
 
 from common import arguments, show
 
+from llqr_lab.common.output import difference_text
 from llqr_lab.common.processes import available_workers, run_all
 from llqr_lab.common.statistics import paired_difference
 from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, run_demo
@@ -33,7 +34,7 @@ def main(options: argparse.Namespace) -> None:
             {
                 "method": f"LLQR+{probe}",
                 "test accuracy %": f"{statistics.fmean(both):.2f} +- {statistics.stdev(both):.2f}",
-                "minus its probe": "{mean:+.2f} +- {standard_error:.2f}".format(**difference),
+                "minus its probe": difference_text(difference, mark="+-"),
                 "|Ug-g|/|g|": statistics.median(changes),
             }
         )

@@ -10,7 +10,15 @@ from ..common.output import plus_minus
 from ..common.statistics import mean_std
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, run_command, used_runs
+from .cells import (
+    Chosen,
+    choose_runs,
+    choose_scale,
+    notes_on_choices,
+    notes_on_differences,
+    run_command,
+    used_runs,
+)
 from .runs import Cell, Found, Run
 from .tables import Table, notes_of
 
@@ -49,6 +57,12 @@ def fill_cadence(found: Found, asked: str | None = None) -> Table:
         *notes_of(scale, used, paper["seeds"]),
         *describe_machines(used),
         *notes_on_choices(chosen.values()),
+        *notes_on_differences(
+            (cell, mine, against, chosen[against])
+            for cell, mine in chosen.items()
+            for method in ("SGDM", "SAM")
+            if (against := without_interval(cell, method)) in chosen
+        ),
         *notes,
         *found.notes,
         *(f"Note on the paper: {note}" for note in paper["notes"]),
@@ -118,8 +132,10 @@ def _fill_cells(
     texts: list[str | None] = [
         f"{max(updates)}" if updates else None,
         None if epoch is None else plus_minus(epoch, spread),
-        _ratio_to(epoch, chosen, cell, "SGDM"),
-        _ratio_to(epoch, chosen, cell, "SAM"),
+        *(
+            _ratio_to(epoch, mine, chosen, without_interval(cell, method))
+            for method in ("SGDM", "SAM")
+        ),
         None if steady is None else plus_minus(steady, steady_spread),
     ]
     derived = _from_epochs(epoch, mine, chosen, cell) if learned else None
@@ -159,16 +175,23 @@ def _count_refreshes(run: Run) -> int:
     return math.ceil(steps / timing["every"])
 
 
-def _epoch_seconds_of(chosen: dict[Cell, Chosen], like: Cell, method: str) -> float | None:
-    """Return the epoch's seconds of another method on the same network, which has no interval."""
-    other = chosen.get(Cell(like.dataset, like.model, method))
-    return mean_std(other.numbers_by_seed(EPOCH).values())[0] if other else None
+def _epoch_seconds_of(mine: Chosen, chosen: dict[Cell, Chosen], cell: Cell) -> float | None:
+    """Return the epoch's seconds of a cell, if its runs are comparable with one's own."""
+    other = chosen.get(cell)
+    if other is None or mine.differences_from(other):
+        return None
+    return mean_std(other.numbers_by_seed(EPOCH).values())[0]
+
+
+def without_interval(cell: Cell, method: str) -> Cell:
+    """Return the cell of a method without U on the same network, which has no interval."""
+    return Cell(cell.dataset, cell.model, method)
 
 
 def _ratio_to(
-    epoch: float | None, chosen: dict[Cell, Chosen], cell: Cell, method: str
+    epoch: float | None, mine: Chosen, chosen: dict[Cell, Chosen], against: Cell
 ) -> str | None:
-    base = _epoch_seconds_of(chosen, cell, method)
+    base = _epoch_seconds_of(mine, chosen, against)
     return f"{epoch / base:.2f}" if epoch is not None and base else None
 
 
@@ -176,9 +199,9 @@ def _from_epochs(
     epoch: float | None, mine: Chosen, chosen: dict[Cell, Chosen], cell: Cell
 ) -> float | None:
     """Return (epoch - that without LLQR) / refreshes an epoch, as the protocol has it."""
-    base = _epoch_seconds_of(chosen, cell, "SAM" if METHODS[cell.method].probe else "SGDM")
-    if epoch is None or base is None:
+    against = without_interval(cell, "SAM" if METHODS[cell.method].probe else "SGDM")
+    base = _epoch_seconds_of(mine, chosen, against)
+    if epoch is None or base is None or mine.example is None:
         return None
-    run = next(iter(mine.runs.values()))
-    refreshes = run["timing"]["steps_an_epoch"] / run["timing"]["every"]
-    return (epoch - base) / refreshes
+    timing = mine.example["timing"]
+    return (epoch - base) / (timing["steps_an_epoch"] / timing["every"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.statistics import paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS, SCALES, slug
+from .likeness import differences_between
 from .runs import Cell, Found, Run, RunError, finite_numbers
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "choose_runs",
     "choose_scale",
     "notes_on_choices",
+    "notes_on_differences",
     "run_command",
     "seed_differences",
     "used_runs",
@@ -36,16 +38,20 @@ class Chosen:
         return {seed: value for seed, value in found.items() if value is not None}
 
     @property
-    def data_source(self) -> str | None:
-        """Return what data the runs read; all the same."""
-        run = next(iter(self.runs.values()), None)
-        return run["source"].lower() if run else None
+    def example(self) -> Run | None:
+        """Return one of the runs, which differ only in their seeds."""
+        return next(iter(self.runs.values()), None)
 
     @property
     def changed_settings(self) -> list[str]:
         """Return the settings that were changed by hand, with their values."""
-        run = next(iter(self.runs.values()), None)
+        run = self.example
         return [f"{key}={run['settings'].get(key)}" for key in run.changed_keys] if run else []
+
+    def differences_from(self, other: Chosen) -> list[str]:
+        """Return in what the runs differ from those of another method, apart from the method."""
+        one, against = self.example, other.example
+        return differences_between(one, against) if one and against else []
 
 
 def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tuple[str, list[str]]:
@@ -72,9 +78,9 @@ def choose_scale(found: Found, cells: Iterable[Cell], asked: str | None) -> tupl
 def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
     """Choose the runs of a cell, one per seed, all of equal settings.
 
-    Runs with settings of the protocol go before those that were changed by hand; of two equal runs
-    of a seed, that of the recipe asked for goes before those of other recipes. What is left out is
-    said; where neither rule decides, nothing is chosen silently.
+    Runs with settings of the protocol go before those that were changed by hand, and those of the
+    recipe asked for before those of other recipes, be it that their settings differ or that they
+    repeat a seed. What is left out is said; where neither rule decides, nothing is chosen silently.
 
     Args:
         runs: of one scale.
@@ -93,6 +99,14 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
     if len(variants) > 1:
         # The protocol's own settings win; of several changed ones none is more right.
         plain = [name for name, members in variants.items() if not members[0].changed_keys]
+        of_recipe = [n for n in plain if any(run["recipe"] == recipe for run in variants[n])]
+        if len(plain) > 1 and len(of_recipe) == 1:
+            names = {r["recipe"] for n in plain if n not in of_recipe for r in variants[n]}
+            notes.append(
+                f"{describe_cell(cell)}: runs of {', '.join(sorted(names))} have other settings "
+                "and are not used; --where recipe=NAME shows them."
+            )
+            plain = of_recipe
         if len(plain) != 1:
             differing = _differing_settings([members[0] for members in variants.values()])
             folders = ", ".join(str(members[0].folder) for members in variants.values())
@@ -100,10 +114,11 @@ def choose_runs(runs: Sequence[Run], cell: Cell, recipe: str) -> Chosen:
                 f"{describe_cell(cell)}: runs with different settings ({differing}): {folders}; "
                 "choose with --where KEY=VALUE, or move the others elsewhere"
             )
-        others = len(mine) - len(variants[plain[0]])
-        notes.append(
-            f"{describe_cell(cell)}: {others} runs with settings changed by hand are not used."
-        )
+        by_hand = sum(bool(run.changed_keys) for run in mine)
+        if by_hand:
+            notes.append(
+                f"{describe_cell(cell)}: {by_hand} runs with settings changed by hand are not used."
+            )
         mine = variants[plain[0]]
     by_seed: dict[int, list[Run]] = defaultdict(list)
     for run in mine:
@@ -145,7 +160,7 @@ def notes_on_choices(several: Iterable[Chosen]) -> list[str]:
 
 
 def _differing_settings(runs: Sequence[Run]) -> str:
-    keys = sorted({key for run in runs for key in run["settings"]} | {"source"})
+    keys = sorted({key for run in runs for key in run["settings"]} | {"source", "data.digest"})
     said = []
     for key in keys:
         values = {json.dumps(run.setting_or_entry(key)) for run in runs}
@@ -165,16 +180,38 @@ def describe_cell(cell: Cell) -> str:
 def seed_differences(mine: Chosen, baseline: Chosen, key: str) -> dict[str, Any] | None:
     """Return mean and standard error of the differences of a number over shared seeds.
 
-    None where no seed is shared, or where the runs read different data.
+    None if no seed is shared, or if the runs differ in more than their methods.
     """
-    same = mine.data_source == baseline.data_source
-    return (
-        paired_by_seed(mine.numbers_by_seed(key), baseline.numbers_by_seed(key)) if same else None
-    )
+    if mine.differences_from(baseline):
+        return None
+    return paired_by_seed(mine.numbers_by_seed(key), baseline.numbers_by_seed(key))
 
 
-def run_command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "outputs") -> str:
-    """Return the command that makes a run of a cell.
+def notes_on_differences(pairs: Iterable[tuple[Cell, Chosen, Cell, Chosen]]) -> list[str]:
+    """Say which cells are not compared, and in what they differ.
+
+    Args:
+        pairs: a cell and its runs, and those of its baseline.
+    """
+    said = {}
+    for cell, mine, against, baseline in pairs:
+        if unlike := mine.differences_from(baseline):
+            said[cell, against] = (
+                f"{describe_cell(cell)}: no difference to {against.method} is taken: the runs "
+                f"differ in {', '.join(unlike)}."
+            )
+    return list(said.values())
+
+
+def run_command(
+    recipe: str,
+    cell: Cell,
+    scale: str,
+    seed: int = 0,
+    out: str = "outputs",
+    weight_decay: float | None = None,
+) -> str:
+    """Return the command that makes a run of a cell, with the weight decay selected for its row.
 
     Example:
         >>> run_command("table1", Cell("CIFAR-10", "resnet18", "LLQR+SAM (NGD)"), "paper")
@@ -185,6 +222,9 @@ def run_command(recipe: str, cell: Cell, scale: str, seed: int = 0, out: str = "
     words += [f"model={cell.model}", f"method={slug(cell.method)}"]
     words += [f"noise={cell.noise:g}"] * bool(cell.noise)
     words += [f"llqr.every={cell.every}"] * bool(cell.every and METHODS[cell.method].curvature)
+    # Adam's is not the one that SGDM selects.
+    if weight_decay is not None and not cell.method.startswith("Adam"):
+        words.append(f"base.weight_decay={weight_decay:g}")
     words += [f"scale={scale}"] * (scale != SCALES[0])
     words += [f"seed={seed}"]
     # Timings read no data; what smaller runs read comes with the lab.

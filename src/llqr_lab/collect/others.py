@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..common.output import plus_minus
+from ..common.output import difference_text, plus_minus
 from ..common.statistics import mean_std
 from ..protocols import EXPERIMENTS, METHODS
-from .cells import Chosen, choose_runs, notes_on_choices, seed_differences
+from .cells import (
+    Chosen,
+    choose_runs,
+    notes_on_choices,
+    notes_on_differences,
+    seed_differences,
+)
 from .runs import Cell, Run
 
 __all__ = ["PAPER", "other_experiments", "other_rows"]
@@ -39,16 +45,27 @@ def other_rows(recipe: str, runs: Sequence[Run]) -> tuple[list[dict[str, Any]], 
     )
     chosen = {cell: choose_runs(runs, cell, recipe) for cell in cells}
     rows = [cell_row(cell, chosen) for cell in cells if chosen[cell].runs]
-    return rows, notes_on_choices(chosen.values())
+    compared = [
+        (cell, chosen[cell], against, chosen[against])
+        for cell in cells
+        if (against := _baseline_of(cell, chosen))
+    ]
+    return rows, [*notes_on_choices(chosen.values()), *notes_on_differences(compared)]
+
+
+def _baseline_of(cell: Cell, chosen: dict[Cell, Chosen]) -> Cell | None:
+    """Return the cell that a cell is compared with, if there is one."""
+    named = (cell.with_method(m) for m in baselines_of(cell.method))
+    return next((against for against in named if against in chosen), None)
 
 
 def cell_row(cell: Cell, chosen: dict[Cell, Chosen]) -> dict[str, Any]:
     """Return the row of a cell."""
     mine = chosen[cell]
     last, best = mine.numbers_by_seed("last"), mine.numbers_by_seed("best")
-    baseline = next((m for m in baselines_of(cell.method) if cell.with_method(m) in chosen), None)
-    found = baseline and seed_differences(mine, chosen[cell.with_method(baseline)], "last")
-    minus = found and plus_minus(found["mean"], found["standard_error"], "+")
+    against = _baseline_of(cell, chosen)
+    found = against and seed_differences(mine, chosen[against], "last")
+    minus = found and difference_text(found)
     metric = next(iter(mine.runs.values()))["metric"].replace("_", " ")
     return {
         "dataset": cell.dataset + f", noise {cell.noise:g}" * bool(cell.noise),
@@ -58,7 +75,9 @@ def cell_row(cell: Cell, chosen: dict[Cell, Chosen]) -> dict[str, Any]:
         "seeds": len(mine.runs),
         "last epoch": _mean_text(last),
         "best epoch": _mean_text(best),
-        "last epoch minus": f"{baseline}: {minus} ({len(found['seeds'])})" if found else None,
+        "last epoch minus": f"{against.method}: {minus} ({len(found['seeds'])})"
+        if against and found
+        else None,
         "changed by hand": ", ".join(mine.changed_settings) or None,
     }
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..common.output import plus_minus
+from ..common.output import difference_text, plus_minus
 from ..common.refreshes import summarise_refreshes
 from ..common.statistics import mean_std, paired_by_seed
 from ..protocols import EXPERIMENTS, METHODS
@@ -32,7 +32,8 @@ BLOCK = re.compile(r"(<!-- table (\S+) ?(\w*) -->\n).*?(<!-- end -->)", re.DOTAL
 def own_table(recipe: str, measure: str, found: Found) -> str:
     """Return the table of an experiment: last epoch, and differences to the base and to SAM.
 
-    Differences are taken seed by seed; behind ± stands their standard error.
+    Differences are taken seed by seed; behind ± stands their standard error, or
+    both of them for two seeds.
 
     Args:
         recipe: the experiment.
@@ -57,8 +58,12 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
                 method,
                 str(len(mine)),
                 "missing" if mean is None else plus_minus(mean, std),
-                "" if method == base else _difference_text(mine, ends[base]),
-                "" if method == "SAM" else _difference_text(mine, ends["SAM"]),
+                *(
+                    _difference_text(mine, ends[other])
+                    if method != other and not chosen[method].differences_from(chosen[other])
+                    else ""
+                    for other in (base, "SAM")
+                ),
                 _change_text(chosen[method]) if METHODS[method].curvature else "",
             ]
         )
@@ -67,7 +72,7 @@ def own_table(recipe: str, measure: str, found: Found) -> str:
 
 def _difference_text(mine: Mapping[int, float], baseline: Mapping[int, float]) -> str:
     found = paired_by_seed(mine, baseline)
-    return plus_minus(found["mean"], found["standard_error"], "+") if found else ""
+    return difference_text(found) if found else ""
 
 
 def _change_text(mine: Chosen) -> str:

@@ -186,7 +186,8 @@ def own_section(recipe: str, runs: Sequence[Run]) -> Section:
     title = EXPERIMENTS[recipe].title if recipe in EXPERIMENTS else recipe
     text = (
         "An experiment of this project, not of the paper. Mean ± sample standard deviation over "
-        "seeds; differences seed by seed, mean ± standard error over shared seeds (their number)."
+        "seeds; differences seed by seed, mean ± standard error over shared seeds (their number); "
+        "of two seeds, both differences."
     )
     return rows_section(title, text, rows, notes)
 

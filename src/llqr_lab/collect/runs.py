@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ __all__ = [
     "Found",
     "Run",
     "RunError",
+    "SELECTED",
     "find_runs",
     "finite_numbers",
     "read_result",
+    "read_selections",
 ]
 
 NUMBER = (int, float)
+SELECTED = "base.weight_decay"  # the setting that `llqr select` chooses
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "recipe": str,
     "scale": str,
@@ -71,15 +74,32 @@ class Run:
         """Return what has to agree for two runs of a cell to be repetitions, as text."""
         own = ("noise", "read", *(["llqr.every"] if self["timing"] else []))
         kept = {k: v for k, v in self["settings"].items() if k not in own}
-        return json.dumps([self["source"].lower(), kept], sort_keys=True)
+        return json.dumps([*self.data_read, kept], sort_keys=True)
+
+    @property
+    def data_digest(self) -> str:
+        """Return the digest of what was read; "unknown" of runs that did not record it."""
+        return str((self["data"] or {}).get("digest", "unknown"))
+
+    @property
+    def data_read(self) -> tuple[str, str]:
+        """Return the name and the digest of what was read."""
+        return self["source"].lower(), self.data_digest
 
     @property
     def changed_keys(self) -> list[str]:
         """Return the settings that were changed by hand; the interval of a timing is its cell's."""
         return [k for k in self["changed"] if not (k == "llqr.every" and self["timing"])]
 
+    def as_selected(self) -> Run:
+        """Return the run with a weight decay that does not count as changed by hand."""
+        changed = [key for key in self["changed"] if key != SELECTED]
+        return replace(self, content={**self.content, "changed": changed})
+
     def setting_or_entry(self, key: str) -> Any:
-        """Return a setting, or one of the run's own entries such as ``recipe``."""
+        """Return a setting, the ``data.digest``, or one of the run's entries such as ``recipe``."""
+        if key == "data.digest":
+            return self.data_digest
         return self["settings"].get(key, self.content.get(key))
 
 
@@ -115,12 +135,18 @@ class Found:
         runs: the finished ones that were asked for.
         unfinished: folders of runs that have not written a result.
         notes: what was left out, and why.
+        selected: weight decays that `llqr select` chose, by scale, data set, network and noise.
     """
 
     root: Path
     runs: Sequence[Run]
     unfinished: Sequence[Path]
     notes: Sequence[str] = ()
+    selected: Mapping[tuple[str, str, str, float], float] = field(default_factory=dict)
+
+    def selected_for(self, scale: str, cell: Cell) -> float | None:
+        """Return the weight decay that was selected for the row of a cell, if one was."""
+        return self.selected.get((scale, cell.dataset, cell.model, cell.noise))
 
 
 def read_result(path: Path) -> Run:
@@ -159,15 +185,20 @@ def read_result(path: Path) -> Run:
     return Run(path.parent, content)
 
 
-def find_runs(root: Path, where: Sequence[str] = ()) -> Found:
+def find_runs(
+    root: Path, where: Sequence[str] = (), *, selects: bool = True, held_out: bool = False
+) -> Found:
     """Find the runs below a root, at any depth.
 
     Args:
         root: a folder; that it is not there is no error.
         where: ``key=value`` of settings; runs that have the key with another value are left out.
+        selects: of rows for which `llqr select` chose a weight decay, leave out runs with another
+            one, unless ``where`` says which.
+        held_out: find the runs that were evaluated on held out training data, and no others.
 
     Raises:
-        RunError: a result is damaged.
+        RunError: a result is damaged, or two selections contradict each other.
         ValueError: ``where`` is not of that form, or no run has the key.
     """
     results = sorted(root.rglob("result.json"))
@@ -184,14 +215,69 @@ def find_runs(root: Path, where: Sequence[str] = ()) -> Found:
         notes.append(f"{len(runs) - len(kept)} runs were left out by --where {condition}.")
         runs = kept
     # Evaluated on data that a search looks at: no test results.
-    held_out = [run for run in runs if run.setting_or_entry("data.holdout")]
-    if held_out:
+    apart = [run for run in runs if bool(run.setting_or_entry("data.holdout")) != held_out]
+    if apart and not held_out:
         notes.append(
-            f"{len(held_out)} runs were left out: they were evaluated on held out training data "
+            f"{len(apart)} runs were left out: they were evaluated on held out training data "
             "(data.holdout)."
         )
-    runs = [run for run in runs if run not in held_out]
-    return Found(root, runs, unfinished, notes)
+    runs = [run for run in runs if run not in apart]
+    selected = {}
+    if selects and not any(condition.startswith(SELECTED) for condition in where):
+        selected = read_selections(root)
+        runs, said = _with_selected(runs, selected)
+        notes += said
+    return Found(root, runs, unfinished, notes, selected)
+
+
+def read_selections(root: Path) -> dict[tuple[str, str, str, float], float]:
+    """Return the weight decays that `llqr select` wrote below a root.
+
+    Raises:
+        RunError: a file is damaged, or two files contradict each other.
+    """
+    found: dict[tuple[str, str, str, float], float] = {}
+    for path in sorted(root.rglob("selection-*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows = [row for row in content["rows"] if row["chosen"] is not None]
+            chosen = {
+                (content["scale"], row["dataset"], row["model"], float(row["noise"])): row["chosen"]
+                for row in rows
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path}: cannot be read ({error}); run `llqr select` again") from error
+        for row, value in chosen.items():
+            if found.setdefault(row, value) != value:
+                raise RunError(
+                    f"{path}: selects {SELECTED}={value} for {', '.join(map(str, row[1:3]))}, "
+                    f"another file {found[row]}; delete one of them"
+                )
+    return found
+
+
+def _with_selected(
+    runs: Sequence[Run], selected: Mapping[tuple[str, str, str, float], float]
+) -> tuple[list[Run], list[str]]:
+    """Return the runs that have the selected weight decay where one was, and what to say."""
+    kept, left_out, used = [], 0, set()
+    for run in runs:
+        cell = run.cell
+        value = selected.get((run["scale"], cell.dataset, cell.model, cell.noise))
+        # It was selected with SGD; Adam's weight decay means something else.
+        if value is None or run["settings"].get("base.optimizer") != "SGD":
+            kept.append(run)
+        elif run["settings"].get(SELECTED) == value:
+            kept.append(run.as_selected())
+            used.add((cell.dataset, cell.model, value))
+        else:
+            left_out += 1
+    notes = [
+        f"{dataset}, {model}: weight decay {value:g}, selected by the baseline's best result."
+        for dataset, model, value in sorted(used)
+    ]
+    notes += [f"{left_out} runs have a weight decay that was not selected."] * bool(left_out)
+    return kept, notes
 
 
 def _parse_condition(text: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.output import plus_minus
+from ..common.output import difference_text, plus_minus
 from ..common.statistics import mean_std
 from ..paper import TABLES, parse_cell
 from ..protocols import slug
@@ -15,6 +15,7 @@ from .cells import (
     choose_runs,
     choose_scale,
     notes_on_choices,
+    notes_on_differences,
     run_command,
     seed_differences,
     used_runs,
@@ -26,7 +27,7 @@ __all__ = ["Table", "data_of", "fill_table", "notes_of"]
 READING = (
     "Ours: mean ± sample standard deviation of the best epochs (number of seeds). "
     "Minus: difference to another method of the row, mean ± standard error over shared seeds "
-    "(their number)."
+    "(their number); of two seeds, both differences."
 )
 
 
@@ -116,12 +117,14 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
     chosen: dict[Cell, Chosen] = {
         cell: choose_runs(runs, cell, recipe) for line in cells for cell in line
     }
-    rows = []
+    rows, compared = [], []
     for row, line in zip(paper["rows"], cells, strict=True):
         filled = []
         for text, column, cell in zip(row["cells"], paper["columns"], line, strict=True):
             baseline = row.get("minus") or column["minus"]
             against = cell.with_method(baseline) if baseline else None
+            if against and against in chosen:
+                compared.append((cell, chosen[cell], against, chosen[against]))
             filled.append(
                 {
                     "dataset": cell.dataset,
@@ -134,7 +137,13 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
                     "paper_std": parse_cell(text).std,
                     "baseline": baseline,
                     **_baseline_numbers(chosen[cell], chosen.get(against) if against else None),
-                    "command": run_command(recipe, cell, scale, out=str(found.root)),
+                    "command": run_command(
+                        recipe,
+                        cell,
+                        scale,
+                        out=str(found.root),
+                        weight_decay=found.selected_for(scale, cell),
+                    ),
                 }
             )
         rows.append({"labels": row["labels"], "cells": filled})
@@ -142,6 +151,7 @@ def fill_table(number: str, found: Found, asked: str | None = None) -> Table:
     notes = [
         *notes_of(scale, used, paper["seeds"]),
         *notes_on_choices(chosen.values()),
+        *notes_on_differences(compared),
         *notes,
         *found.notes,
         *(f"Note on the paper: {note}" for note in paper["notes"]),
@@ -186,7 +196,7 @@ def _baseline_numbers(chosen: Chosen, baseline: Chosen | None) -> dict[str, Any]
     if not found:
         return {"minus": None, "difference": None, "standard_error": None, "pairs": 0}
     return {
-        "minus": plus_minus(found["mean"], found["standard_error"], "+"),
+        "minus": difference_text(found),
         "difference": found["mean"],
         "standard_error": found["standard_error"],
         "pairs": len(found["seeds"]),
@@ -210,6 +220,11 @@ def notes_of(scale: str, runs: Sequence[Run], seeds: int | None) -> list[str]:
         notes.append(
             f"SCALE {scale}: {data_of(runs)}, smaller networks and shorter training than the "
             "paper's. NOT COMPARABLE with the paper's numbers."
+        )
+    if any(run.data_digest == "unknown" for run in runs):
+        notes.append(
+            "Runs of earlier versions did not record their data; they are compared only among "
+            "themselves."
         )
     changed = sorted({key for run in runs for key in run.changed_keys})
     if changed:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..common.drawing import COLOURS, Line, draw_lines, label_lines, line_of, new_figure
 from ..common.statistics import mean_std
 from ..paper import FIGURES, TABLES
 from ..protocols import EXPERIMENTS, METHODS
-from .cadence import EPOCH, describe_machines, timed_cells
+from .cadence import EPOCH, describe_machines, machine_of, timed_cells
 from .cells import Chosen, choose_runs, choose_scale, describe_cell, notes_on_choices, used_runs
 from .figures import Figure
-from .runs import Cell, Found
+from .likeness import differences_between
+from .runs import Cell, Found, Run
 from .tables import notes_of
 
 __all__ = ["collect_figure5", "collect_figure6", "power_law"]
@@ -43,21 +44,52 @@ def gather_timings(
     found: Found, asked: str | None, experiment: str
 ) -> tuple[str, dict[Cell, Chosen], list[str]]:
     """Return the scale, the timings of an experiment's networks and methods, and notes."""
-    about = EXPERIMENTS[experiment]
-    cells = [c for c in timed_cells(found) if c.model in about.models and c.method in about.methods]
-    scale, notes = choose_scale(found, cells, asked)
+    scale, cells, notes = _scale_and_cells(found, asked, experiment)
     runs = [run for run in found.runs if run["scale"] == scale and run["timing"]]
     chosen = {cell: choose_runs(runs, cell, experiment) for cell in cells}
     chosen = {cell: c for cell, c in chosen.items() if c.runs}
-    used = used_runs(chosen.values())
-    notes = [
+    return scale, chosen, _timing_notes(scale, chosen.values(), [*notes, *found.notes])
+
+
+def _scale_and_cells(
+    found: Found, asked: str | None, experiment: str
+) -> tuple[str, list[Cell], list[str]]:
+    about = EXPERIMENTS[experiment]
+    cells = [c for c in timed_cells(found) if c.model in about.models and c.method in about.methods]
+    scale, notes = choose_scale(found, cells, asked)
+    return scale, cells, notes
+
+
+def _timing_notes(scale: str, chosen: Collection[Chosen], further: Sequence[str]) -> list[str]:
+    used = used_runs(chosen)
+    return [
         *notes_of(scale, used, None),
         *describe_machines(used),
-        *notes_on_choices(chosen.values()),
-        *notes,
-        *found.notes,
+        *notes_on_choices(chosen),
+        *further,
     ]
-    return scale, chosen, notes
+
+
+def gather_structures(
+    found: Found, asked: str | None
+) -> tuple[str, dict[str, dict[Cell, Chosen]], list[str]]:
+    """Return the scale, figure 6's timings by the structure of U's blocks, and notes."""
+    scale, cells, notes = _scale_and_cells(found, asked, "figure6")
+    gathered: dict[str, list[Run]] = {}
+    for run in found.runs:
+        if run["scale"] == scale and run.cell in cells:
+            structure = run["settings"].get("llqr.structure", "structure unknown")
+            gathered.setdefault(structure, []).append(run)
+    by_structure = {
+        structure: {
+            cell: choose_runs(runs, cell, "figure6")
+            for cell in cells
+            if any(run.cell == cell for run in runs)
+        }
+        for structure, runs in sorted(gathered.items())
+    }
+    everything = [c for chosen in by_structure.values() for c in chosen.values()]
+    return scale, by_structure, _timing_notes(scale, everything, [*notes, *found.notes])
 
 
 def collect_figure5(found: Found, asked: str | None = None) -> Figure:
@@ -135,31 +167,39 @@ def plain_ticks(axis: Any) -> None:
 
 def collect_figure6(found: Found, asked: str | None = None) -> Figure:
     """Show the time of a refresh against the number of parameters, with a power law fitted."""
-    scale, everything, notes = gather_timings(found, asked, "figure6")
-    every = common_interval(everything)
-    chosen = {cell: c for cell, c in everything.items() if cell.every == every}
-    rows = []
-    for cell, runs in chosen.items():
-        seconds, spread = mean_std(runs.numbers_by_seed("update_seconds").values())
-        if seconds is None:
-            notes = [*notes, f"{describe_cell(cell)}: no refresh after the first was timed."]
-            continue
-        rows.append(
-            {
-                "model": cell.model,
-                "method": cell.method,
-                "parameters": next(iter(runs.runs.values()))["parameters"],
-                "runs": len(runs.runs),
-                "update_seconds": seconds,
-                "update_seconds_std": spread,
-            }
-        )
-    fits = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [r for r in rows if r["method"] == method]
-        if len({r["parameters"] for r in mine}) > 1:
-            c, a = power_law([r["parameters"] for r in mine], [r["update_seconds"] for r in mine])
-            fits[method] = {"c": c, "exponent": a, "points": len(mine)}
+    scale, by_structure, notes = gather_structures(found, asked)
+    every = common_interval([cell for chosen in by_structure.values() for cell in chosen])
+    rows, used, fits = [], [], {}
+    for structure, everything in by_structure.items():
+        chosen = {cell: c for cell, c in everything.items() if cell.every == every}
+        used += used_runs(chosen.values())
+        for cell, runs in chosen.items():
+            seconds, spread = mean_std(runs.numbers_by_seed("update_seconds").values())
+            if seconds is None or runs.example is None:
+                notes = [*notes, f"{describe_cell(cell)}: no refresh after the first was timed."]
+                continue
+            rows.append(
+                {
+                    "line": cell.method + f", {structure}" * (len(by_structure) > 1),
+                    "model": cell.model,
+                    "method": cell.method,
+                    "structure": structure,
+                    "parameters": runs.example["parameters"],
+                    "runs": len(runs.runs),
+                    "update_seconds": seconds,
+                    "update_seconds_std": spread,
+                }
+            )
+        for method in dict.fromkeys(cell.method for cell in chosen):
+            same = [c for cell, c in chosen.items() if cell.method == method]
+            if unlike := differences_within(same):
+                notes = [*notes, f"{method}, {structure}: no line is fitted, since {unlike}."]
+                continue
+            mine = [r for r in rows if (r["method"], r["structure"]) == (method, structure)]
+            if len({r["parameters"] for r in mine}) > 1:
+                sizes = [r["parameters"] for r in mine]
+                c, a = power_law(sizes, [r["update_seconds"] for r in mine])
+                fits[mine[0]["line"]] = {"c": c, "exponent": a, "points": len(mine)}
     about = EXPERIMENTS["figure6"]
     present = {(row["model"], row["method"]) for row in rows}
     missing = [
@@ -175,15 +215,25 @@ def collect_figure6(found: Found, asked: str | None = None) -> Figure:
         *notes,
     ]
     facts = {"every": every, "fits": fits, "paper_exponents": exponents}
-    used = used_runs(chosen.values())
     return Figure(
         "6", about.title, scale, rows, facts, notes, missing, used, lambda: paint_sizes(rows, fits)
     )
 
 
-def common_interval(chosen: dict[Cell, Chosen]) -> int | None:
+def differences_within(several: Sequence[Chosen]) -> str:
+    """Say in what cells differ beside their networks; nothing: one line may be fitted to them."""
+    runs = [c.example for c in several if c.example is not None]
+    for run in runs[1:]:
+        if unlike := differences_between(runs[0], run, besides="model."):
+            return f"{runs[0]['model']} and {run['model']} differ in {', '.join(unlike)}"
+        if machine_of(runs[0]) != machine_of(run):
+            return f"{runs[0]['model']} and {run['model']} were timed on different machines"
+    return ""
+
+
+def common_interval(cells: Sequence[Cell]) -> int | None:
     """Return the interval that most networks were timed at; of several the longest."""
-    counts = Counter(every for _, every in {(cell.model, cell.every) for cell in chosen} if every)
+    counts = Counter(every for _, every in {(cell.model, cell.every) for cell in cells} if every)
     return max(counts, key=lambda every: (counts[every], every)) if counts else None
 
 
@@ -192,16 +242,20 @@ def paint_sizes(rows: Sequence[dict[str, Any]], fits: dict[str, dict[str, float]
     figure, axes = new_figure((1, 1), (11, 5.8))
     marks = dict(zip(EXPERIMENTS["figure6"].methods, "os", strict=True))
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = sorted((r for r in rows if r["method"] == method), key=lambda r: r["parameters"])
+    styles = dict(zip(dict.fromkeys(r["structure"] for r in rows), ("-", "--", "-."), strict=False))
+    for name, method, structure in dict.fromkeys(
+        (row["line"], row["method"], row["structure"]) for row in rows
+    ):
+        mine = sorted((r for r in rows if r["line"] == name), key=lambda r: r["parameters"])
         x, y = [r["parameters"] for r in mine], [r["update_seconds"] for r in mine]
         spread = [r["update_seconds_std"] or 0.0 for r in mine]
         axes.errorbar(x, y, spread, fmt=marks[method], color=COLOURS[method], ms=7, capsize=3)
-        if method in fits:
-            c, a = fits[method]["c"], fits[method]["exponent"]
-            lines.append(line_of(method, x, [c * v**a for v in x], f"{method}: $P^{{{a:.2f}}}$"))
-        else:
-            lines.append(line_of(method, x, y, method))
+        label = name
+        if name in fits:
+            c, a = fits[name]["c"], fits[name]["exponent"]
+            y, label = [c * v**a for v in x], f"{name}: $P^{{{a:.2f}}}$"
+        style = styles.get(structure, ":")
+        lines.append(line_of(method, x, y, label)._replace(style=style))
     first = min(rows, key=lambda row: row["parameters"])
     sizes = {r["parameters"]: r["model"] for r in sorted(rows, key=lambda r: r["parameters"])}
     reach = [min(sizes), max(sizes)]

@@ -38,9 +38,14 @@ seed. Takes about two minutes on two cores and needs no internet.
 """
 
 READING = """\
+examples:
+  llqr demo --quick                    to see that it runs
+  llqr demo --seeds 5 --out results    writes results/results.json and two pictures
+
 how to read it:
-  minus SAM      mean difference to SAM over the seeds, and its standard error. Within two standard
-                 errors of zero it is no evidence of a difference.
+  minus SAM      mean difference to SAM over the seeds, and its standard error (of two seeds, as
+                 with --quick: both differences). Within two standard errors of zero it is no
+                 evidence of a difference.
   noisy train %  accuracy on the training labels, wrong ones included. 60 is what a network reaches
                  that learned the digits and none of the noise.
   |Ug-g|/|g|     how much U changes the gradient (median over refreshes). Below 0.1, U is inactive

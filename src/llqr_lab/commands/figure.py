@@ -8,16 +8,23 @@ import sys
 from ..collect.make import COLLECTED_FIGURES, write_figure
 from ..theory.figures import FIGURES
 from .collected import find_asked_runs, say_nothing_found
-from .options import add_run_options
+from .options import add_run_options, show_examples
 
 __all__ = ["add_arguments", "main"]
 
 # figure -> the recipe whose runs it shows
 RECIPES = {"1": "table5", "4": "table6", "5": "table10", "6": "figure6"}
 
+EXAMPLES = """\
+examples:
+  llqr figure 2                                  computed, without runs
+  llqr figure 4 --runs outputs --out results     reads below outputs, writes results/figure4.png
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the number of the figure and where the runs are."""
+    show_examples(parser, EXAMPLES)
     parser.add_argument(
         "number",
         metavar="N",
@@ -53,7 +60,8 @@ def _make_figure(number: str, arguments: argparse.Namespace) -> int:
         return 2
     if not figure.rows:
         return say_nothing_found(f" for figure {number}", RECIPES[number], found, arguments.scale)
+    written = write_figure(figure, arguments.out)
     print(figure.caption())
-    for path in write_figure(figure, arguments.out):
+    for path in written:
         print(f"wrote {path}")
     return 0

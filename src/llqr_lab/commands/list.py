@@ -7,12 +7,19 @@ import textwrap
 
 from ..protocols import EXPERIMENTS, slug
 from ..recipes.config import RECIPES
+from .options import show_examples
 
 __all__ = ["add_arguments", "main"]
+
+EXAMPLES = """\
+example:
+  llqr list | grep -A 3 table5                   what table 5 can run
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add nothing: the command has no options."""
+    show_examples(parser, EXAMPLES)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ..protocols import SCALES
 
-__all__ = ["add_out", "add_run_options"]
+__all__ = ["add_out", "add_run_options", "add_runs", "show_examples"]
+
+
+def show_examples(parser: argparse.ArgumentParser, examples: str) -> None:
+    """Show examples below the help, as they are written."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = examples
 
 
 def add_out(parser: argparse.ArgumentParser, default: Path = Path("outputs")) -> None:
@@ -21,12 +27,20 @@ def add_out(parser: argparse.ArgumentParser, default: Path = Path("outputs")) ->
     )
 
 
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Add the option --runs, the folder below which finished runs are read."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        metavar="DIR",
+        help="folder to read runs from, at any depth (default: that of --out)",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add --out, --runs, --scale and --where."""
     add_out(parser)
-    parser.add_argument(
-        "--runs", type=Path, metavar="DIR", help="folder with the runs (default: that of --out)"
-    )
+    add_runs(parser)
     parser.add_argument(
         "--scale", choices=SCALES, help="of the runs that are used (default: the largest found)"
     )

@@ -8,13 +8,19 @@ import sys
 from ..collect.report import make_report
 from ..common.output import write_whole
 from .collected import find_asked_runs, say_nothing_found
-from .options import add_run_options
+from .options import add_run_options, show_examples
 
 __all__ = ["add_arguments", "main"]
+
+EXAMPLES = """\
+example:
+  llqr report --runs outputs --out results       reads below outputs, writes results/report.html
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --out, --runs, --scale and --where."""
+    show_examples(parser, EXAMPLES)
     add_run_options(parser)
 
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..data.errors import DataError
 from ..recipes.config import CONF, RECIPES
+from ..recipes.effects import refuse_unknown_keys
 from ..recipes.run import perform_run
 from ..recipes.workers import leave_together
 
@@ -63,12 +64,20 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 2
     overrides = list(arguments.overrides)
-    # --out DIR, as the other commands have it.
+    # --out DIR and --out=DIR, as the other commands have it.
+    overrides = [
+        word.removeprefix("--") if word.startswith("--out=") else word for word in overrides
+    ]
     if "--out" in overrides[:-1]:
         at = overrides.index("--out")
         overrides[at : at + 2] = [f"out={overrides[at + 1]}"]
     # Hydra's parser wants all settings in one piece.
     overrides.sort(key=lambda word: word.startswith("-") or "=" not in word)
+    try:
+        refuse_unknown_keys(arguments.recipe, overrides)
+    except ValueError as error:
+        print(f"llqr: {error}", file=sys.stderr)
+        return 2
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [f"llqr run {arguments.recipe}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report is a traceback, whatever the error

@@ -34,6 +34,11 @@ docs/sharpness.md says what each number is.
 With --over-epochs, of one or several runs that kept networks (keep_every=N): the largest eigenvalue
 over the epochs, a line per method, as eigenvalues_over_epochs.json, PNG and SVG.
 """
+EXAMPLES = """\
+examples:
+  llqr sharpness outputs/table1/paper/cifar-10/resnet18/sam/seed0 --data /data/cifar10
+  llqr sharpness --over-epochs RUN-OF-SAM RUN-OF-LLQR --out results    of runs with keep_every=N
+"""
 
 
 #: How far the line along the sharpest direction reaches, in radii.
@@ -43,7 +48,7 @@ RADII = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the run's folder and what to measure on."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = ABOUT
+    parser.description, parser.epilog = ABOUT, EXAMPLES
     parser.add_argument(
         "folders",
         type=Path,

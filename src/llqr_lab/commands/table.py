@@ -12,9 +12,17 @@ from ..collect.render import terminal_lines
 from ..common.output import table_lines, write_csv, write_json
 from ..paper import TABLES as COLLECTED
 from .collected import find_asked_runs, say_nothing_found
-from .options import add_run_options
+from .options import add_run_options, show_examples
 
 __all__ = ["TABLES", "add_arguments", "main"]
+
+EXAMPLES = """\
+examples:
+  llqr table 1                                   from the runs below outputs
+  llqr table 1 --runs outputs --out results      reads below outputs, writes results/table1.md, ...
+  llqr table 8 --where base.weight_decay=0.001   of several settings, the runs with this one
+  llqr table 9                                   counted, without runs
+"""
 
 
 def count_table9(out: Path) -> list[Path]:
@@ -37,6 +45,7 @@ TABLES: dict[str, Callable[[Path], list[Path]]] = {"9": count_table9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the number of the table and where the runs are."""
+    show_examples(parser, EXAMPLES)
     numbers = ", ".join(sorted([*TABLES, *COLLECTED], key=int))
     parser.add_argument(
         "number", metavar="N", help=f"number in the paper: {numbers}; 9 counts and needs no runs"
@@ -70,7 +79,9 @@ def _make_table(number: str, arguments: argparse.Namespace) -> int:
         return 2
     if not table.runs:
         return say_nothing_found(f" for table {number}", f"table{number}", found, arguments.scale)
+    # Written first: whoever reads the lines may stop reading (`| head`).
+    written = write_table(table, arguments.out)
     print("\n".join(terminal_lines(table)))
-    for path in write_table(table, arguments.out):
+    for path in written:
         print(f"wrote {path}")
     return 0

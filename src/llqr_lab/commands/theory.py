@@ -9,13 +9,19 @@ from ..common.drawing import save_figure
 from ..common.output import progress_bar, write_csv, write_json
 from ..theory import checks
 from ..theory.pictures import picture_findings
-from .options import add_out
+from .options import add_out, show_examples
 
 __all__ = ["add_arguments", "main"]
+
+EXAMPLES = """\
+example:
+  llqr theory --out results                      writes results/theory.csv, .json and .png
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --out."""
+    show_examples(parser, EXAMPLES)
     add_out(parser)
 
 

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import os
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,8 +17,10 @@ from tqdm import tqdm
 
 __all__ = [
     "RESULT_FORMAT",
+    "difference_text",
     "plus_minus",
     "progress_bar",
+    "step_bar",
     "table_lines",
     "without_nan",
     "write_csv",
@@ -32,6 +36,32 @@ Rows = Sequence[Mapping[str, Any]]
 def progress_bar(steps: Iterable[T], what: str) -> Iterable[T]:
     """Show a bar on a terminal while the steps are gone through; leave no trace after it."""
     return tqdm(steps, desc=what, leave=False, disable=None)
+
+
+class LineBar(tqdm):
+    """A bar for a log file: a line every so many seconds, in place of one that moves."""
+
+    seconds = 30.0
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the state as a line, unless one was printed a moment ago."""
+        now = time.monotonic()
+        began = self.__dict__.setdefault("_last_line", now)
+        if now - began >= self.seconds:
+            self.__dict__["_last_line"] = now
+            print(self, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave no trace."""
+        self.disable = True
+
+
+def step_bar(total: int, done: int, what: str, *, silent: bool = False) -> tqdm:
+    """Return a bar of steps: it moves on a terminal, and prints lines elsewhere."""
+    bar = tqdm if sys.stderr.isatty() else LineBar
+    options = {} if bar is tqdm else {"mininterval": LineBar.seconds, "ascii": True, "ncols": 100}
+    shown = {"desc": what, "unit": "step", "leave": False, "disable": silent}
+    return bar(total=total, initial=done, **shown, **options)
 
 
 def write_csv(path: Path, rows: Rows) -> Path:
@@ -98,3 +128,18 @@ def plus_minus(mean: float, spread: float | None, sign: str = "", mark: str = "�
         ('+1.50 ± 0.25', '1.50')
     """
     return f"{mean:{sign}.2f}" + ("" if spread is None else f" {mark} {spread:.2f}")
+
+
+def difference_text(found: Mapping[str, Any], mark: str = "±") -> str:
+    """Format a mean difference with its standard error, or with its range if there are two.
+
+    Example:
+        >>> difference_text({"mean": 1.5, "standard_error": 0.25, "range": None})
+        '+1.50 ± 0.25'
+        >>> difference_text({"mean": 1.5, "standard_error": None, "range": [1.0, 2.0]})
+        '+1.50 [+1.00, +2.00]'
+    """
+    if found["range"]:
+        low, high = found["range"]
+        return f"{found['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return plus_minus(found["mean"], found["standard_error"], "+", mark)

@@ -19,27 +19,28 @@ def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
     )
 
 
-def paired_difference(
-    values: Sequence[float], baseline: Sequence[float]
-) -> dict[str, float | None]:
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """Return mean and standard error of the differences, seed by seed.
 
     What all methods of a seed share (its noise, its batches) cancels in the difference. The
-    standard error is s / sqrt(n), with s the sample standard deviation of the n differences; None
-    for n = 1.
+    standard error is s / sqrt(n), with s the sample standard deviation of the n differences. Two
+    differences say next to nothing of it: there it is None, and "range" has both, the smaller
+    first.
     """
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     mean, std = mean_std(differences)
+    count = len(differences)
     return {
         "mean": mean,
-        "standard_error": None if std is None else std / math.sqrt(len(differences)),
+        "standard_error": std / math.sqrt(count) if std is not None and count > 2 else None,
+        "range": sorted(differences) if count == 2 else None,
     }
 
 
 def paired_by_seed(
     values: Mapping[int, float], others: Mapping[int, float]
 ) -> dict[str, Any] | None:
-    """Return mean and standard error of the differences over shared seeds; None without any."""
+    """Return :func:`paired_difference` over the shared ``seeds``; None without any."""
     # A seed that only one of them has would bring its own noise into the difference.
     shared = [seed for seed in values if seed in others]
     if not shared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,17 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.files)
+
+    def part(self, chosen: Tensor) -> ImageFolder:
+        """Return the folder with only these of its pictures, in this order."""
+        found = copy.copy(self)
+        found.files = [self.files[i] for i in chosen.tolist()]
+        return found
+
+    def relabel(self, labels: Tensor) -> None:
+        """Give the pictures other labels."""
+        paths = [path for path, _ in self.files]
+        self.files = list(zip(paths, labels.tolist(), strict=True))
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         """Return a picture and its label."""

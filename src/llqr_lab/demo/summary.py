@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..common.output import plus_minus, without_nan
+from ..common.output import difference_text, plus_minus, without_nan
 from ..common.refreshes import INACTIVE, summarise_refreshes
 from ..common.statistics import mean_std, paired_difference
 from .runs import History
@@ -48,9 +48,7 @@ def accuracy_rows(methods: Mapping[str, Summary]) -> list[dict[str, Any]]:
         {
             "method": name,
             "test accuracy %": plus_minus(m["mean"], m["std"], mark="+-"),
-            "minus SAM": "-"
-            if name == "SAM"
-            else plus_minus(*m["minus_SAM"].values(), sign="+", mark="+-"),
+            "minus SAM": "-" if name == "SAM" else difference_text(m["minus_SAM"], mark="+-"),
             "noisy train %": statistics.fmean(m["train_accuracy"]),
             "s a run": statistics.fmean(m["seconds"]),
         }

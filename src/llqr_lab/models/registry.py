@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,12 +12,12 @@ from torch import nn
 from .pyramidnet import pyramidnet
 from .resnet import resnet18, resnet50
 from .small_cnn import small_cnn
-from .translation import translation_model
+from .translation import Translator, translation_model
 from .vgg import vgg16_bn
-from .vit import vit
+from .vit import VisionTransformer, vit
 from .wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "SMALL", "build_network"]
+__all__ = ["MODELS", "SMALL", "build_network", "settings_of"]
 
 # name -> builder(classes, **settings); the defaults of the settings are the paper's network
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -71,3 +72,19 @@ def build_network(name: str, classes: int, *, small: bool = False, **settings: A
     if name not in MODELS:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name](classes, **{**(SMALL[name] if small else {}), **settings})
+
+
+def settings_of(name: str) -> set[str]:
+    """Return the names of the settings that a network takes.
+
+    Example:
+        >>> sorted(settings_of("wrn-28-10"))
+        ['channels', 'classes', 'depth', 'widen']
+    """
+    builder = MODELS[name]
+    # The builders of these hand settings on to a class.
+    whole = {"vit": VisionTransformer, "tra": Translator}.get(name[:3])
+    named = [*inspect.signature(builder).parameters.values()]
+    named += inspect.signature(whole).parameters.values() if whole else []
+    fixed = builder.keywords if isinstance(builder, partial) else {}
+    return {p.name for p in named if p.kind is not p.VAR_KEYWORD} - set(fixed)

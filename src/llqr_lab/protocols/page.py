@@ -65,8 +65,9 @@ def protocols_page() -> str:
 
 
 def _heading_prefix(key: str) -> str:
-    word = key.rstrip("0123456789")
-    return "" if key in (*OWN, "demo") else f"{word.capitalize()} {key.removeprefix(word)}: "
+    name = key.partition("-")[0]  # of table5-literal
+    word = name.rstrip("0123456789")
+    return "" if key in (*OWN, "demo") else f"{word.capitalize()} {name.removeprefix(word)}: "
 
 
 def _methods_table() -> str:

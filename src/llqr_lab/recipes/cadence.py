@@ -13,10 +13,17 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from .build import network_of, optimizer_of
+from .digest import describe_data
 from .draws import generator_for
 from .workers import Workers
 
-__all__ = ["measure_cadence"]
+__all__ = ["KEYS", "measure_cadence"]
+
+# what a timing reads of the configuration, besides the optimizer's keys
+KEYS = frozenset(
+    {f"train.{key}" for key in ("epochs", "batch", "images", "precision", "compile")}
+    | {"network.classes", "network.image", "refresh.batch"}
+)
 
 
 def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
@@ -80,6 +87,7 @@ def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
         "skipped_steps": optimizer.skipped_steps,
         "parameters": sum(p.numel() for p in network.parameters()),
         "processes": workers.size,
+        "data": describe_data(f"random pictures, {config.network.image} pixels"),
         "seconds": sum(times) + sum(refreshes),
     }
 

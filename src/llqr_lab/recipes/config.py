@@ -20,10 +20,12 @@ __all__ = [
     "changed_keys",
     "chosen_names",
     "compose_config",
+    "expected_values",
     "flat_settings",
     "given_values",
     "resolve_config",
     "source_of",
+    "written_keys",
 ]
 
 CONF = Path(__file__).parent / "conf"
@@ -142,17 +144,55 @@ def flat_settings(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def changed_keys(config: DictConfig) -> list[str]:
-    """Return the keys whose values are not the protocol's at this scale."""
+@cache
+def written_keys(recipe: str) -> dict[str, Any]:
+    """Return what a recipe's files say of each key, by the keys as they are typed.
+
+    What the protocol says stands there as ``${protocol:...}``.
+
+    Example:
+        >>> written_keys("table8")["noise"], written_keys("table8")["base.lr"]
+        (0.2, '${protocol:base.lr}')
+    """
+    files = (OmegaConf.load(CONF / f"{name}.yaml") for name in ("run", recipe))
+    written = OmegaConf.to_container(OmegaConf.merge(*files))
+    assert isinstance(written, dict)
+    found: dict[str, Any] = {}
+    for key, value in written.items():
+        if key in GROUPS:
+            found |= {f"{key}.{name}": one for name, one in value.items()}
+        elif key not in ("defaults", "hydra"):
+            found[str(key)] = value
+    return found
+
+
+def expected_values(config: DictConfig) -> dict[str, Any]:
+    """Return the value that each key has if nothing is given, by the keys as they are typed."""
     protocol = _resolved(**chosen_names(config))
-    read = protocol.get("data.read")
-    defaults = {"llqr.shard": False, "data.holdout": 0, "read": read and read.value}
+
+    def expected_value(written: Any) -> Any:
+        if not isinstance(written, str) or not written.startswith("${protocol:"):
+            return written
+        key = written.removeprefix("${protocol:").removesuffix("}")
+        return _as_lists(protocol[key].value) if key in protocol else None
+
+    return {key: expected_value(written) for key, written in written_keys(config.recipe).items()}
+
+
+def changed_keys(config: DictConfig) -> list[str]:
+    """Return the settings whose values are not the protocol's at this scale.
+
+    The share of wrong labels belongs to the cell, as a table has a column for each.
+    """
+    expected = expected_values(config)
+    typed = {
+        f"{word}.{key}": f"{group}.{key}" for group, word in GROUPS.items() for key in config[group]
+    }
     found = []
     for key, value in flat_settings(config).items():
-        expected = protocol[key].value if key in protocol else defaults.get(key)
-        # The share of wrong labels belongs to the cell, as a table has a column for each.
-        if key == "noise" or (key == "read" and expected is None):
+        usual = expected[typed.get(key, key)]
+        if key == "noise" or (key == "read" and usual is None):
             continue
-        if value != _as_lists(expected):
+        if value != usual:
             found.append(key)
     return found

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..data.digits import CLASSES, VALIDATION, digits, digits_generator
 from .build import network_of
+from .digest import describe_data
 from .task import Forward
 from .workers import Workers
 
@@ -34,6 +35,9 @@ class NoisyDigits:
     """
 
     metric = "test_accuracy"
+    keys = frozenset(
+        {"noise", "train.batch", "train.label_smoothing", "input.holdout", "refresh.batch"}
+    )
 
     def __init__(self, config: DictConfig, workers: Workers) -> None:
         """Load the data and build the network."""
@@ -44,6 +48,12 @@ class NoisyDigits:
         self.train = data.train_x.to(workers.device), data.train_y.to(workers.device)
         self.test = data.test_x.to(workers.device), data.test_y.to(workers.device)
         self.count = len(data.train_y)
+        # The seed draws the wrong labels and what is held out; the digest is that of all seeds.
+        true = digits(0, noise=0.0, validation=bool(held))
+        self.data_about = describe_data(
+            f"{self.count:,} and {len(data.test_y):,} digits",
+            *(true.train_x, true.true_y, true.test_x, true.test_y),
+        )
         weights_seed = digits_generator(config.seed, "initialisation").initial_seed()
         sizes = {"channels": 1, "image": data.train_x.shape[-1]}
         self.network = network_of(
@@ -60,10 +70,11 @@ class NoisyDigits:
     def forward(self, model: nn.Module, batch: Batch, step: int) -> Forward:
         """Return the pass of a batch."""
         x, y = batch
+        smoothing = self.config.train.label_smoothing
 
         def loss_and_logits() -> tuple[Tensor, Tensor]:
             logits = model(x)
-            return F.cross_entropy(logits, y), logits
+            return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
         return loss_and_logits
 

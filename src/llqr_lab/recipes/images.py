@@ -23,6 +23,7 @@ from ..data.noise import flip_labels
 from ..data.tiny_imagenet import tiny_imagenet
 from .build import network_of
 from .config import source_of
+from .digest import describe_data
 from .draws import generator_for
 from .task import Forward
 from .workers import Workers
@@ -40,7 +41,7 @@ Batch = tuple[Tensor, Tensor]  # pixels (bytes) and labels
 
 
 def in_memory(config: DictConfig) -> Split:
-    """Load, hold out, cut to size and make labels wrong, as the configuration says.
+    """Load, hold out and cut to size, as the configuration says; the labels are the true ones.
 
     Raises:
         ValueError: there is no such data set, or too few pictures are left.
@@ -55,31 +56,42 @@ def in_memory(config: DictConfig) -> Split:
         raise DataError(f"data: {name} needs data=FOLDER; docs/data.md says where it comes from")
     else:
         split = READERS[name](*([config.data] if config.data else []))
+    order = train_order(config, len(split.train))
     if held := config.input.holdout:
-        if not 0 < held < len(split.train):
-            raise ValueError(f"input.holdout: expected 1 .. {len(split.train) - 1}, got {held}")
-        # Not the run's seed: all seeds are evaluated on the same pictures.
-        order = torch.randperm(len(split.train), generator=generator_for(0, "holdout"))
         split = Split(_images_at(split.train, order[held:]), _images_at(split.train, order[:held]))
     if config.input.limit:
         split = Split(
-            *(_limit_images(part, config.input.limit) for part in (split.train, split.test))
+            *(_images_at(p, limited_order(config, len(p))) for p in (split.train, split.test))
         )
-    train = split.train
-    if config.noise:
-        draws = generator_for(config.seed, "noise")
-        labels = flip_labels(train.labels, config.noise, train.classes, draws)
-        train = Images(train.pixels, labels, train.classes)
-    return Split(train, split.test)
+    return split
+
+
+def train_order(config: DictConfig, count: int) -> Tensor:
+    """Return the training pictures in an order of which the first ``holdout`` are evaluated on.
+
+    Raises:
+        ValueError: as many are to be held out as there are, or more.
+    """
+    if not 0 <= config.input.holdout < count:
+        raise ValueError(f"input.holdout: expected 1 .. {count - 1}, got {config.input.holdout}")
+    # Not the run's seed: all seeds are evaluated on the same pictures.
+    return torch.randperm(count, generator=generator_for(0, "holdout"))
+
+
+def limited_order(config: DictConfig, count: int) -> Tensor:
+    """Return which pictures of a part are used, in random order."""
+    order = torch.randperm(count, generator=generator_for(0, "limit"))
+    return order[: config.input.limit]
+
+
+def noisy_labels(config: DictConfig, labels: Tensor, classes: int) -> Tensor:
+    """Return the labels to train on, of which the share ``noise`` is wrong."""
+    draws = generator_for(config.seed, "noise")
+    return flip_labels(labels, config.noise, classes, draws) if config.noise else labels
 
 
 def _images_at(images: Images, chosen: Tensor) -> Images:
     return Images(images.pixels[chosen], images.labels[chosen], images.classes)
-
-
-def _limit_images(images: Images, limit: int) -> Images:
-    order = torch.randperm(len(images), generator=generator_for(0, "limit"))
-    return _images_at(images, order[:limit])
 
 
 class Classification:
@@ -91,6 +103,10 @@ class Classification:
     """
 
     metric = "test_accuracy"
+    keys = frozenset(
+        {"noise", "read", "data", "train.batch", "train.label_smoothing", "refresh.batch"}
+        | {f"input.{key}" for key in ("limit", "holdout", "padding", "flip", "cutout_side")}
+    )
 
     def __init__(self, config: DictConfig, workers: Workers) -> None:
         """Load the data and build the network."""
@@ -106,14 +122,25 @@ class Classification:
     def load(self) -> None:
         """Read the data; set how many there are and what they look like."""
         split = in_memory(self.config)
-        self.data = Split(*(part.to(self.workers.device) for part in (split.train, split.test)))
         self.count, self.classes = len(split.train), split.train.classes
         _, self.channels, self.side, _ = split.train.pixels.shape
-        mean, std = split.train.channel_statistics()
-        hole = self.config.input.cutout_side
-        self.augment = Augment(
-            mean, std, self.config.input.padding, self.config.input.flip, hole or 0
+        self.data_about = describe_data(
+            f"{len(split.train):,} and {len(split.test):,} pictures in memory, {self.side} pixels",
+            *(
+                values
+                for part in (split.train, split.test)
+                for values in (part.pixels, part.labels)
+            ),
         )
+        labels = noisy_labels(self.config, split.train.labels, self.classes)
+        noisy = Images(split.train.pixels, labels, self.classes)
+        self.data = Split(*(part.to(self.workers.device) for part in (noisy, split.test)))
+        self.augment = self.augmentation(*split.train.channel_statistics())
+
+    def augmentation(self, mean: Sequence[float], std: Sequence[float]) -> Augment:
+        """Return the crop, flip and Cutout that the configuration says."""
+        given = self.config.input
+        return Augment(mean, std, given.padding or 0, bool(given.flip), given.cutout_side or 0)
 
     def index_batches(self, epoch: int, first: int) -> Iterator[Sequence[int]]:
         """Yield this process's indices of every batch."""
@@ -186,14 +213,29 @@ class Classification:
 class FolderClassification(Classification):
     """Pictures that are decoded when they are needed, as ImageNet's (``train/`` and ``val/``)."""
 
+    keys = Classification.keys | {"workers", "input.image"}
+
     def load(self) -> None:
         """List the files."""
         if self.config.data is None:
             raise DataError("data: ImageNet needs data=FOLDER with train/ and val/ in it")
         root, self.side = Path(self.config.data), self.config.input.image
-        self.folders = [ImageFolder(root / part, side=self.side) for part in ("train", "val")]
-        self.count, self.classes, self.channels = len(self.folders[0]), self.folders[0].classes, 3
-        self.augment = Augment(IMAGENET_MEAN, IMAGENET_STD, padding=0, flip=True)
+        train, test = (ImageFolder(root / part, side=self.side) for part in ("train", "val"))
+        self.classes, self.channels = train.classes, 3
+        order = train_order(self.config, len(train))
+        if held := self.config.input.holdout:
+            train, test = train.part(order[held:]), train.part(order[:held])
+        if self.config.input.limit:
+            train, test = (p.part(limited_order(self.config, len(p))) for p in (train, test))
+        # Names, not pixels: to read them all would take as long as an epoch.
+        self.data_about = describe_data(
+            f"{len(train):,} and {len(test):,} pictures decoded from folders, {self.side} pixels",
+            *(f"{p.parent.name}/{p.name} {label}" for p, label in train.files + test.files),
+        )
+        labels = torch.tensor([label for _, label in train.files])
+        train.relabel(noisy_labels(self.config, labels, self.classes))
+        self.folders, self.count = (train, test), len(train)
+        self.augment = self.augmentation(IMAGENET_MEAN, IMAGENET_STD)
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch, decoded by worker processes."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import llqr
 
-from ..common.output import without_nan
+from ..common.output import step_bar, without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
@@ -65,6 +65,7 @@ class Training:
         state = self.records.load_checkpoint(self.workers.device)
         if state is not None:
             self._refuse_other_settings(state["settings"])
+            self._refuse_other_data(state.get("data"))
             self.task.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
@@ -82,10 +83,20 @@ class Training:
                 "differ; give another out=DIR, or force=true to start anew"
             )
 
+    def _refuse_other_data(self, data: Mapping[str, str] | None) -> None:
+        # Checkpoints of earlier versions do not know their data.
+        if data is not None and data != self.task.data_about:
+            raise ValueError(
+                f"data: {self.records.folder} holds an unfinished run on other data "
+                f"({data['preparation']}; now {self.task.data_about['preparation']}); give the "
+                "data that it had, another out=DIR, or force=true to start anew"
+            )
+
     def checkpoint_state(self) -> dict[str, Any]:
         """Return what :meth:`resume` needs."""
         return {
             "settings": flat_settings(self.config),
+            "data": dict(self.task.data_about),
             "network": self.task.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -100,11 +111,9 @@ class Training:
 
     def train_to_end(self) -> dict[str, Any]:
         """Train to the end and return what was measured."""
-        shown = {"desc": self.config.method, "unit": "step", "leave": False}
-        # disable=None: no bar where nobody watches, such as in a log file. A run without a folder
-        # is one of many, whose bar stands for all of them.
-        silent = None if self.workers.is_first and self.records.folder else True
-        with tqdm(total=self.steps, initial=self.step, disable=silent, **shown) as bar:
+        # A run without a folder is one of many, whose bar stands for all of them.
+        silent = not (self.workers.is_first and self.records.folder)
+        with step_bar(self.steps, self.step, self.config.method, silent=silent) as bar:
             self._show_refreshes(bar)
             while self.epoch < self.config.train.epochs:
                 self._train_epoch(bar)
@@ -119,6 +128,7 @@ class Training:
             "skipped_steps": self.optimizer.skipped_steps,
             "parameters": sum(p.numel() for p in self.task.network.parameters()),
             "processes": self.workers.size,
+            "data": dict(self.task.data_about),
             "seconds": self.seconds,
         }
 

@@ -17,9 +17,11 @@ import llqr
 
 from ..common.environment import describe_environment
 from ..protocols import slug
+from .cadence import KEYS as TIMING_KEYS
 from .cadence import measure_cadence
 from .config import changed_keys, chosen_names, flat_settings, resolve_config, source_of
 from .digits import NoisyDigits
+from .effects import refuse_keys_without_effect
 from .images import Classification, FolderClassification
 from .loop import Training
 from .records import Records, kept_networks
@@ -27,8 +29,17 @@ from .task import Task
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["describe_run", "folder_of", "make_task", "measure_run", "perform_run"]
+__all__ = [
+    "describe_run",
+    "folder_of",
+    "make_task",
+    "measure_run",
+    "perform_run",
+    "task_keys",
+]
 
+TIMINGS = ("table10", "figure6")
+PACKAGED = ("digits", "number-words")  # data that need no folder
 RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
 
 
@@ -53,6 +64,7 @@ def perform_run(config: DictConfig) -> None:
         torch.set_num_threads(config.threads)
     config = resolve_config(config)
     about = describe_run(config)
+    refuse_keys_without_effect(config, task_keys(about))
     folder = folder_of(about, config.out)
     records = Records(folder, writes=workers.is_first, tensorboard=config.tensorboard)
     if (found := records.result) is not None and not config.force:
@@ -122,7 +134,7 @@ def measure_run(
         # Both are counted in the result.
         warnings.filterwarnings("ignore", "a refresh was refused")
         warnings.filterwarnings("ignore", "a step was skipped")
-        if config.recipe in ("table10", "figure6"):
+        if about["recipe"] in TIMINGS:
             records.begin_files(about)
             return measure_cadence(config, workers)
         training = Training(config, make_task(config, workers, about), workers, records)
@@ -137,12 +149,23 @@ def measure_run(
 
 def make_task(config: DictConfig, workers: Workers, about: dict[str, Any]) -> Task:
     """Return the data and the network of a run."""
+    return _kind_of_task(about)(config, workers)
+
+
+def task_keys(about: dict[str, Any]) -> frozenset[str]:
+    """Return the keys of the configuration that a run's task reads."""
+    if about["recipe"] in TIMINGS:
+        return TIMING_KEYS
+    keys = _kind_of_task(about).keys
+    return keys - {"data"} if about["source"].lower() in PACKAGED else keys
+
+
+def _kind_of_task(about: dict[str, Any]) -> type[Translation | NoisyDigits | Classification]:
     if about["model"] == "transformer-iwslt":
-        return Translation(config, workers)
+        return Translation
     if about["recipe"] == "demo":
-        return NoisyDigits(config, workers)
-    images = FolderClassification if about["source"].lower() == "imagenet" else Classification
-    return images(config, workers)
+        return NoisyDigits
+    return FolderClassification if about["source"].lower() == "imagenet" else Classification
 
 
 def _summary_line(measured: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -19,11 +19,15 @@ class Task(Protocol):
         network: to train, on the device; the loop wraps it for several processes.
         metric: the entry of :meth:`evaluate` that a table shows; the higher the better.
         steps: batches of an epoch.
+        keys: what it reads of the configuration besides the optimizer's and the loop's keys.
+        data_about: of :func:`~llqr_lab.recipes.digest.describe_data`.
     """
 
     network: nn.Module
     metric: str
     steps: int
+    keys: ClassVar[frozenset[str]]
+    data_about: Mapping[str, str]
 
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
         """Yield this process's part of every batch of an epoch, from number ``first`` on."""

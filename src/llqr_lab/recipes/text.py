@@ -22,6 +22,7 @@ from ..data.tokens import PAD
 from ..data.vocabulary import Bpe, Vocabulary, Words
 from .build import network_of
 from .config import source_of
+from .digest import describe_data
 from .draws import generator_for
 from .task import Forward
 from .translate import corpus_bleu, token_error, translate_all
@@ -76,11 +77,20 @@ class Translation:
     """
 
     metric = "bleu"
+    keys = frozenset(
+        {"read", "data", "train.tokens", "train.label_smoothing", "refresh.batch"}
+        | {"input.limit", "input.bpe", "report.beam", "report.length_penalty"}
+    )
 
     def __init__(self, config: DictConfig, workers: Workers) -> None:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
         pairs, source, self.target = read_pairs(config)
+        how = "raw text, joint BPE" if isinstance(source, Bpe) else "tokenised files, their words"
+        self.data_about = describe_data(
+            f"{len(pairs.train):,} pairs, {how}: {len(source):,} and {len(self.target):,} tokens",
+            *chain.from_iterable(chain(pairs.train, pairs.valid, pairs.test)),
+        )
         # Search and BLEU take long: each process translates its part.
         mine = slice(workers.rank, None, workers.size)  # of what is evaluated
         parts = (pairs.train, pairs.valid[mine], pairs.test[mine])
@@ -164,6 +174,7 @@ class Translation:
             sentences,
             self.target,
             beam=self.config.report.beam,
+            penalty=self.config.report.length_penalty,
             tokens=self.config.train.tokens,
         )
         references = [b for _, b in sentences.pairs]

@@ -36,7 +36,8 @@ def config_of_run(about: dict[str, Any], data: str | None, device: str) -> DictC
     groups = {word: group for group, word in GROUPS.items()}
     for key, value in about["settings"].items():
         word, _, name = key.partition(".")
-        if name:
+        # Settings of earlier versions that had no effect are gone.
+        if name and name in config[groups[word]]:
             config[groups[word]][name] = value
     config.read, config.data, config.device = about["settings"]["read"], data, device
     return config

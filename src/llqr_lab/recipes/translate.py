@@ -108,6 +108,7 @@ def translate_all(
     vocabulary: Vocabulary,
     *,
     beam: int = 5,
+    penalty: float = 1.0,
     tokens: int = 4096,
 ) -> list[str]:
     """Return the translation of every sentence, in their order.
@@ -117,6 +118,7 @@ def translate_all(
         sentences: whose source sides are translated.
         vocabulary: of the target language.
         beam: width of the search.
+        penalty: the exponent of the length, see :func:`beam_search`.
         tokens: of a batch, at most.
     """
     model.eval()
@@ -124,7 +126,8 @@ def translate_all(
     texts = [""] * len(sentences)
     for chosen in token_batches(sentences.lengths(), tokens):
         source = sentences.batch(chosen).source.to(device)
-        for i, found in zip(chosen, beam_search(model, source, beam=beam), strict=True):
+        best = beam_search(model, source, beam=beam, penalty=penalty)
+        for i, found in zip(chosen, best, strict=True):
             texts[i] = vocabulary.decode(found)
     return texts
 

@@ -89,7 +89,7 @@ def test_the_report_shows_tables_figures_and_what_is_missing(runs):
         "96.50 ± 0.71 (2)",
         "paper 96.65 ± 0.16",
         "95.50 ± 0.71",  # after the last epoch
-        "minus SAM: +0.50 ± 0.00 (2)",
+        "minus SAM: +0.50 [+0.50, +0.50] (2)",
         "llqr run table1 model=vgg16-bn method=sgdm seed=0",
         "LLQR (NGD): exponent 1.00 of 2 networks; the paper has 1.27 and 1.28.",
     ):
@@ -144,7 +144,8 @@ def test_experiments_of_other_names_have_a_table_of_their_own(tmp_path):
     text = "\n".join(page.texts)
     assert "our-own" in page.texts and "CIFAR-10, noise 0.4" in page.texts
     assert "81.50 ± 0.71" in text and "82.50 ± 0.71" in text  # last and best epoch of SAM
-    assert "SGDM: +2.50 ± 0.50 (2)" in page.texts and "SAM: +0.50 ± 0.50 (2)" in page.texts
+    assert "SGDM: +2.50 [+2.00, +3.00] (2)" in page.texts
+    assert "SAM: +0.50 [+0.00, +1.00] (2)" in page.texts
     assert "Scale small; 27 of 28 cells missing." in page.texts
 
 

@@ -59,7 +59,7 @@ def test_rows_pair_the_seeds():
     rows = accuracy_rows(methods)
     assert [row["method"] for row in rows] == list(runs)
     assert rows[0]["minus SAM"] == "-"
-    assert rows[1]["minus SAM"] == "+2.00 +- 1.00"
+    assert rows[1]["minus SAM"] == "+2.00 [+1.00, +3.00]"  # of two seeds
     assert rows[1]["test accuracy %"] == f"87.00 +- {math.sqrt(32):.2f}"
     assert methods["SAM"]["refreshes"] is None
 

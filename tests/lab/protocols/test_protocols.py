@@ -34,6 +34,7 @@ def test_the_page_is_what_the_tables_give():
 
 def test_every_table_and_figure_is_there():
     numbers = [f"table{i}" for i in (*range(1, 9), 10)] + [f"figure{i}" for i in (1, 4, 5, 6)]
+    numbers.insert(numbers.index("table5") + 1, "table5-literal")
     assert list(EXPERIMENTS) == [*numbers, *OWN, "demo"]
     # Cells of the tables as printed: networks x data sets x columns.
     sizes = {"table1": 28, "table2": 28, "table3": 12, "table4": 32, "table5": 6, "table6": 4}
@@ -138,6 +139,40 @@ def test_what_the_text_says_is_there_and_marked(run: tuple[str, ...], key: str, 
 )
 def test_what_the_text_lacks_is_marked_as_assumed(run: tuple[str, ...], key: str):
     assert resolve_settings(*run)[key].source is Source.ASSUMED
+
+
+def test_imagenet_read_literally_changes_rho_and_lambda_only():
+    """Beside the data's own keys; table 5's recipe also has what is usual on ImageNet."""
+    recipes = ("table1", "table5-literal", "table5")
+    runs = (("CIFAR-10", "resnet18", "SGDM"), *[("ImageNet", "resnet50", "F-SAM")] * 2)
+    cifar, literal, usual = (
+        {k: s.value for k, s in resolve_settings(name, *run).items() if k[:6] != "report"}
+        for name, run in zip(recipes, runs, strict=True)
+    )
+    new = {"probe.kind", "probe.norm", "probe.sigma"}
+    changed = {k for k, v in literal.items() if cifar.get(k, v) != v or k not in cifar} - new
+    ours = {"data.image", "data.crop", "data.padding", "data.statistics", "data.test"}
+    assert changed - ours == {"probe.rho", "probe.decay"}
+    assert {k for k in usual if usual[k] != literal.get(k)} == {
+        *("train.epochs", "train.batch", "base.lr", "base.weight_decay"),
+        *("data.cutout", "data.cutout_side"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "model", "value", "source"),
+    [
+        ("table2", "CIFAR-100", "resnet18", 1e-3, Source.RECIPE),
+        ("table2", "CIFAR-100", "wrn-28-10", 1e-3, Source.RECIPE),
+        ("table4", "CIFAR-100", "vgg16-bn", 1e-3, Source.RECIPE),
+        ("table8", "CIFAR-100", "resnet18", 1e-3, Source.RECIPE),
+        ("table2", "CIFAR-100", "pyramidnet-110", 5e-4, Source.ASSUMED),
+        ("table4", "CIFAR-10", "resnet18", 5e-4, Source.ASSUMED),
+    ],
+)
+def test_the_weight_decay_says_its_source(name, dataset, model, value, source):
+    found = resolve_settings(name, dataset, model, "SAM")["base.weight_decay"]
+    assert (found.value, found.source) == (value, source) and found.note
 
 
 def test_methods_of_a_row_share_all_but_what_they_are():

@@ -24,6 +24,7 @@ REMARKS = {
     "refresh.data",
     "data.normalise",
     "data.statistics",
+    "data.crop",
     "data.cutout",
     "data.cutout_probability",
     "data.test",

@@ -48,6 +48,11 @@ def test_a_smoke_run_of_each_family(run, tmp_path, recipe):
     assert (result["recipe"], result["model"], result["seed"]) == (recipe, model, 0)
     assert slug(result["method"]) == method and result["changed"] == []
     assert result["skipped_steps"] == 0 and result["parameters"] > 0
+    assert (
+        len(result["data"]["digest"]) == 16
+        and "pixels" in result["data"]["preparation"]
+        or ("pairs, raw text, joint BPE" in result["data"]["preparation"])
+    )
     if recipe in ("table10", "figure6"):
         assert result["timing"]["epoch_seconds"] > 0 and result["timing"]["updates"] >= 2
         return
@@ -77,7 +82,7 @@ def test_multirun_makes_every_combination(run):
 def test_noise_and_own_settings_have_folders_of_their_own(run, tmp_path):
     run("table8", "method=sgdm", "noise=0.2")
     run("table8", "method=sgdm", "noise=0.6")
-    _, results = run("table8", "method=sgdm", "noise=0.6", "base.weight_decay=0.001")
+    _, results = run("table8", "method=sgdm", "noise=0.6", "base.weight_decay=0.01")
     assert sorted((r["noise"], *r["changed"]) for r in results) == [
         (0.2,),
         (0.6,),
