@@ -1,0 +1,232 @@
+"""One run: a network under a method, one step at a time, looked at on a coarse grid of steps."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import llqr
+
+from ..recipes.draws import generator_for
+from .data import Examples
+from .methods import Method
+from .problems import Problem, Size
+
+__all__ = ["GRID", "Device", "Run", "Training", "rate_factor", "train"]
+
+GRID = 10  # points of a curve, beside its beginning
+GLANCE = 1_000  # examples that a point of the curve is measured on; the last has all of them
+WARM = 0.05  # share of the steps in which the learning rate rises
+CHUNK = 500  # examples of a forward without gradients
+
+
+class Device(NamedTuple):
+    """Where a study computes.
+
+    Attributes:
+        name: as torch knows it.
+        bfloat16: whether forwards run under autocast.
+    """
+
+    name: str = "cpu"
+    bfloat16: bool = False
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward."""
+        return torch.autocast(self.name, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def seconds(self) -> float:
+        """Return a clock: of the processor for one thread of it, else of the wall."""
+        if self.name == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What identifies a run.
+
+    Attributes:
+        problem: its name.
+        method: its name.
+        settings: learning rate, and radius if there is a probe.
+        seed: of the data, the weights and the batches.
+        steps: the learning rate has fallen to zero after them.
+        part: "validation" or "test", which the metric is measured on.
+    """
+
+    problem: str
+    method: str
+    settings: Mapping[str, float]
+    seed: int
+    steps: int
+    part: str
+
+
+def rate_factor(step: int, steps: int, *, own_schedule: bool = False) -> float:
+    """Return the learning rate over its largest: it rises in a line and falls along a cosine.
+
+    Example:
+        >>> [round(rate_factor(k, 40), 2) for k in (0, 1, 20, 40)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+    warm = max(1, round(WARM * steps))
+    rising = min(1.0, (step + 1) / warm)
+    return rising if own_schedule else rising * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class Training:
+    """A network under a method, on the data of a seed.
+
+    Args:
+        problem: its row.
+        size: of the problem.
+        method: its row.
+        settings: what was searched.
+        seed: of the run.
+        steps: of the run.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        size: Size,
+        method: Method,
+        settings: Mapping[str, float],
+        seed: int,
+        steps: int,
+        device: Device,
+    ) -> None:
+        """Make the network, the data and the optimizer."""
+        self.problem, self.size, self.seed, self.steps = problem, size, seed, steps
+        self.device = device
+        self.network = problem.network(size, seed).to(device.name)
+        self.data = problem.data(size, seed, torch.device(device.name))
+        self.optimizer = method.optimizer(self.network, settings)
+        self.own_schedule = method.base_row.own_schedule
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._step, self._order = 0, torch.empty(0, dtype=torch.long)
+        self._set_training(True)
+
+    def step(self) -> None:
+        """Take one step."""
+        factor = rate_factor(self._step, self.steps, own_schedule=self.own_schedule)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        forward = self._forward_of(self._next_batch())
+        if isinstance(self.optimizer, llqr.Optimizer):
+            self.optimizer.minimize(forward)
+        else:
+            self.optimizer.zero_grad()
+            forward()[0].backward()
+            self.optimizer.step()
+        self._step += 1
+
+    def _next_batch(self) -> Examples:
+        """Return the examples of the step, which depend only on the seed and the step."""
+        count, batch = len(self.data.train.inputs), self.size.batch
+        epoch, number = divmod(self._step, max(1, count // batch))
+        if number == 0:
+            draws = generator_for(self.seed, "order", epoch)
+            self._order = torch.randperm(count, generator=draws).to(self.device.name)
+        rows = self._order[number * batch : (number + 1) * batch]
+        return self.problem.augmented(self.data.train.at(rows), self.seed, self._step)
+
+    def _forward_of(self, batch: Examples) -> Callable[[], tuple[Tensor, Tensor]]:
+        def forward() -> tuple[Tensor, Tensor]:
+            with self.device.autocast():
+                outputs = self.network(batch.inputs)
+            return self.problem.kind.loss(outputs.float(), batch.targets), outputs
+
+        return forward
+
+    def _set_training(self, training: bool) -> None:
+        """Let a base that averages its weights show those it trains, or their average."""
+        if self.own_schedule:
+            getattr(self.optimizer, "train" if training else "eval")()
+
+    def look(self, part: str, examples: int | None = None) -> tuple[float, float]:
+        """Return the training loss and the metric of a part, in evaluation mode.
+
+        Args:
+            part: "validation" or "test".
+            examples: how many of each; None: all (of the training data as many as of the part).
+        """
+        self._set_training(False)
+        network = self._shown_network()
+        self._set_training(True)
+        chosen = getattr(self.data, part).at(slice(examples))
+        seen = self.data.train.at(slice(len(chosen.inputs)))
+        loss = self._mean(network, seen, "loss")
+        return loss, self._mean(network, chosen, self.problem.metric)
+
+    def _shown_network(self) -> nn.Module:
+        """Return a copy to evaluate; averaged weights get statistics of their own in norms."""
+        network = deepcopy(self.network)
+        if self.own_schedule:
+            batches = [b for b in self.data.train.inputs[: 20 * self.size.batch].split(CHUNK)]
+            torch.optim.swa_utils.update_bn(batches, network)
+        return network.eval()
+
+    @torch.no_grad()
+    def _mean(self, network: nn.Module, examples: Examples, what: str) -> float:
+        total = 0.0
+        for x, y in zip(*(part.split(CHUNK) for part in examples), strict=True):
+            with self.device.autocast():
+                outputs = network(x).float()
+            if what == "accuracy":
+                total += 100 * float((outputs.argmax(-1) == y).sum())
+            else:
+                total += len(x) * float(self.problem.kind.loss(outputs, y))
+        return total / len(examples.inputs)
+
+
+def train(run: Run, problem: Problem, size: Size, method: Method, device: Device) -> dict[str, Any]:
+    """Make a run and return its record; one that fails or diverges says so and raises nothing.
+
+    The record has ``curve``, a list of [step, training loss, metric], and ``metric``: the last, but
+    not worse than that of the untrained network, which is also what a diverged run counts as.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return _train(run, problem, size, method, device)
+        except Exception as error:  # a run that fails must not end a study of hours
+            what = f"{type(error).__name__}: {error}"
+            return {"ended": "failed", "error": what[:300], "curve": [], "metric": None}
+
+
+def _train(run: Run, problem: Problem, size: Size, method: Method, device: Device) -> Any:
+    training = Training(problem, size, method, run.settings, run.seed, run.steps, device)
+    curve = [[0, *training.look(run.part, GLANCE)]]
+    ended, seconds = "finished", 0.0
+    marks = sorted({math.ceil(run.steps * i / GRID) for i in range(1, GRID + 1)})
+    for begin, end in zip([0, *marks], marks):  # noqa: B905
+        began = device.seconds()
+        for _ in range(end - begin):
+            training.step()
+        seconds += device.seconds() - began
+        seen = training.look(run.part, None if end == run.steps else GLANCE)
+        if not all(map(math.isfinite, seen)):
+            ended = "diverged"
+            break
+        curve.append([end, *seen])
+    untrained, last = curve[0][2], curve[-1][2]
+    worse = ended == "diverged" or problem.sign * (last - untrained) < 0
+    return {
+        "ended": ended,
+        "curve": [[step, *(float(f"{v:.6g}") for v in seen)] for step, *seen in curve],
+        "metric": untrained if worse else last,
+        "seconds": round(seconds, 3),
+    }
