@@ -13,7 +13,7 @@ from .methods import Method
 from .problems import Problem, Size
 from .training import Device, Training
 
-__all__ = ["measure_costs", "seconds_at", "steps_within"]
+__all__ = ["in_units", "measure_costs", "seconds_at", "steps_within"]
 
 CHUNKS = 12
 Cost = Mapping[str, Any]  # "steps" and the "seconds" that they took, both cumulative
@@ -91,6 +91,11 @@ class _Timed:
 
 def _sums(values: Sequence[Any]) -> list[Any]:
     return [sum(values[: i + 1]) for i in range(len(values))]
+
+
+def in_units(cost: Cost, factor: float) -> Cost:
+    """Return a cost with its seconds times a factor."""
+    return {**cost, "seconds": [float(f"{factor * s:.5g}") for s in cost["seconds"]]}
 
 
 def seconds_at(cost: Cost, step: float) -> float:

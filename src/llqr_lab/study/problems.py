@@ -175,8 +175,10 @@ def _smoke(extent: int = 8, source: str = "digits", **network: Any) -> Size:
 
 def _fashion(steps: int, train: int, extent: int = 14, batch: int = 128, **network: Any) -> Size:
     pool = max(train, 8_000) if train <= 12_000 else 54_000
+    large = extent == 28 or train > 12_000
     return Size(
-        steps=steps, batch=batch, train=train, pool=pool, validation=4_000, test=10_000,
+        steps=steps, batch=batch, train=train, pool=pool, validation=4_000 if large else 2_000,
+        test=10_000 if large else 5_000,
         source="fashion-mnist", extent=extent, network=network,
     )  # fmt: skip
 
@@ -188,26 +190,39 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
     )  # fmt: skip
 
 
+FEW, LONG = _fashion(220, 2_000, batch=64), _fashion(3_000, 50_000)
 SGD_AND_ADAM = {"sgd": 0.1, "adam": 3e-3}
 PROBLEMS: dict[str, Problem] = {
     "cnn": Problem(
         title="Fashion-MNIST, CNN with batch norm",
         kind=CNN,
         rates=SGD_AND_ADAM,
-        sizes={"smoke": _smoke(), "small": _fashion(240, 12_000), "full": _fashion(3_000, 50_000)},
+        sizes={
+            "smoke": _smoke(),
+            "small": _fashion(220, 12_000, batch=64),
+            "full": _fashion(3_000, 50_000),
+        },
     ),
     "cnn-noise": Problem(
         title="Fashion-MNIST, 30 % of the training labels wrong, CNN with batch norm",
         kind=CNN,
         noise=0.3,
         rates=SGD_AND_ADAM,
-        sizes={"smoke": _smoke(), "small": _fashion(240, 4_000), "full": _fashion(3_000, 50_000)},
+        sizes={
+            "smoke": _smoke(),
+            "small": _fashion(220, 2_000, batch=64),
+            "full": _fashion(3_000, 50_000),
+        },
     ),
     "cnn-few": Problem(
         title="Fashion-MNIST, 2,000 training images, CNN with batch norm",
         kind=CNN,
         rates=SGD_AND_ADAM,
-        sizes={"smoke": _smoke(), "small": _fashion(240, 2_000), "full": _fashion(1_000, 2_000)},
+        sizes={
+            "smoke": _smoke(),
+            "small": _fashion(220, 2_000, batch=64),
+            "full": _fashion(1_000, 2_000),
+        },
     ),
     "autoencoder": Problem(
         title="Fashion-MNIST, deep autoencoder",
@@ -215,7 +230,7 @@ PROBLEMS: dict[str, Problem] = {
         rates={"sgd": 3.0, "adam": 3e-3},
         sizes={
             "smoke": _smoke(widths=(16, 4)),
-            "small": _fashion(240, 12_000, widths=(128, 64, 12)),
+            "small": _fashion(400, 12_000, widths=(128, 64, 12)),
             "full": _fashion(3_000, 50_000, 28, widths=(1000, 500, 250, 30)),
         },
     ),
@@ -249,6 +264,17 @@ PROBLEMS: dict[str, Problem] = {
             "smoke": _smoke(width=8, depth=1, heads=2, patch=4),
             "small": _fashion(120, 8_000, width=32, depth=3, heads=2, patch=7),
             "full": _fashion(3_000, 50_000, 28, width=96, depth=6, heads=3, patch=4),
+        },
+    ),
+    "resnet-wide": Problem(
+        title="Fashion-MNIST with augmentation, ResNet-18",
+        kind=RESNET,
+        rates=SGD_AND_ADAM,
+        augment=True,
+        sizes={
+            "smoke": _smoke(width=4, blocks=(1, 1)),
+            "small": _fashion(600, 50_000, 28, width=64),
+            "full": _fashion(1_800, 50_000, 28, width=64),
         },
     ),
     "digits": Problem(

@@ -23,8 +23,9 @@ from .problems import Problem, Size
 
 __all__ = ["GRID", "Device", "Run", "Training", "rate_factor", "train"]
 
-GRID = 10  # points of a curve, beside its beginning
-GLANCE = 1_000  # examples that a point of the curve is measured on; the last has all of them
+GRID = 8  # points of the curve of a result, beside its beginning; a run of a search has one
+GLANCE = 500  # examples that a point of the curve is measured on; the last has all of them
+SEEN = 2_000  # most training examples that the training loss is measured on
 WARM = 0.05  # share of the steps in which the learning rate rises
 CHUNK = 500  # examples of a forward without gradients
 
@@ -161,13 +162,13 @@ class Training:
 
         Args:
             part: "validation" or "test".
-            examples: how many of each; None: all (of the training data as many as of the part).
+            examples: how many of each; None: all of the part and at most SEEN training examples.
         """
         self._set_training(False)
         network = self._shown_network()
         self._set_training(True)
         chosen = getattr(self.data, part).at(slice(examples))
-        seen = self.data.train.at(slice(len(chosen.inputs)))
+        seen = self.data.train.at(slice(min(len(chosen.inputs), SEEN)))
         loss = self._mean(network, seen, "loss")
         return loss, self._mean(network, chosen, self.problem.metric)
 
@@ -196,22 +197,37 @@ def train(run: Run, problem: Problem, size: Size, method: Method, device: Device
     """Make a run and return its record; one that fails or diverges says so and raises nothing.
 
     The record has ``curve``, a list of [step, training loss, metric], and ``metric``: the last, but
-    not worse than that of the untrained network, which is also what a diverged run counts as.
+    not worse than that of the untrained network, which is also what a run counts as that diverged
+    or failed (None if it failed before).
     """
+    curve: list[list[float]] = []
+    record: dict[str, Any] = {"ended": "finished"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _train(run, problem, size, method, device)
+            record["seconds"] = _train(run, problem, size, method, device, curve)
         except Exception as error:  # a run that fails must not end a study of hours
-            what = f"{type(error).__name__}: {error}"
-            return {"ended": "failed", "error": what[:300], "curve": [], "metric": None}
+            record = {"ended": "failed", "error": f"{type(error).__name__}: {error}"[:300]}
+    if record["ended"] == "finished" and curve[-1][0] < run.steps:
+        record["ended"] = "diverged"
+    metric = None
+    if curve:
+        untrained, last = curve[0][2], curve[-1][2]
+        worse = record["ended"] != "finished" or problem.sign * (last - untrained) < 0
+        metric = untrained if worse else last
+    rounded = [[step, *(float(f"{v:.6g}") for v in seen)] for step, *seen in curve]
+    return {**record, "curve": rounded, "metric": metric}
 
 
-def _train(run: Run, problem: Problem, size: Size, method: Method, device: Device) -> Any:
+def _train(
+    run: Run, problem: Problem, size: Size, method: Method, device: Device, curve: list[Any]
+) -> float:
+    """Train until the end or until a loss is not finite; return the seconds of the steps."""
     training = Training(problem, size, method, run.settings, run.seed, run.steps, device)
-    curve = [[0, *training.look(run.part, GLANCE)]]
-    ended, seconds = "finished", 0.0
-    marks = sorted({math.ceil(run.steps * i / GRID) for i in range(1, GRID + 1)})
+    curve.append([0, *training.look(run.part, GLANCE)])
+    points = 1 if run.part == "validation" else GRID
+    marks = sorted({math.ceil(run.steps * i / points) for i in range(1, points + 1)})
+    seconds = 0.0
     for begin, end in zip([0, *marks], marks):  # noqa: B905
         began = device.seconds()
         for _ in range(end - begin):
@@ -219,14 +235,6 @@ def _train(run: Run, problem: Problem, size: Size, method: Method, device: Devic
         seconds += device.seconds() - began
         seen = training.look(run.part, None if end == run.steps else GLANCE)
         if not all(map(math.isfinite, seen)):
-            ended = "diverged"
             break
         curve.append([end, *seen])
-    untrained, last = curve[0][2], curve[-1][2]
-    worse = ended == "diverged" or problem.sign * (last - untrained) < 0
-    return {
-        "ended": ended,
-        "curve": [[step, *(float(f"{v:.6g}") for v in seen)] for step, *seen in curve],
-        "metric": untrained if worse else last,
-        "seconds": round(seconds, 3),
-    }
+    return round(seconds, 3)
