@@ -189,9 +189,10 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
         cells += [_shares(time_to(problem, method, target, column)) for column in (1, 2)]
         rows.append(cells)
     about = (
-        f"{size['train']:,} training examples, batches of {size['batch']}, {size['steps']} steps "
-        f"at equal steps; {problem['budget']:.2g} s at equal seconds, what {first} takes for them. "
-        f"Shares are of what {target} takes in the equal seconds; a dash: not reached by all seeds."
+        f"Data: {size['source']}, {size['train']:,} training examples, batches of {size['batch']}; "
+        f"{size['steps']} steps at equal steps; {problem['budget']:.2g} s at equal seconds, what "
+        f"{first} takes for them. Shares are of what {target} takes in the equal seconds; a dash: "
+        "not reached by all seeds."
     )
     return about + "\n\n" + _table(header, rows)
 

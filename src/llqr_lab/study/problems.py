@@ -190,62 +190,62 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
     )  # fmt: skip
 
 
-FEW, LONG = _fashion(220, 2_000, batch=64), _fashion(3_000, 50_000)
+FEW, LONG = _fashion(125, 2_000, width=8), _fashion(3_000, 50_000)
 SGD_AND_ADAM = {"sgd": 0.1, "adam": 3e-3}
 PROBLEMS: dict[str, Problem] = {
     "cnn": Problem(
-        title="Fashion-MNIST, CNN with batch norm",
+        title="CNN with batch norm",
         kind=CNN,
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(220, 12_000, batch=64),
+            "small": _fashion(125, 12_000, width=8),
             "full": _fashion(3_000, 50_000),
         },
     ),
     "cnn-noise": Problem(
-        title="Fashion-MNIST, 30 % of the training labels wrong, CNN with batch norm",
+        title="CNN with batch norm, 30 % of the training labels wrong",
         kind=CNN,
         noise=0.3,
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(220, 2_000, batch=64),
+            "small": _fashion(125, 2_000, width=8),
             "full": _fashion(3_000, 50_000),
         },
     ),
     "cnn-few": Problem(
-        title="Fashion-MNIST, 2,000 training images, CNN with batch norm",
+        title="CNN with batch norm, 2,000 images",
         kind=CNN,
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(220, 2_000, batch=64),
+            "small": _fashion(125, 2_000, width=8),
             "full": _fashion(1_000, 2_000),
         },
     ),
     "autoencoder": Problem(
-        title="Fashion-MNIST, deep autoencoder",
+        title="deep autoencoder",
         kind=AUTOENCODER,
         rates={"sgd": 3.0, "adam": 3e-3},
         sizes={
             "smoke": _smoke(widths=(16, 4)),
-            "small": _fashion(400, 12_000, widths=(128, 64, 12)),
+            "small": _fashion(340, 12_000, widths=(128, 64, 12)),
             "full": _fashion(3_000, 50_000, 28, widths=(1000, 500, 250, 30)),
         },
     ),
     "characters": Problem(
-        title="LibreOffice's help in English, character by character, transformer",
+        title="transformer, character by character",
         kind=LANGUAGE,
         rates={"sgd": 0.3, "adam": 3e-3},
         sizes={
             "smoke": _smoke(16, "number-words", tokens=30, width=8, depth=1, heads=2),
-            "small": _help(240, 20_000, 48, 16, width=32, depth=2, heads=2),
+            "small": _help(160, 20_000, 32, 16, width=32, depth=2, heads=2),
             "full": _help(4_000, 30_000, 64, 32, width=128, depth=4, heads=4),
         },
     ),
     "resnet": Problem(
-        title="Fashion-MNIST with augmentation, ResNet-18 of width 16",
+        title="ResNet-18 of width 16, augmentation",
         kind=RESNET,
         rates=SGD_AND_ADAM,
         augment=True,
@@ -256,7 +256,7 @@ PROBLEMS: dict[str, Problem] = {
         },
     ),
     "vit": Problem(
-        title="Fashion-MNIST with augmentation, a small vision transformer",
+        title="small vision transformer, augmentation",
         kind=VIT,
         rates={"sgd": 0.1, "adam": 1e-3},
         augment=True,
@@ -267,7 +267,7 @@ PROBLEMS: dict[str, Problem] = {
         },
     ),
     "resnet-wide": Problem(
-        title="Fashion-MNIST with augmentation, ResNet-18",
+        title="ResNet-18, augmentation",
         kind=RESNET,
         rates=SGD_AND_ADAM,
         augment=True,
@@ -278,7 +278,7 @@ PROBLEMS: dict[str, Problem] = {
         },
     ),
     "digits": Problem(
-        title="Handwritten digits of 8 x 8 pixels, 40 % of the training labels wrong",
+        title="small CNN on handwritten digits, 40 % of the training labels wrong",
         kind=DIGITS,
         noise=0.4,
         rates=SGD_AND_ADAM,

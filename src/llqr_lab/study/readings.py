@@ -140,22 +140,9 @@ def verdict(difference: Difference | None) -> str:
     """
     if difference is None or difference["standard_error"] is None:
         return ""
-    if abs(difference["mean"]) < 2 * difference["standard_error"]:
+    if abs(difference["mean"]) < 2 * difference["standard_error"] or difference["mean"] == 0:
         return "level"
     return "better" if difference["mean"] > 0 else "worse"
-
-
-def target_of(problem: Mapping[str, Any], baseline: str, column: int) -> float | None:
-    """Return the mean at the end of a baseline's runs at equal seconds.
-
-    Args:
-        problem: of the results.
-        baseline: a method.
-        column: of the curves: 1 for the training loss, 2 for the metric.
-    """
-    runs = problem["methods"].get(baseline, {}).get("runs", {}).get("seconds", [])
-    ends = [run["curve"][-1][column] for run in runs if run["ended"] == "finished"]
-    return statistics.fmean(ends) if ends else None
 
 
 def step_of_target(
@@ -181,16 +168,26 @@ def time_to(
 ) -> dict[str, float] | None:
     """Return the shares of a baseline's steps and seconds that a method takes to where it ends.
 
-    Both are of the runs at equal seconds, the mean over seeds. A share is infinite if a seed does
-    not get there within the budget.
+    Both are of the runs at equal seconds: to where the baseline ends with the same seed, the mean
+    over the seeds that both have. A share is infinite if one does not get there within the budget.
+
+    Args:
+        problem: of the results.
+        method: of the results.
+        baseline: of the results.
+        column: of the curves: 1 for the training loss, 2 for the metric.
     """
-    target, rows = target_of(problem, baseline, column), problem["methods"]
-    runs = rows.get(method, {}).get("runs", {}).get("seconds", [])
-    if target is None or not runs:
+    rows = problem["methods"]
+    runs, targets = (
+        {r["seed"]: r["curve"] for r in rows.get(m, {}).get("runs", {}).get("seconds", [])}
+        for m in (method, baseline)
+    )
+    shared = [seed for seed in runs if seed in targets and runs[seed] and targets[seed]]
+    if not shared:
         return None
     sign = -1 if column == 1 else problem["sign"]
-    steps = [step_of_target(run["curve"], column, target, sign) for run in runs if run["curve"]]
-    if len(steps) < len(runs) or math.inf in steps:
+    steps = [step_of_target(runs[s], column, targets[s][-1][column], sign) for s in shared]
+    if math.inf in steps:
         return {"steps": math.inf, "seconds": math.inf}
     cost = rows[method]["cost"]
     return {

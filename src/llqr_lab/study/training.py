@@ -24,8 +24,7 @@ from .problems import Problem, Size
 __all__ = ["GRID", "Device", "Run", "Training", "rate_factor", "train"]
 
 GRID = 8  # points of the curve of a result, beside its beginning; a run of a search has one
-GLANCE = 500  # examples that a point of the curve is measured on; the last has all of them
-SEEN = 2_000  # most training examples that the training loss is measured on
+GLANCE = 800  # examples that a point of the curve is measured on, the same at all points
 WARM = 0.05  # share of the steps in which the learning rate rises
 CHUNK = 500  # examples of a forward without gradients
 
@@ -157,24 +156,21 @@ class Training:
         if self.own_schedule:
             getattr(self.optimizer, "train" if training else "eval")()
 
-    def look(self, part: str, examples: int | None = None) -> tuple[float, float]:
-        """Return the training loss and the metric of a part, in evaluation mode.
+    def look(self, part: str) -> tuple[float, float]:
+        """Return the training loss and the metric of a few examples, in evaluation mode."""
+        network, few = self._shown_network(), slice(GLANCE)
+        loss = self._mean(network, self.data.train.at(few), "loss")
+        return loss, self._mean(network, getattr(self.data, part).at(few), self.problem.metric)
 
-        Args:
-            part: "validation" or "test".
-            examples: how many of each; None: all of the part and at most SEEN training examples.
-        """
-        self._set_training(False)
-        network = self._shown_network()
-        self._set_training(True)
-        chosen = getattr(self.data, part).at(slice(examples))
-        seen = self.data.train.at(slice(min(len(chosen.inputs), SEEN)))
-        loss = self._mean(network, seen, "loss")
-        return loss, self._mean(network, chosen, self.problem.metric)
+    def result(self, part: str) -> float:
+        """Return the metric of all examples of a part, "validation" or "test"."""
+        return self._mean(self._shown_network(), getattr(self.data, part), self.problem.metric)
 
     def _shown_network(self) -> nn.Module:
         """Return a copy to evaluate; averaged weights get statistics of their own in norms."""
+        self._set_training(False)
         network = deepcopy(self.network)
+        self._set_training(True)
         if self.own_schedule:
             batches = [b for b in self.data.train.inputs[: 20 * self.size.batch].split(CHUNK)]
             torch.optim.swa_utils.update_bn(batches, network)
@@ -196,35 +192,32 @@ class Training:
 def train(run: Run, problem: Problem, size: Size, method: Method, device: Device) -> dict[str, Any]:
     """Make a run and return its record; one that fails or diverges says so and raises nothing.
 
-    The record has ``curve``, a list of [step, training loss, metric], and ``metric``: the last, but
-    not worse than that of the untrained network, which is also what a run counts as that diverged
-    or failed (None if it failed before).
+    The record has ``curve``, a list of [step, training loss, metric] of a few examples, and
+    ``metric``, of all examples at the end. A metric is not worse than that of the untrained network
+    on a few, which is also what a run counts as that diverged or failed (None if it failed before).
     """
     curve: list[list[float]] = []
-    record: dict[str, Any] = {"ended": "finished"}
+    record: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            record["seconds"] = _train(run, problem, size, method, device, curve)
+            record = _train(run, problem, size, method, device, curve)
         except Exception as error:  # a run that fails must not end a study of hours
             record = {"ended": "failed", "error": f"{type(error).__name__}: {error}"[:300]}
-    if record["ended"] == "finished" and curve[-1][0] < run.steps:
-        record["ended"] = "diverged"
-    metric = None
-    if curve:
-        untrained, last = curve[0][2], curve[-1][2]
-        worse = record["ended"] != "finished" or problem.sign * (last - untrained) < 0
-        metric = untrained if worse else last
+    metric = record.pop("metric", None)
+    untrained = curve[0][2] if curve else None
+    if metric is None or problem.sign * (metric - untrained) < 0:
+        metric = untrained
     rounded = [[step, *(float(f"{v:.6g}") for v in seen)] for step, *seen in curve]
     return {**record, "curve": rounded, "metric": metric}
 
 
 def _train(
     run: Run, problem: Problem, size: Size, method: Method, device: Device, curve: list[Any]
-) -> float:
-    """Train until the end or until a loss is not finite; return the seconds of the steps."""
+) -> dict[str, Any]:
+    """Train until the end or until a loss is not finite; fill in the curve."""
     training = Training(problem, size, method, run.settings, run.seed, run.steps, device)
-    curve.append([0, *training.look(run.part, GLANCE)])
+    curve.append([0, *training.look(run.part)])
     points = 1 if run.part == "validation" else GRID
     marks = sorted({math.ceil(run.steps * i / points) for i in range(1, points + 1)})
     seconds = 0.0
@@ -233,8 +226,9 @@ def _train(
         for _ in range(end - begin):
             training.step()
         seconds += device.seconds() - began
-        seen = training.look(run.part, None if end == run.steps else GLANCE)
+        seen = training.look(run.part)
         if not all(map(math.isfinite, seen)):
-            break
+            return {"ended": "diverged", "seconds": round(seconds, 3)}
         curve.append([end, *seen])
-    return round(seconds, 3)
+    metric = training.result(run.part)
+    return {"ended": "finished", "seconds": round(seconds, 3), "metric": metric}
