@@ -110,7 +110,7 @@ def seconds_at(cost: Cost, step: float) -> float:
     """
     steps, seconds = [0, *cost["steps"]], [0.0, *cost["seconds"]]
     if step >= steps[-1]:
-        half = len(steps) // 2
+        half = (len(steps) - 1) // 2
         rate = (seconds[-1] - seconds[half]) / (steps[-1] - steps[half])
         return seconds[-1] + rate * (step - steps[-1])
     i = max(1, bisect_left(steps, step))

@@ -112,9 +112,13 @@ def chance_of_a_win(seeds: int) -> float:
         >>> round(chance_of_a_win(5), 3)
         0.058
     """
-    from scipy.stats import t
-
-    return float(t.sf(2, seeds - 1)) if seeds > 1 else math.nan
+    n, points = seeds - 1, 2_000
+    if n == 0:
+        return math.nan
+    log_scale = math.lgamma((n + 1) / 2) - math.lgamma(n / 2) - math.log(n * math.pi) / 2
+    middles = (2 * (i + 0.5) / points for i in range(points))
+    inside = sum((1 + x**2 / n) ** (-(n + 1) / 2) for x in middles) * 2 / points
+    return 0.5 - math.exp(log_scale) * inside
 
 
 def _count_wins(results: Results, baseline: str) -> str:

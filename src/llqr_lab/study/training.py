@@ -168,11 +168,14 @@ class Training:
 
     def _shown_network(self) -> nn.Module:
         """Return a copy to evaluate; averaged weights get statistics of their own in norms."""
+        weights = deepcopy(self.network.state_dict())
         self._set_training(False)
         network = deepcopy(self.network)
-        self._set_training(True)
         if self.own_schedule:
-            batches = [b for b in self.data.train.inputs[: 20 * self.size.batch].split(CHUNK)]
+            # There and back again rounds: what is trained shall not depend on being looked at.
+            self._set_training(True)
+            self.network.load_state_dict(weights)
+            batches = self.data.train.inputs[: 20 * self.size.batch].split(CHUNK)
             torch.optim.swa_utils.update_bn(batches, network)
         return network.eval()
 
