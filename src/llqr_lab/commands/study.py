@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
     parser.add_argument("--problems", type=_names, metavar="A,B", help="only these")
     parser.add_argument(
-        "--methods", type=_names, metavar="A;B", help="only these and the baselines (; between)"
+        "--methods",
+        type=_names,
+        metavar="A,B",
+        help="only these and the baselines; with ; between if a name has a comma",
     )
     parser.add_argument("--workers", type=int, default=available_workers(), metavar="N")
     parser.add_argument(
@@ -55,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(";" if ";" in text else ",")]
+    names = text.split(";" if ";" in text else ",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def main(arguments: argparse.Namespace) -> int:

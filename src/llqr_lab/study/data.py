@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import cache
 from typing import NamedTuple
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data import fashion_mnist as fashion_files
+from ..data import libreoffice as help_files
 from ..data.digits import digit_images
-from ..data.fashion_mnist import fashion_mnist
-from ..data.libreoffice import libreoffice_help
 from ..data.noise import flip_labels
 from ..data.number_words import number_words
 from ..recipes.draws import generator_for
 
 __all__ = ["Data", "Examples", "image_set", "seed_data", "text_set"]
 
+#: Folders of the data on a machine without the Debian packages, in the environment.
+FASHION_MNIST, LIBREOFFICE_HELP = "FASHION_MNIST", "LIBREOFFICE_HELP"
 RARE = 0  # the token of the characters that are not among the most frequent
 
 
@@ -59,7 +62,11 @@ def image_set(source: str, side: int, pool: int, validation: int, test: int) -> 
     Raises:
         DataError: the data are missing.
     """
-    split = fashion_mnist() if source == "fashion-mnist" else digit_images()
+    if source == "fashion-mnist":
+        folder = os.environ.get(FASHION_MNIST, fashion_files.DEBIAN)
+        split = fashion_files.fashion_mnist(folder)
+    else:
+        split = digit_images()
     part = split.train.pixels[: pool + validation], split.test.pixels[:test]
     train_x, test_x = (_shrink(x.float() / 255, side) for x in part)
     mean, std = train_x[:pool].mean(), train_x[:pool].std()
@@ -92,7 +99,11 @@ def text_set(source: str, length: int, tokens: int, pool: int, validation: int, 
     Raises:
         DataError: the data are missing.
     """
-    pairs = libreoffice_help() if source == "help-texts" else number_words()
+    if source == "help-texts":
+        folder = os.environ.get(LIBREOFFICE_HELP, help_files.DEBIAN)
+        pairs = help_files.libreoffice_help(folder)
+    else:
+        pairs = number_words()
     texts = ["\n".join(b for _, b in part) for part in (pairs.train, pairs.valid, pairs.test)]
     frequent = [c for c, _ in Counter(texts[0]).most_common(tokens - 1)]
     numbers = {character: 1 + i for i, character in enumerate(frequent)}

@@ -38,6 +38,8 @@ RATE_FACTOR = 5.0  # the learning rate is searched from a problem's usual one ov
 class Method:
     """A base, a geometry, a perturbation, and where the radius is searched.
 
+    What a row looks like identifies its runs, so it has classes and partials, not lambdas.
+
     Attributes:
         base: a name in ``BASES``; its learning rate is always searched.
         geometry: makes the metric; None: U = I.
@@ -87,6 +89,7 @@ class Method:
 
 GRAFT = {"graft": True}
 ALONG_G = partial(llqr.SAM, along="gradient")
+CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
 PAPER = llqr.LLQR.paper
 
@@ -101,7 +104,9 @@ def _probed(name: str, **row: Any) -> dict[str, Method]:
             perturbation=llqr.SAM, **row | {"options": {"transport": False}}
         ),
         f"{name} + F-SAM": Method(perturbation=FRIENDLY_ALONG_G, **row),
-        f"{name} + SAM along g, every 5": Method(perturbation=partial(ALONG_G, interval=5), **row),
+        f"{name} + SAM along g (interval=5)": Method(
+            perturbation=partial(ALONG_G, interval=5), **row
+        ),
     }
 
 

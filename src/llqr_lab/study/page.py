@@ -56,11 +56,14 @@ def section(results: Results | None) -> str:
 def _conditions(results: Results) -> str:
     effort, place = results["effort"], results["environment"]
     seeds = effort["tuning_seeds"]
-    of_seeds = f", each on {seeds} seed{'s' if seeds > 1 else ''}" if effort["tuning"] > 1 else ""
+    of_seeds = f", each on {seeds} seed{'s' if seeds > 1 else ''}"
+    tuning = f"tries {effort['tuning']} settings on every problem{of_seeds}"
+    if effort["tuning"] == 0:
+        tuning = "has the usual learning rate and radius, without a search"
     device = place.get("accelerator", place["processor"])
     return (
-        f"Scale `{results['scale']}`: every method tries {effort['tuning']} settings on every "
-        f"problem{of_seeds}; the results are of {effort['seeds']} other seeds. "
+        f"Scale `{results['scale']}`: every method {tuning}; "
+        f"the results are of {effort['seeds']} other seeds. "
         f"Costs were measured on: {device}; torch {place['torch']}."
     )
 
@@ -147,7 +150,8 @@ def _count_wins(results: Results, baseline: str) -> str:
     chance = chance_of_a_win(seeds)
     lines.append(
         f"With {seeds} seeds, {100 * chance:.1f} % of comparisons are beyond two standard errors "
-        f"in a given direction by chance: {chance * len(found):.1f} of these {len(found)}."
+        f"in a given direction by chance: {chance * len(found):.1f} of these {len(found)}. "
+        "No direction was stated for the other differences on this page."
     )
     return " ".join(lines)
 

@@ -80,7 +80,7 @@ SMALL_METHODS = (
     "NG",
     "NG + SAM",
     "NG + SAM along g",
-    "NG + SAM along g, every 5",
+    "NG + SAM along g (interval=5)",
     "NG on AdamW + SAM along g",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "Muon + SAM", "LLQR + SAM", "NG", "NG + SAM along g")
@@ -118,8 +118,8 @@ STUDIES = {
         pictured=GPU,
         # No search: rates and radii are the usual ones, in the middle of the ranges.
         efforts={
-            "smoke": Effort(1, 1, 2, 1),
-            "small": Effort(1, 1, 2, 1),
+            "smoke": Effort(0, 1, 2, 1),
+            "small": Effort(0, 1, 2, 1),
             "full": Effort(4, 1, 2, 1),
         },
         device=Device("cuda", bfloat16=True),

@@ -76,8 +76,20 @@ class Setup:
         return Journal(self.out / f"{self.name}-{self.scale}" / problem)
 
     def key_of(self, run: Run) -> dict[str, Any]:
-        """Return what identifies a run, its problem's sizes included."""
-        return {**asdict(run), "size": self.size(run.problem).plain(), "device": list(self.device)}
+        """Return what identifies a run: all that it depends on but the code."""
+        return {**asdict(run), **self.conditions(run.problem, run.method)}
+
+    def conditions(self, problem: str, method: str) -> dict[str, Any]:
+        """Return what the runs of a method on a problem have in common."""
+        row = PROBLEMS[problem]
+        return {
+            "method": method,
+            "row": str(self.study.methods[method]),
+            "size": self.size(problem).plain(),
+            "noise": row.noise,
+            "augment": row.augment,
+            "device": list(self.device),
+        }
 
 
 def make_setup(
@@ -116,7 +128,14 @@ def make_setup(
 
 
 def run_study(setup: Setup, workers: int, say: Say = print) -> None:
-    """Make all runs that the journal does not have; one with all of them is done at once."""
+    """Make all runs that the journal does not have.
+
+    Args:
+        setup: the study.
+        workers: processes of one thread each; an accelerator has one.
+        say: gets a line whenever something is done.
+    """
+    workers = workers if setup.device.name == "cpu" else 1
     progress = _Progress(len(setup.problems) * len(setup.methods) * setup.runs_of_a_method, say)
     for name in setup.problems:
         progress.say(f"{name}: what steps cost")
@@ -160,8 +179,7 @@ def costs_of(setup: Setup, problem: str) -> dict[str, Any]:
 
 
 def _costs_key(setup: Setup, problem: str, method: str) -> dict[str, Any]:
-    size, device = setup.size(problem).plain(), list(setup.device)
-    return {"method": method, "size": size, "device": device}
+    return setup.conditions(problem, method)
 
 
 def lengths_of(setup: Setup, problem: str, costs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -192,8 +210,13 @@ def tuned_of(setup: Setup, problem: str, method: str) -> dict[str, Any] | None:
 
 def _tuned_key(setup: Setup, problem: str, method: str) -> dict[str, Any]:
     effort = setup.effort
-    about = {"method": method, "runs": effort.tuning, "seeds": effort.tuning_seeds}
-    return {**about, "size": setup.size(problem).plain(), "device": list(setup.device)}
+    ranges = setup.study.methods[method].ranges(PROBLEMS[problem].rates)
+    return {
+        **setup.conditions(problem, method),
+        "ranges": {name: [r.low, r.start, r.high] for name, r in ranges.items()},
+        "runs": effort.tuning,
+        "seeds": effort.tuning_seeds,
+    }
 
 
 def final_runs(setup: Setup, problem: str, method: str) -> dict[str, list[Run]]:

@@ -29,7 +29,7 @@ def search(
 
     Args:
         ranges: where each setting is searched.
-        runs: how many settings are tried.
+        runs: how many settings are tried; 0: the middle of the ranges is taken as it is.
         score: of settings, the higher the better; None: they failed.
         seed: of the sampler.
     """
@@ -50,7 +50,7 @@ def search(
         found = score(settings)
         trials.append({"settings": settings, "score": found})
         study.tell(trial, WORST if found is None else found)
-        best = _best_of(trials)
+        best = _best_of(trials, settings)
         beyond = dict(best)
         for name, direction in ends_of(best, bounds).items():
             low, high = bounds[name]
@@ -58,7 +58,7 @@ def search(
             beyond[name] = best[name] * WIDER**direction
         if beyond != best:
             study.enqueue_trial(beyond)
-    best = _best_of(trials)
+    best = _best_of(trials, {name: r.start for name, r in ranges.items()})
     return {
         "settings": best,
         "ends": sorted(ends_of(best, bounds)),
@@ -67,11 +67,10 @@ def search(
     }
 
 
-def _best_of(trials: list[dict[str, Any]]) -> dict[str, float]:
-    best: dict[str, float] = max(trials, key=lambda t: WORST if t["score"] is None else t["score"])[
-        "settings"
-    ]
-    return best
+def _best_of(trials: list[dict[str, Any]], default: dict[str, float]) -> dict[str, float]:
+    """Return the settings of the highest score."""
+    found = [t for t in trials if t["score"] is not None]
+    return dict(max(found, key=lambda t: t["score"])["settings"]) if found else default
 
 
 def ends_of(
