@@ -10,8 +10,8 @@ from .training import Training
 __all__ = ["estimate_lines"]
 
 STEPS = 12
-OTHERS = 1.15  # seconds of a method's steps over the baseline's, in the mean of a table
-LOOKS = 1.2  # seconds with the evaluations over those without
+OTHERS = 1.1  # seconds of a method's steps over the baseline's, in the mean of a table
+LOOKS = 1.1  # seconds with the evaluations over those without
 
 
 def estimate_lines(setup: Setup) -> list[str]:

@@ -70,7 +70,6 @@ SMALL_METHODS = (
     "SAM",
     "SAM(interval=5)",
     "AdamW",
-    "AdamW + SAM",
     "Muon + SAM",
     "SOAP",
     "SOAP + SAM",
@@ -81,7 +80,6 @@ SMALL_METHODS = (
     "NG + SAM",
     "NG + SAM along g",
     "NG + SAM along g (interval=5)",
-    "NG on AdamW + SAM along g",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "Muon + SAM", "LLQR + SAM", "NG", "NG + SAM along g")
 ABLATED = ("cnn", "cnn-noise")

@@ -190,7 +190,7 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
     )  # fmt: skip
 
 
-FEW, LONG = _fashion(125, 2_000, width=8), _fashion(3_000, 50_000)
+FEW, LONG = _fashion(140, 2_000, width=8), _fashion(3_000, 50_000)
 SGD_AND_ADAM = {"sgd": 0.1, "adam": 3e-3}
 PROBLEMS: dict[str, Problem] = {
     "cnn": Problem(
@@ -199,7 +199,7 @@ PROBLEMS: dict[str, Problem] = {
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(125, 12_000, width=8),
+            "small": _fashion(140, 12_000, width=8),
             "full": _fashion(3_000, 50_000),
         },
     ),
@@ -230,7 +230,7 @@ PROBLEMS: dict[str, Problem] = {
         rates={"sgd": 3.0, "adam": 3e-3},
         sizes={
             "smoke": _smoke(widths=(16, 4)),
-            "small": _fashion(340, 12_000, widths=(128, 64, 12)),
+            "small": _fashion(380, 12_000, widths=(128, 64, 12)),
             "full": _fashion(3_000, 50_000, 28, widths=(1000, 500, 250, 30)),
         },
     ),
@@ -240,7 +240,7 @@ PROBLEMS: dict[str, Problem] = {
         rates={"sgd": 0.3, "adam": 3e-3},
         sizes={
             "smoke": _smoke(16, "number-words", tokens=30, width=8, depth=1, heads=2),
-            "small": _help(160, 20_000, 32, 16, width=32, depth=2, heads=2),
+            "small": _help(180, 20_000, 32, 16, width=32, depth=2, heads=2),
             "full": _help(4_000, 30_000, 64, 32, width=128, depth=4, heads=4),
         },
     ),
