@@ -190,7 +190,6 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
     )  # fmt: skip
 
 
-FEW, LONG = _fashion(140, 2_000, width=8), _fashion(3_000, 50_000)
 SGD_AND_ADAM = {"sgd": 0.1, "adam": 3e-3}
 PROBLEMS: dict[str, Problem] = {
     "cnn": Problem(
@@ -210,7 +209,7 @@ PROBLEMS: dict[str, Problem] = {
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(125, 2_000, width=8),
+            "small": _fashion(140, 1_000, width=8),
             "full": _fashion(3_000, 50_000),
         },
     ),
@@ -220,7 +219,7 @@ PROBLEMS: dict[str, Problem] = {
         rates=SGD_AND_ADAM,
         sizes={
             "smoke": _smoke(),
-            "small": _fashion(125, 2_000, width=8),
+            "small": _fashion(140, 2_000, width=8),
             "full": _fashion(1_000, 2_000),
         },
     ),
