@@ -25,12 +25,14 @@ class Base:
     Attributes:
         make: (network, learning rate) -> one optimizer or several for parts of the network.
         family: whose learning rates it takes; a problem has a usual one for each family.
+        factor: its usual learning rate over that of the family.
         package: that it comes from, beside torch.
         own_schedule: whether it needs no falling learning rate and averages by itself.
     """
 
     make: Callable[[nn.Module, float], list[Optimizer]]
     family: Family
+    factor: float = 1.0
     package: str | None = None
     own_schedule: bool = False
 
@@ -91,7 +93,8 @@ BASES = {
     "AdamW": Base(make=adamw, family="adam"),
     "Muon": Base(make=muon, family="adam"),
     "SOAP": Base(make=soap, family="adam", package="pytorch_optimizer"),
-    "Shampoo": Base(make=shampoo, family="sgd", package="pytorch_optimizer"),
+    # Between the roots, directions that no gradient had before are hardly damped.
+    "Shampoo": Base(make=shampoo, family="sgd", factor=0.3, package="pytorch_optimizer"),
     "schedule-free AdamW": Base(
         make=schedule_free, family="adam", package="schedulefree", own_schedule=True
     ),

@@ -65,7 +65,7 @@ class Method:
         Args:
             rates: the problem's usual learning rate of each family.
         """
-        lr = rates[self.base_row.family]
+        lr = rates[self.base_row.family] * self.base_row.factor
         found = {"lr": Range(lr / RATE_FACTOR, lr, lr * RATE_FACTOR)}
         return found | ({} if self.perturbation is None else {"rho": self.radii})
 

@@ -81,7 +81,7 @@ SMALL_METHODS = (
     "NG + SAM along g",
     "NG + SAM along g (interval=5)",
 )
-SMOKE_METHODS = ("SGDM", "SAM", "Muon + SAM", "LLQR + SAM", "NG", "NG + SAM along g")
+SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
 ABLATED = ("cnn", "cnn-noise")
 GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")
 

@@ -47,7 +47,7 @@ def test_smoke_runs_resumes_and_collects(tmp_path, capsys):
                     assert run["ended"] == "finished", (method, run)
                     assert run["curve"][-1][0] == row["lengths"][reading]
         assert problem["methods"]["SAM"]["lengths"] == {"steps": 4, "seconds": 4}
-    assert "of 72 runs" in capsys.readouterr().out
+    assert "of 48 runs" in capsys.readouterr().out
     # One file is lost, a method is added: the rest stays.
     files = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*/*/runs/*.json"))}
     lost = next(iter(files))
