@@ -32,6 +32,10 @@ COMMANDS = {
         "llqr_lab.commands.sharpness",
         "measure and draw the sharpness of the network of a run",
     ),
+    "study": (
+        "llqr_lab.commands.study",
+        "compare methods at equal steps, at equal seconds and to a target",
+    ),
     "report": ("llqr_lab.commands.report", "show all finished runs in one HTML file"),
 }
 

@@ -1,0 +1,1 @@
+"""The study: problems, methods and their tuning, at equal steps, equal seconds and to a target."""

@@ -1,0 +1,138 @@
+"""``llqr study``, from the command line to its files and its page."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llqr_lab.cli import main
+from llqr_lab.study.data import Examples
+from llqr_lab.study.methods import METHODS, Method
+from llqr_lab.study.page import marks, section
+from llqr_lab.study.plan import STUDIES
+from llqr_lab.study.problems import PROBLEMS
+from llqr_lab.study.training import Device, Run, Training, train
+
+ROOT = Path(__file__).parents[3]
+CPU = Device()
+
+
+def run_of(method="SGDM", steps=4, part="test", **settings):
+    return Run("cnn", method, {"lr": 0.1, "rho": 0.05} | settings, 0, steps, part)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_page_equals_the_results(study):
+    page = (ROOT / "docs" / "study.md").read_text()
+    results = ROOT / "benchmarks" / "results" / "study.json"
+    kept = json.loads(results.read_text()) if results.exists() else {}
+    begin, end = marks(study)
+    assert page.split(begin)[1].split(end)[0].strip() == section(kept.get(study))
+
+
+def test_smoke_runs_resumes_and_collects(tmp_path, capsys):
+    command = ["study", "proof", "--scale", "smoke", "--workers", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    results = json.loads((tmp_path / "proof-smoke.json").read_text())
+    assert list(results["problems"]) == ["cnn-noise", "characters"]
+    for name, problem in results["problems"].items():
+        assert (tmp_path / f"study-proof-{name}.svg").exists()
+        for method, row in problem["methods"].items():
+            assert len(row["tuned"]["trials"]) == 2
+            for reading, runs in row["runs"].items():
+                assert [run["seed"] for run in runs] == [0, 1]
+                for run in runs:
+                    assert run["ended"] == "finished", (method, run)
+                    assert run["curve"][-1][0] == row["lengths"][reading]
+        assert problem["methods"]["SAM"]["lengths"] == {"steps": 4, "seconds": 4}
+    assert "of 48 runs" in capsys.readouterr().out
+    # One file is lost, a method is added: the rest stays.
+    files = {p: p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*/*/runs/*.json"))}
+    lost = next(iter(files))
+    lost.unlink()
+    assert main([*command, "--methods", "SGDM;SAM;MSAM", "--problems", "cnn-noise"]) == 0
+    assert all(p.stat().st_mtime_ns == t for p, t in files.items() if p != lost)
+    assert lost.exists() or len(list(tmp_path.rglob("*/*/runs/*.json"))) > len(files) - 1
+
+
+def test_what_is_wrong_is_said(tmp_path, capsys, monkeypatch):
+    command = ["study", "proof", "--scale", "smoke", "--out", str(tmp_path)]
+    assert main([*command, "--methods", "Adagrad"]) == 2
+    assert "got 'Adagrad'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    monkeypatch.setattr("llqr_lab.study.bases.find_spec", lambda name: None)
+    assert main([*command, "--methods", "SOAP"]) == 2
+    assert "llqr[peers]" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--page"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_the_gpu_study_runs_on_the_processor(tmp_path):
+    command = ["study", "gpu", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*command, "--workers", "1", "--methods", "SGDM;SAM;NG + SAM along g"]) == 0
+    results = json.loads((tmp_path / "gpu-smoke.json").read_text())
+    methods = results["problems"]["resnet-wide"]["methods"]
+    assert {run["ended"] for m in methods.values() for run in m["runs"]["steps"]} == {"finished"}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_trains_the_same_for_all_methods(name):
+    problem = PROBLEMS[name]
+    size = problem.sizes["smoke"]
+    settings = {"lr": 0.01, "rho": 0.05}
+    first, second, other = (
+        Training(problem, size, METHODS[method], settings, seed, 2, CPU)
+        for method, seed in (("SGDM", 0), ("AdamW", 0), ("SGDM", 1))
+    )
+    for a, b in zip(first.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.data.train.inputs, other.data.train.inputs)
+    assert torch.equal(first.data.test.inputs, other.data.test.inputs)
+    batches = [t._next_batch() for t in (first, second)]
+    assert torch.equal(batches[0].inputs, batches[1].inputs)
+    first.step()
+    second.step()
+    assert all(0 < value < 1000 for value in first.look("test"))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].base == "schedule-free AdamW"])
+def test_a_base_that_averages_shows_its_average(name):
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    problem = PROBLEMS["cnn"]
+    training = Training(problem, problem.sizes["smoke"], METHODS[name], {"lr": 0.01}, 0, 4, CPU)
+    for _ in range(3):
+        training.step()
+    weight = training.network[0].weight.detach().clone()
+    shown = training._shown_network()[0].weight
+    assert torch.equal(training.network[0].weight, weight) and not torch.equal(shown, weight)
+
+
+def test_a_run_that_diverges_or_fails_counts_as_untrained(monkeypatch):
+    problem = PROBLEMS["cnn"]
+    size = problem.sizes["smoke"]
+    found = train(run_of(lr=1e30), problem, size, METHODS["SGDM"], CPU)
+    assert found["ended"] == "diverged" and found["metric"] == found["curve"][0][2]
+    monkeypatch.setattr(Training, "step", lambda self: 1 / 0)
+    found = train(run_of(), problem, size, METHODS["SGDM"], CPU)
+    assert found["ended"] == "failed" and "ZeroDivisionError" in found["error"]
+    assert found["metric"] == found["curve"][0][2]
+
+    def broken(lr):
+        raise ValueError("no optimizer")
+
+    monkeypatch.setattr(Method, "optimizer", lambda *_: broken(0))
+    assert train(run_of(), problem, size, METHODS["SGDM"], CPU)["metric"] is None
+
+
+def test_wrong_labels_are_of_training_only():
+    problem = PROBLEMS["cnn-noise"]
+    size = problem.sizes["smoke"]
+    noisy, clean = (PROBLEMS[n].data(size, 0, torch.device("cpu")) for n in ("cnn-noise", "cnn"))
+    assert isinstance(noisy.train, Examples)
+    wrong = (noisy.train.targets != clean.train.targets).double().mean()
+    assert float(wrong) == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(noisy.test.targets, clean.test.targets)
+    assert torch.equal(noisy.validation.targets, clean.validation.targets)
