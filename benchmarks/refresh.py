@@ -63,14 +63,14 @@ class Refresh:
         self.problem = p
         self.geometry = kind(**{"ema": 0.0, **settings})
         self.optimizer = optimizer_of(p, self.geometry)
-        self.start = {n: {k: v.clone() for k, v in e.items()} for n, e in self._state().items()}
-        self.counters = self.geometry.counters()
+        self.start_here()
 
-    def _state(self) -> dict[str, dict[str, torch.Tensor]]:
-        return self.geometry.state()
+    def start_here(self) -> None:
+        """Start from the present U."""
+        self.start, self.counters = self.geometry.states, self.geometry.counters()
 
     def __call__(self) -> None:
-        self.geometry.load_state(self.start)
+        self.geometry.states = self.start  # a refresh makes new ones
         self.geometry.load_counters({**self.counters, "failures": 0})
         with warnings.catch_warnings():  # a refused refresh costs the same
             warnings.simplefilter("ignore")
@@ -172,9 +172,7 @@ def natural(
     renewing, keeping = (Refresh(p, kind, **settings, renew_every=n) for n in (1, 2))
     for refresh in (renewing, keeping):  # the second refresh is the usual one
         refresh.optimizer.refresh(p)
-        refresh.start = refresh.geometry.state()
-        refresh.start = {n: {k: v.clone() for k, v in e.items()} for n, e in refresh.start.items()}
-        refresh.counters = refresh.geometry.counters()
+        refresh.start_here()
     gradients = {n: torch.randn_like(q) for n, q in renewing.geometry.parameters.items()}
     calls = {
         "step": p.step,

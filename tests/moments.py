@@ -74,9 +74,11 @@ def _moments(kind, w, old, keep, keep_bases, renew):
         b, a = mix("b", square.mean(1)), mix("a", square.mean(0))
         return {"Q": eye, "M": torch.outer(b, a).reshape(-1) / b.mean(), "b": b, "a": a}
     new = dict(old or {})
+    if renew or kind == "kfac":  # whose M are the eigenvalues of L and R
+        weight = keep if kind == "kfac" else keep_bases
+        new["L"] = mix("L", (w @ w.mT).mean(0), weight)
+        new["R"] = mix("R", (w.mT @ w).mean(0), weight)
     if renew:
-        new["L"] = mix("L", (w @ w.mT).mean(0), keep_bases)
-        new["R"] = mix("R", (w.mT @ w).mean(0), keep_bases)
         new["QB"], new["QA"] = (
             _bases(new[s], old[q] if old and keep_bases else None)
             for s, q in (("L", "QB"), ("R", "QA"))

@@ -79,7 +79,7 @@ def expected(positional, keywords):
                 "damping": 0.03,
                 "power": 1.0,
                 "ema": 0.9,
-                "every": llqr.growing(5, 500),
+                "every": llqr.growing(10, 500, rate=3),
                 "second_moment": "samples",
                 "gradient_ema": 0.95,
                 "renew_every": 2,

@@ -156,7 +156,7 @@ class _Graph:
                     if w is None:
                         row[k].zero_()
                     else:
-                        row[k].copy_(w).mul_(factor / lift)
+                        torch.mul(w.to(row.dtype), factor / lift, out=row[k])
 
     @cached_property
     def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:

@@ -24,8 +24,8 @@ from ..curvature import (
 )
 from ._base import NormStatistics
 from ._metric_settings import SATURATED, Application, Learned, MetricSettings
-from ._samples_by_part import are_squarable, own_samples, peak_bytes, samples_by_part
-from ._schedules import EMA, EVERY_GROWING
+from ._samples_by_part import are_finite, are_squarable, own_samples, peak_bytes, samples_by_part
+from ._schedules import EMA, EVERY_GROWING_SPARSELY
 from ._structured import StructuredGeometry
 from .inner_solve import FlatModel, pack_mean
 from .structures import States, Structure, StructureOf
@@ -52,7 +52,7 @@ INDEFINITE = (
 class NaturalGradientSettings(MetricSettings):
     """The settings of :class:`NaturalGradient`, which says what each of them means."""
 
-    every: Schedule = EVERY_GROWING
+    every: Schedule = EVERY_GROWING_SPARSELY
     samples: int = 8
     damping: float = 0.03
     power: float = 1.0
@@ -132,7 +132,8 @@ class NaturalGradient(StructuredGeometry):
             of the clean gradients of the steps, in the present bases (as SOAP's does), and
             refreshes renew the bases only. Not for kfac and dense.
         gradient_ema: beta of that average, in [0, 1).
-        renew_every: accepted refreshes between new bases; L and R are averaged only then.
+        renew_every: accepted refreshes between new bases. L and R of e-kfac are averaged only then,
+            those of kfac, which has its M from them, at every refresh.
         block_size: sides of matrices wider than this are cut into blocks; None: whole.
         seed: of the samples; the global random state is not used. Two refreshes, and two processes,
             draw different ones.
@@ -178,7 +179,7 @@ class NaturalGradient(StructuredGeometry):
         damping: float = 0.03,
         power: float = 1.0,
         ema: Schedule = 0.9,
-        every: Schedule = EVERY_GROWING,
+        every: Schedule = EVERY_GROWING_SPARSELY,
         second_moment: SecondMoment = "samples",
         gradient_ema: float = 0.95,
         renew_every: int = 2,
@@ -277,7 +278,7 @@ class NaturalGradient(StructuredGeometry):
             del drawn
             states = self._average_samples(by_name, self._averaging_at(step), frozen)
             states = self._invert_moments(states, self._kept_back(states, frozen))
-            finite = all(bool(torch.isfinite(v).all()) for s in states for v in s.values())
+            finite = are_finite(v for s in states for v in s.values())
         if not self.ranks.all(finite):
             reason = "the second moments of the curvature samples are not within the dtype of U"
             return Learned(None, reason, g, numbers)
@@ -355,13 +356,19 @@ class NaturalGradient(StructuredGeometry):
         moments = self._moments_of(self.states if states is None else states)
         return masks_without_samples(self.layout, self.parts, moments)
 
-    def _kept_back(self, states: States, names: Collection[str]) -> list[Tensor]:
-        """Return the masks of what keeps its U: these parameters, and blocks without samples.
+    def _kept_back(self, states: States, names: Collection[str]) -> list[Tensor | None]:
+        """Return the masks of what keeps its U, these parameters and blocks without samples.
+
+        None: nothing of a part.
 
         A head that the loss does not use would have the largest U, and set lambda and c.
         """
         pairs = zip(self._without_samples(states), self._left_out(names), strict=True)
-        return [fresh if out is None else fresh | out for fresh, out in pairs]
+        masks = [fresh if out is None else fresh | out for fresh, out in pairs]
+        if not masks:
+            return []
+        held = torch.stack([mask.any() for mask in masks]).tolist()  # one read from the device
+        return [mask if some else None for mask, some in zip(masks, held, strict=True)]
 
     def _moments_of(self, states: States) -> list[Tensor]:
         pairs = zip(self.parts, states, strict=True)
@@ -424,7 +431,8 @@ class NaturalGradient(StructuredGeometry):
         states = []
         for part, state, out in zip(self.parts, self.states, stays, strict=True):
             g = own_samples(part, flat[None])[0]
-            states.append(choose(out, state, part.observe_gradient(state, g, beta)))
+            new = part.observe_gradient(state, g, beta)
+            states.append(new if out is None else choose(out, state, new))
         self.states = self._invert_moments(states, stays)
 
     # -- memory --------------------------------------------------------------------------------

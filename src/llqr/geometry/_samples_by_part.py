@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .layout import Layout
 from .structures import States
 from .structures.closed_form import ClosedForm
 
-__all__ = ["are_squarable", "own_samples", "peak_bytes", "samples_by_part"]
+__all__ = ["are_finite", "are_squarable", "own_samples", "peak_bytes", "samples_by_part"]
 
 
 def samples_by_part(
@@ -72,6 +72,12 @@ def are_squarable(drawn: Sequence[Tensor]) -> bool:
     )
 
 
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether all entries are finite."""
+    filled = (t for t in tensors if t.numel())
+    return all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in filled)
+
+
 def peak_bytes(layout: Layout, parts: Sequence[ClosedForm], states: States, samples: int) -> int:
     """Return the most that a refresh holds at a time, beside the graph of its forward.
 
@@ -93,7 +99,8 @@ def peak_bytes(layout: Layout, parts: Sequence[ClosedForm], states: States, samp
     kept = gradient
     for part, state, own in zip(parts, states, held, strict=True):
         count = own // max(1, size * part.group.numel)
-        peaks.append(kept + drawn + part.work_bytes(count, contiguous=ranks is None))
+        device = next((v.device for v in state.values()), torch.device("cpu"))
+        peaks.append(kept + drawn + part.work_bytes(count, device))
         if ranks is None:  # gathered, and not yet released where it was drawn
             peaks.append(kept + drawn + own)
             drawn -= own

@@ -11,6 +11,7 @@ __all__ = [
     "EMA",
     "EVERY",
     "EVERY_GROWING",
+    "EVERY_GROWING_SPARSELY",
     "INNER_LR",
     "ScheduledSetting",
     "back_off",
@@ -112,8 +113,9 @@ class growing:  # lower case, as functools.partial: it is called like a function
         return f"growing({self.first}, {self.last}{rate})"
 
 
-#: The default cadence of what learns from curvature.
+#: The default cadence of LLQR, and of NaturalGradient, whose refresh costs more.
 EVERY_GROWING = growing(5, 500)
+EVERY_GROWING_SPARSELY = growing(10, 500, rate=3)
 
 
 def gap_after(every: Schedule, last: int, step: int) -> float:

@@ -15,6 +15,7 @@ from llqr.geometry.structures._eigenvalues import (
     extremes_of_operator,
     follow_eigenvectors,
     nearest_orthogonal,
+    orthogonalise_by_cholesky,
 )
 
 
@@ -81,9 +82,14 @@ def test_bases_follow(dtype):
     values = (q * (matrices @ q)).sum(1)
     shift = 1e-3 * values.mean(1)[:, None, None]
     order = values.argsort(1, descending=True)[:, None, :].expand(-1, n, -1)
-    expected = torch.linalg.qr((matrices @ q + shift * q).gather(2, order))[0]
-    step = follow_eigenvectors(matrices, q)
-    agree((step * expected).sum(1).abs(), torch.ones(3, n, dtype=dtype), 1e4 * eps)
+    y = (matrices @ q + shift * q).gather(2, order)
+    expected = torch.linalg.qr(y)[0]
+    # The host takes reflections, an accelerator Cholesky factors.
+    by_products = orthogonalise_by_cholesky(y.double(), dtype)
+    for step in (follow_eigenvectors(matrices, q), by_products):
+        agree((step * expected).sum(1).abs(), torch.ones(3, n, dtype=dtype), 1e4 * eps)
+        agree(step.mT @ step, torch.eye(n, dtype=dtype).expand(3, n, n).contiguous(), 50 * eps)
+    assert orthogonalise_by_cholesky(torch.zeros(3, n, n, dtype=F64), dtype) is None
     for _ in range(400):
         q = follow_eigenvectors(matrices, q)
     agree(q.mT @ q, torch.eye(n, dtype=dtype).expand(3, n, n).contiguous(), 50 * eps)

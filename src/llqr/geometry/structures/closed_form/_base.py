@@ -95,12 +95,12 @@ class ClosedForm(Structure):
         """Return the state whose U has these eigenvalues, in the order of M."""
         return {**state, self.eigenvalue_entry: values}
 
-    def work_bytes(self, samples: int, contiguous: bool) -> int:
+    def work_bytes(self, samples: int, device: torch.device) -> int:
         """Return what :meth:`update_moments` allocates at a time, beside samples and states.
 
         Args:
             samples: how many.
-            contiguous: whether they lie one behind the other, which those of a shard do not.
+            device: where they are.
         """
         return samples * self.group.numel * self.group.dtype.itemsize  # their squares
 

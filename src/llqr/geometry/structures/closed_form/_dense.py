@@ -45,7 +45,7 @@ class DenseMoments(ClosedForm, Dense):
         q = vectors.contiguous()
         return {**state, "C": average, "Q": q, "M": values.clamp(min=0)}
 
-    def work_bytes(self, samples: int, contiguous: bool) -> int:
+    def work_bytes(self, samples: int, device: torch.device) -> int:
         """Return four matrices like C: the decomposition's."""
         return 4 * self.group.dtype.itemsize * self.group.numel * (self.group.numel // self.count)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._base import State
 from .._e_kfac import EKfac, squared_overlaps
-from ._base import Averaging, ClosedForm
+from ._base import Averaging, ClosedForm, average
 
 __all__ = ["EKfacMoments", "KfacMoments"]
 
@@ -30,38 +30,44 @@ class KroneckerBases(ClosedForm, EKfac):
 
     def squares(self, state: State, x: Tensor) -> Tensor:
         """Return the mean of (QB' X QA) o (QB' X QA)."""
-        m, count, rows, columns = x.shape
-        # All samples of a block in one product each side: (rows, rows) @ (rows, m columns), ...
-        turned = state["QB"].mT @ side_by_side(x)
-        turned = turned.view(count, rows, m, columns).transpose(1, 2)
-        turned = turned.reshape(count, m * rows, columns) @ state["QA"]
-        return turned.square_().view(count, m, rows, columns).mean(1)
+        left, right = state["QB"].mT, state["QA"]
+        half, turned, total = torch.empty_like(x[0]), torch.empty_like(x[0]), torch.zeros_like(x[0])
+        # One sample at a time: all of them in one product would have to be copied side by side.
+        for w in x:
+            torch.bmm(left, w, out=half)
+            torch.bmm(half, right, out=turned)
+            total.addcmul_(turned, turned)
+        return total.div_(len(x))
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S: the bases are orthogonal."""
         return state["S"].amin((1, 2)), state["S"].amax((1, 2))
 
-    def work_bytes(self, samples: int, contiguous: bool) -> int:
-        """Return what the bases take, or the squares in them: three tensors like the samples."""
-        own = super().work_bytes(samples, contiguous)
-        # A single block is stacked without a copy.
-        copies = 1 if self.count == 1 and contiguous else 2
-        # Eight float64 matrices of the wider side follow the eigenvectors.
-        wide = 8 * 8 * self.count * max(self.group.matrix_shape) ** 2
-        return copies * own + max(own, wide)
+    def work_bytes(self, samples: int, device: torch.device) -> int:
+        """Return what the squares take, three vectors, or the bases: matrices of their sides."""
+        vectors = 3 * super().work_bytes(1, device)
+        rows, columns = self.group.matrix_shape
+        own = self.group.dtype.itemsize
+        factors = 2 * own * self.count * (rows**2 + columns**2)
+        # On the wider side: what follows the eigenvectors, in float64 unless by reflections.
+        turned = self.count * max(rows, columns) ** 2 * (5 * own if device.type == "cpu" else 8 * 8)
+        return max(vectors, factors + turned)
 
-    def update_bases(self, state: State, w: Tensor, averaging: Averaging) -> State:
-        """Return the state with L, R and their eigenvectors."""
-        keep = averaging.keep_bases
-        if keep is None:
-            return state
-        wide, tall = side_by_side(w), stacked(w)
+    def average_factors(self, state: State, w: Tensor, averaging: Averaging, keep: float) -> State:
+        """Return the state whose L and R have seen the samples."""
+        left, right = w[0] @ w[0].mT, w[0].mT @ w[0]
+        for x in w[1:]:
+            left.baddbmm_(x, x.mT)
+            right.baddbmm_(x.mT, x)
         new = dict(state)
-        for entry, basis, square in (("L", "QB", wide @ wide.mT), ("R", "QA", tall.mT @ tall)):
-            mean = averaging.mean_over_ranks(square / len(w))
-            new[entry] = torch.lerp(mean, state[entry], keep)
-            new[basis] = averaging.turn_bases(new[entry], state[basis])
+        for entry, square in (("L", left), ("R", right)):
+            new[entry] = average(state[entry], averaging.mean_over_ranks(square / len(w)), keep)
         return new
+
+    def turn_bases(self, state: State, averaging: Averaging) -> State:
+        """Return the state with the eigenvectors of L and R as bases."""
+        pairs = (("L", "QB"), ("R", "QA"))
+        return {**state, **{q: averaging.turn_bases(state[k], state[q]) for k, q in pairs}}
 
 
 class EKfacMoments(KroneckerBases):
@@ -74,8 +80,11 @@ class EKfacMoments(KroneckerBases):
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
         """Renew the bases, carry M over, and average the squares in them."""
-        new = self.update_bases(state, w, averaging)
-        if averaging.keep_bases:  # the diagonal of the old operator in the new bases
+        keep = averaging.keep_bases
+        if keep is None:
+            return super().update_moments(state, w, averaging)
+        new = self.turn_bases(self.average_factors(state, w, averaging, keep), averaging)
+        if keep:  # the diagonal of the old operator in the new bases
             turn_b, turn_a = squared_overlaps(state, new)
             new["M"] = turn_b @ state["M"] @ turn_a.mT
         return super().update_moments(new, w, averaging)
@@ -88,8 +97,9 @@ class KfacMoments(KroneckerBases):
     observes_gradients: ClassVar[bool] = False
 
     def update_moments(self, state: State, w: Tensor, averaging: Averaging) -> State:
-        """Renew the bases."""
-        return self.update_bases(state, w, averaging)
+        """Average L and R, whose eigenvalues are M, and turn the bases when it is their time."""
+        new = self.average_factors(state, w, averaging, averaging.keep)
+        return new if averaging.keep_bases is None else self.turn_bases(new, averaging)
 
     def second_moment(self, state: State) -> Tensor:
         """Return the outer product of the factors' eigenvalues over their common trace."""
@@ -98,15 +108,3 @@ class KfacMoments(KroneckerBases):
         )
         trace = right.sum(1).clamp(min=torch.finfo(right.dtype).tiny)
         return left[:, :, None] * (right / trace[:, None])[:, None, :]
-
-
-def side_by_side(x: Tensor) -> Tensor:
-    """Return the samples of each block side by side: (m, count, r, c) -> (count, r, m c)."""
-    m, count, rows, columns = x.shape
-    return x.permute(1, 2, 0, 3).reshape(count, rows, m * columns)
-
-
-def stacked(x: Tensor) -> Tensor:
-    """Return the samples of each block one below the other: (m, count, r, c) -> (count, m r, c)."""
-    m, count, rows, columns = x.shape
-    return x.transpose(0, 1).reshape(count, m * rows, columns)

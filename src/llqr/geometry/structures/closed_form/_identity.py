@@ -15,7 +15,7 @@ __all__ = ["IdentityMoments"]
 class IdentityMoments(ClosedForm, Identity):
     """U = I: these blocks have no part in the scale of U."""
 
-    def work_bytes(self, samples: int, contiguous: bool) -> int:
+    def work_bytes(self, samples: int, device: torch.device) -> int:
         """Return nothing."""
         return 0
 
