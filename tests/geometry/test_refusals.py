@@ -104,6 +104,34 @@ def test_a_network_that_is_saturated_from_the_start(curvature):
 
 
 @pytest.mark.parametrize(
+    "every, expected",
+    [
+        (1, [0, 2, 6, 14, 30, 62, 112]),  # 2, 4, 8, 16, 32, then 50
+        (60, [0, 60, 120]),  # as asked for: seldom enough
+        (llqr.growing(1, 9), [0, 2, 6, 15, 24]),
+    ],
+)
+@pytest.mark.parametrize("max_failures", [None, 0])
+def test_a_saturated_network_is_tried_again_soon_but_not_in_each_step(
+    every, expected, max_failures
+):
+    problem = mlp()
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e6)
+    geometry = bound(problem, every=every, max_failures=max_failures)
+    at = []
+    with pytest.warns(UserWarning, match="refused because the loss has no curvature"):
+        for step in range(expected[-1] + 1):
+            if geometry.due(step):
+                at.append(geometry.refresh([problem], step=step).step)
+    assert at == expected
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e-6)
+    assert geometry.refresh([problem], step=200).accepted
+    assert geometry.counters()["saturated"] == 0
+
+
+@pytest.mark.parametrize(
     "loss",
     [
         lambda z, y: nn.functional.l1_loss(z, torch.randn(z.shape, dtype=z.dtype)),

@@ -51,9 +51,9 @@ IWSLT14 = Group(
         Setting("llqr.structure", "e-kfac", ASSUMED, "not in the text"),
         Setting(
             "llqr.block_size",
-            512,
-            ASSUMED,
-            "whole blocks of the embeddings would be 8,848 x 8,848",
+            None,
+            RECIPE,
+            "authors' code: whole layers, the embeddings' 8,848 x 8,848 and 6,632 x 6,632 too",
         ),
         Setting(
             "refresh.batch",

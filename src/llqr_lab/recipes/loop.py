@@ -143,10 +143,7 @@ class Training:
         self.task.network.train()
         every = self.config.checkpoint_every
         for batch in self.task.batches(self.epoch, self.batch):
-            with self._time_step():
-                loss = self._train_step(batch)
-            self.loss += loss.detach()
-            self.batch += 1
+            loss = self.take_step(batch)
             bar.update()
             if self.step % self.config.log_every == 0:
                 values = {"loss": float(loss), "lr": self.optimizer.param_groups[0]["lr"]}
@@ -168,7 +165,15 @@ class Training:
             self.records.keep_network(self.task.network.state_dict(), self.epoch)
         self.records.save_checkpoint(self.checkpoint_state())
 
-    def _train_step(self, batch: Any) -> Tensor:
+    def take_step(self, batch: Any) -> Tensor:
+        """Refresh if it is due, and make the next step; return its loss."""
+        with self._time_step():
+            loss = self._refresh_and_minimize(batch)
+        self.loss += loss.detach()
+        self.batch += 1
+        return loss
+
+    def _refresh_and_minimize(self, batch: Any) -> Tensor:
         step, rank = self.step, self.workers.rank
         torch.manual_seed(seed_of(self.config.seed, "dropout", step, rank))
         if self.optimizer.refresh_due:

@@ -27,8 +27,10 @@ from .task import Task
 from .text import Translation
 from .workers import Workers
 
-__all__ = ["describe_run", "folder_of", "make_task", "measure_run", "perform_run"]
+__all__ = ["describe_run", "folder_of", "TIMINGS", "make_task", "measure_run", "perform_run"]
 
+#: Recipes that time steps and refreshes; the others train.
+TIMINGS = ("table10", "figure6")
 RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
 
 
@@ -122,9 +124,9 @@ def measure_run(
         # Both are counted in the result.
         warnings.filterwarnings("ignore", "a refresh was refused")
         warnings.filterwarnings("ignore", "a step was skipped")
-        if config.recipe in ("table10", "figure6"):
+        if config.recipe in TIMINGS:
             records.begin_files(about)
-            return measure_cadence(config, workers)
+            return measure_cadence(config, workers, on_refresh)
         training = Training(config, make_task(config, workers, about), workers, records)
         if on_refresh is not None:
             training.optimizer.register_refresh_hook(on_refresh)
