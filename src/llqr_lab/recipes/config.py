@@ -72,7 +72,15 @@ def _resolve_protocol(key: str, *, _root_: DictConfig) -> Any:
     found = _resolved(**chosen_names(_root_))
     if key not in found:
         return None
+    if leader := found[key].follows:
+        word, _, name = leader.partition(".")
+        return _root_[_group_of(word)][name]
     return _as_lists(found[key].value)
+
+
+def _group_of(word: str) -> str:
+    """Return the group of the configuration that the protocols call so."""
+    return next(group for group, own in GROUPS.items() if own == word)
 
 
 def _as_lists(value: Any) -> Any:
@@ -145,11 +153,14 @@ def flat_settings(config: DictConfig) -> dict[str, Any]:
 def changed_keys(config: DictConfig) -> list[str]:
     """Return the keys whose values are not the protocol's at this scale."""
     protocol = _resolved(**chosen_names(config))
+    settings = flat_settings(config)
     read = protocol.get("data.read")
     defaults = {"llqr.shard": False, "data.holdout": 0, "read": read and read.value}
     found = []
-    for key, value in flat_settings(config).items():
+    for key, value in settings.items():
         expected = protocol[key].value if key in protocol else defaults.get(key)
+        if key in protocol and protocol[key].follows:
+            expected = settings[protocol[key].follows]
         # The share of wrong labels belongs to the cell, as a table has a column for each.
         if key == "noise" or (key == "read" and expected is None):
             continue

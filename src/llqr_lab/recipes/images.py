@@ -35,6 +35,7 @@ READERS: dict[str, Callable[..., Split]] = {
     "tinyimagenet-200": tiny_imagenet,
     "fashion-mnist": fashion_mnist,
 }
+IMAGENET_CLASSES = 1000
 EVALUATED = 500  # pictures a batch, without gradients
 Batch = tuple[Tensor, Tensor]  # pixels (bytes) and labels
 
@@ -192,8 +193,20 @@ class FolderClassification(Classification):
             raise DataError("data: ImageNet needs data=FOLDER with train/ and val/ in it")
         root, self.side = Path(self.config.data), self.config.input.image
         self.folders = [ImageFolder(root / part, side=self.side) for part in ("train", "val")]
+        self._refuse_other_folders(root)
         self.count, self.classes, self.channels = len(self.folders[0]), self.folders[0].classes, 3
         self.augment = Augment(IMAGENET_MEAN, IMAGENET_STD, padding=0, flip=True)
+
+    def _refuse_other_folders(self, root: Path) -> None:
+        """Refuse what is not ImageNet: another number of classes, or other ones to evaluate on."""
+        train, val = self.folders
+        if train.names != val.names:
+            raise DataError(f"data: the class folders of {root}/train and {root}/val differ")
+        if self.config.scale == "paper" and train.classes != IMAGENET_CLASSES:
+            raise DataError(
+                f"data: {root}/train has {train.classes} class folders, ImageNet 1,000; a part of "
+                "it is another data set, whose numbers would stand beside the paper's"
+            )
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch, decoded by worker processes."""

@@ -38,6 +38,10 @@ class Training:
         task: data and network.
         workers: the processes.
         records: where measurements and checkpoints go.
+
+    Attributes:
+        seconds: of steps and refreshes.
+        elapsed: the same with loading, evaluation and checkpoints, as a clock on the wall shows it.
     """
 
     def __init__(self, config: DictConfig, task: Task, workers: Workers, records: Records) -> None:
@@ -50,7 +54,8 @@ class Training:
         self.schedule = schedule_of(config, self.optimizer, self.steps)
         self.compiled = torch.compile(self.model) if config.train.compile else self.model
         self.epoch = self.batch = self.lines = 0
-        self.seconds = 0.0
+        self.seconds = self._elapsed_before = 0.0
+        self._began = time.perf_counter()
         self.epochs: list[dict[str, Any]] = []
         self.refreshes: list[dict[str, Any]] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
@@ -59,6 +64,11 @@ class Training:
     def step(self) -> int:
         """Steps done."""
         return self.epoch * self.task.steps + self.batch
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, its earlier parts included."""
+        return self._elapsed_before + time.perf_counter() - self._began
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; return the steps that were done."""
@@ -71,6 +81,7 @@ class Training:
             self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
             self.epochs, self.refreshes = state["epochs"], state["refreshes"]
             self.loss, self.lines = state["loss"], state["lines"]
+            self._elapsed_before = state.get("elapsed", self.seconds)
         return self.step
 
     def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
@@ -92,6 +103,7 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
+            "elapsed": self.elapsed,
             "epochs": self.epochs,
             "refreshes": self.refreshes,
             "loss": self.loss,
@@ -156,7 +168,8 @@ class Training:
         measured = {"train_loss": mean, **self.task.evaluate()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss = torch.zeros_like(self.loss)
-        values = without_nan({"seconds": self.seconds, **measured})
+        times = {"seconds": self.seconds, "elapsed_seconds": self.elapsed}
+        values = without_nan({**times, **measured})
         self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
         self.records.write_measurement("epoch", self.step, {"epoch": self.epoch, **values})
         bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.2f}"}, refresh=False)

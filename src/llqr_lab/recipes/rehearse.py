@@ -30,9 +30,9 @@ import llqr
 from ..common.limited_process import Limits, run_in_process
 from ..common.output import without_nan, write_whole
 from ..data.made_up import FORMATS, made_up_data
-from ..protocols import EXPERIMENTS, slug
+from ..protocols import EXPERIMENTS, resolve_settings, slug
 from .cadence import measure_cadence
-from .config import RECIPES, compose_config, flat_settings, given_values, resolve_config
+from .config import RECIPES, compose_config, resolve_config
 from .halving import Journal
 from .loop import Training
 from .records import Records
@@ -123,12 +123,16 @@ def geometry_of(cell: Cell) -> str | None:
     They differ in the probe, in the number of classes or in the size of the pictures, and their
     refreshes take the same time and memory but for the activations.
     """
-    config = cell.config(None, Sizes())
-    if config.llqr.curvature is None:
+    settings = resolve_settings(cell.recipe, cell.dataset, cell.network, cell.method)
+    if "llqr.curvature" not in settings:
         return None
-    network = given_values(config.network, "classes", "image")
-    own = {k: v for k, v in flat_settings(config).items() if k.startswith("llqr.")}
-    return json.dumps([cell.network, network, own], sort_keys=True)
+    left_out = {"model.classes", "model.source", "model.image"}
+    own = {
+        key: setting.value
+        for key, setting in settings.items()
+        if key.startswith(("llqr.", "model.")) and key not in left_out
+    }
+    return json.dumps([cell.network, own], sort_keys=True)
 
 
 def representatives_of(cells: Sequence[Cell]) -> dict[Cell, Cell]:
