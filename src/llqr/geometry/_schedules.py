@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 #: Optimizer steps that refusals lengthen a gap to, at most; and those of a saturated network, which
-#: a few steps may lead out of its saturation (an attempt costs about as much as two of them).
+#: a few steps may lead out of its saturation (an attempt costs about as much as three of them).
 LONGEST = 500
 SOON = 50
 

@@ -17,6 +17,7 @@ import llqr
 
 from .build import network_of, optimizer_of
 from .draws import generator_for
+from .progress import show_refreshes
 from .workers import Workers
 
 __all__ = ["measure_cadence"]
@@ -76,6 +77,7 @@ def measure_cadence(
         disable=None if workers.is_first else True,
         leave=False,
     )
+    show_refreshes(optimizer.geometry, bar, print if workers.is_first else None)
     times: list[float] = []
     refreshes: list[float] = []
     # Each time ends with a wait for the device, whose work is asynchronous.

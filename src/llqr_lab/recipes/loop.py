@@ -19,6 +19,7 @@ from ..common.output import without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
+from .progress import show_refreshes
 from .records import Records
 from .task import Forward, Task
 from .workers import Workers
@@ -137,6 +138,8 @@ class Training:
     def _show_refreshes(self, bar: tqdm) -> None:
         """Show how far a long refresh is, and say if the whole run has only one."""
         geometry = self.optimizer.geometry
+        first = self.workers.is_first and self.records.folder is not None
+        show_refreshes(geometry, bar, self._say_step if first else None)
         if bar.disable or geometry is None:
             return
         if self.step == 0 and geometry.refreshes_in(self.steps) < 2:
@@ -145,11 +148,8 @@ class Training:
                 "steps: U is learned at the first weights only; take a smaller llqr.every"
             )
 
-        def show(done: int, total: int, seconds: float) -> None:
-            text = f"refresh: product {done} of at most {total}, {seconds:.0f} s"
-            bar.set_postfix_str(text, refresh=True)
-
-        geometry.on_progress = show
+    def _say_step(self, text: str) -> None:
+        print(f"step {self.step} of {self.steps}: {text}", flush=True)
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()
