@@ -308,9 +308,7 @@ def test_costs_of_the_layers_that_the_caller_gives(curvature: str) -> None:
     exact = -torch.linalg.solve(C + 0.7 * torch.eye(len(C), dtype=torch.float64), case.g)
     assert relative_error(joined(case.layers, step), exact) < 1e-11
     # Zero is nothing, in every form; what is added to one layer acts.
-    plain = joined(
-        case.layers, exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7)
-    )
+    plain = joined(case.layers, exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7))
     none = [(None, None, None), *[None] * (len(costs) - 1)]
     again = exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7, stage_costs=none)
     assert torch.equal(joined(case.layers, again), plain)

@@ -209,9 +209,7 @@ def test_fisher_sam_ignores_the_metric(form, eta, metric):
         perturbation=llqr.FisherSAM(0.1, eta=eta, form=form),
     )
     g = problem.gradient()
-    d = {
-        n: g[n] / (g[n].square() + eta if form == "paper" else 1 + eta * g[n].square()) for n in g
-    }
+    d = {n: g[n] / (g[n].square() + eta if form == "paper" else 1 + eta * g[n].square()) for n in g}
     norm = (sum((g[n] * d[n]).sum() for n in g) + EPS0).sqrt()
     close(displacement(optimizer, problem), {n: 0.1 * d[n] / norm for n in g})
 

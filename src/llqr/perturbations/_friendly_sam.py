@@ -88,9 +88,13 @@ class FriendlySAM(RememberingSAM):
     def observe(self, gradients: Tensors) -> None:
         """Form the next memory; it becomes the memory when the step counts."""
         m, g = self._recall_all(gradients), list(gradients.values())
-        memory = torch._foreach_mul(m, self.decay)
-        torch._foreach_add_(memory, torch._foreach_mul(g, 1 - self.decay))
+        means = torch._foreach_mul(m, self.decay)
+        torch._foreach_add_(means, torch._foreach_mul(g, 1 - self.decay))
+        memory = list(means)
         if self.memory_start == "gradient":
             # One that is zero has seen nothing yet; asked on the device, without a wait.
-            memory = [torch.where(old.any(), new, x) for old, new, x in zip(m, memory, g, strict=True)]
+            memory = [
+                torch.where(old.any(), mean, new)
+                for old, mean, new in zip(m, means, g, strict=True)
+            ]
         self._next_memory = dict(zip(gradients, memory, strict=True))

@@ -58,9 +58,7 @@ def run_in_process(function: Callable[[], dict[str, Any]], limits: Limits) -> di
     return {**found, "seconds": round(seconds, 1), "peak_gib": round(used.ru_maxrss / 2**20, 3)}
 
 
-def _answer_and_leave(
-    function: Callable[[], dict[str, Any]], limits: Limits, answer: int
-) -> None:
+def _answer_and_leave(function: Callable[[], dict[str, Any]], limits: Limits, answer: int) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 5))
         size = int(limits.gib * GIB)
