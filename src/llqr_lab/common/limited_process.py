@@ -25,7 +25,7 @@ class Limits:
 
     Attributes:
         seconds: of the processor.
-        gib: of memory.
+        gib: of memory asked for, of which a part may never be touched.
     """
 
     seconds: int

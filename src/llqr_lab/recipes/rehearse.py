@@ -2,8 +2,8 @@
 
 Before days are spent on a recipe, see that every cell of it can run: each network at the paper's
 size, with each method, makes two steps with one refresh on made-up data in the format of the real
-ones. Only the batch and the number of inner steps are smaller; no number that it prints says
-anything of accuracy. One cell runs at a time, in a process of its own with one thread, so that its
+ones. The batch and the number of inner steps are smaller, nothing is compiled or in bfloat16, and
+the probe starts at once; no number that it prints says anything of accuracy. One cell runs at a time, in a process of its own with one thread, so that its
 peak of memory and its seconds (of the processor) are its own; a cell that exceeds a limit is ended,
 and the table says so. A rehearsal that was killed goes on when the same command is given again.
 """
@@ -204,7 +204,8 @@ def table_of(rows: Sequence[tuple[Cell, dict[str, Any]]]) -> str:
     for cell, found in rows:
         shared = found.get("as")
         numbers = ("", "") if shared else (f"{found['seconds']:.0f}", f"{found['peak_gib']:.2f}")
-        outcome = f"{outcome_text(found)} (as {shared})" if shared else outcome_text(found)
+        # The verdict of another data set's refresh would be a guess.
+        outcome = f"not run: see {shared}" if shared else outcome_text(found)
         data = cell.read or cell.dataset
         lines.append((cell.recipe, data, cell.network, cell.method, *numbers, outcome))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -321,14 +322,14 @@ def rehearse_all(
 EXAMPLES = """\
 examples:
   python -m llqr_lab.recipes.rehearse --list                      the cells
-  python -m llqr_lab.recipes.rehearse                             all of them, in an hour or two
+  python -m llqr_lab.recipes.rehearse                             all of them
   python -m llqr_lab.recipes.rehearse --recipes table1 --networks pyramidnet-110
   python -m llqr_lab.recipes.rehearse --recipes table5 --methods llqr-f-sam --inner-steps 50
   python -m llqr_lab.recipes.rehearse --methods llqr --set llqr.batch_norm=batch --out outputs/batch
 
 In the table, "Seconds" are of one thread of the processor, and "Peak GiB" the largest memory of the
-process, Python and torch included. A row without them has the network and the geometry of another
-row, which it names and which ran in its place (--every-cell runs all).
+process, Python and torch included. A row without them has not run: it has the network and the
+geometry of the row that it names, which ran in its place (--every-cell runs all).
 """
 
 
