@@ -3,9 +3,10 @@
 Before days are spent on a recipe, see that every cell of it can run: each network at the paper's
 size, with each method, makes two steps with one refresh on made-up data in the format of the real
 ones. The batch and the number of inner steps are smaller, nothing is compiled or in bfloat16, and
-the probe starts at once; no number that it prints says anything of accuracy. One cell runs at a time, in a process of its own with one thread, so that its
-peak of memory and its seconds (of the processor) are its own; a cell that exceeds a limit is ended,
-and the table says so. A rehearsal that was killed goes on when the same command is given again.
+the probe starts at once; no number that it prints says anything of accuracy. One cell runs at a
+time, in a process of its own with one thread, so that its peak of memory and its seconds (of the
+processor) are its own; a cell that exceeds a limit is ended, and the table says so. A rehearsal
+that was killed goes on when the same command is given again.
 """
 
 from __future__ import annotations
