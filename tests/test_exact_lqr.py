@@ -278,6 +278,72 @@ def test_step_solves_the_quadratic_model(curvature: str, scale: str | float) -> 
     assert residual.norm() < 1e-12 * flat(model.gradient).norm()
 
 
+def stage_costs_of(layers: nn.Sequential, x: Tensor) -> list[tuple[Tensor, ...]]:
+    """Draw positive semidefinite (Q_i, M_i, R_i) of every layer, dense and with cross terms."""
+    costs, draws = [], torch.Generator().manual_seed(3)
+    for i, layer in enumerate(layers):
+        n = x.numel() if i else 0
+        p = sum(q.numel() for q in layer.parameters())
+        root = torch.randn(n + p, n + p, generator=draws, dtype=torch.float64)
+        W = 0.1 * root @ root.T / max(n + p, 1)
+        costs.append((W[:n, :n], W[n:, :n], W[n:, n:]))
+        x = layer(x).detach()
+    return costs
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
+def test_costs_of_the_layers_that_the_caller_gives(curvature: str) -> None:
+    """Dense: u'C u gains the quadratic forms of what each layer sees, dx_i = J_i u and u_i."""
+    case = chain("mlp-tanh")
+    costs = stage_costs_of(case.layers, case.x)
+    parameters = list(case.layers.parameters())
+    C, x, at = case.C[curvature].clone(), case.x, 0
+    for (Q, M, R), layer in zip(costs, case.layers, strict=True):
+        size = len(R)
+        J = rows(x.flatten(), parameters)[: len(Q)] if len(Q) else x.new_zeros(0, len(C))
+        E = torch.eye(len(C), dtype=torch.float64)[at : at + size]
+        C += J.T @ Q @ J + E.T @ M @ J + (E.T @ M @ J).T + E.T @ R @ E
+        x, at = layer(x), at + size
+    step = exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7, stage_costs=costs)
+    exact = -torch.linalg.solve(C + 0.7 * torch.eye(len(C), dtype=torch.float64), case.g)
+    assert relative_error(joined(case.layers, step), exact) < 1e-11
+    # Zero is nothing, in every form; what is added to one layer acts.
+    plain = joined(case.layers, exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7))
+    none = [(None, None, None), *[None] * (len(costs) - 1)]
+    again = exact_lqr_step(case.layers, case.x, case.loss, curvature, 0.7, stage_costs=none)
+    assert torch.equal(joined(case.layers, again), plain)
+    assert relative_error(joined(case.layers, step), plain) > 0.01
+
+
+def test_a_divergence_of_all_layers_is_the_same_metric() -> None:
+    """C of a Divergence over the inputs and parameters of the layers has the same Q_i, M_i, R_i."""
+    case = chain("mlp-tanh")
+    costs = stage_costs_of(case.layers, case.x)
+    parameters = list(case.layers.parameters())
+
+    def forward() -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        x, seen = case.x, []
+        for i, layer in enumerate(case.layers):
+            theta = flat([1 * p for p in layer.parameters()]) if [*layer.parameters()] else None
+            seen.append((x if i else None, theta))
+            x = layer(x)
+        return case.loss(x), [*seen, (x, None)]
+
+    def quadratic(seen, seen0) -> Tensor:
+        total = kl(seen[-1][0], seen0[-1][0])
+        for (Q, M, R), now, before in zip(costs, seen, seen0, strict=False):
+            changes = [(a - b).flatten() for a, b in zip(now, before, strict=True) if a is not None]
+            d, W = torch.cat(changes), torch.cat([torch.cat([Q, M.T], 1), torch.cat([M, R], 1)])
+            total = total + 0.5 * d @ W @ d
+        return total
+
+    model = quadratic_model(forward, parameters, Divergence(quadratic))
+    step = exact_lqr_step(case.layers, case.x, case.loss, "fisher", 0.7, stage_costs=costs)
+    u = [value for layer in step for value in layer.values()]
+    residual = flat(model.gradient) + flat(model.product(u)) + 0.7 * flat(u)
+    assert residual.norm() < 1e-13 * flat(model.gradient).norm()
+
+
 def test_sum_counts_the_rows_with_a_loss_gradient() -> None:
     case = chain("mlp-gelu")
     y = torch.tensor([0, -100, 2, 1, -100, 0])
@@ -505,6 +571,21 @@ BAD = {
         dict(layers=[nn.Linear(4, 2), Apply(lambda x: (0 * x).sqrt())]),
         ValueError,
         r"layers\[0\] \(Linear\) is singular \(condition number inf\)",
+    ),
+    "stage-costs-count": (
+        dict(stage_costs=[None]),
+        ValueError,
+        r"stage_costs: expected one entry per layer \(3\), got 1",
+    ),
+    "stage-costs-shape": (
+        dict(stage_costs=[None, (torch.eye(5), None, None), None]),
+        ValueError,
+        r"stage_costs: Q of layers\[1\] \(Tanh\) needs shape \(15, 15\), got \(5, 5\)",
+    ),
+    "stage-costs-symmetry": (
+        dict(stage_costs=[(None, None, torch.ones(15, 15).triu()), None, None]),
+        ValueError,
+        r"stage_costs: R of layers\[0\] \(Linear\) is not symmetric",
     ),
     "linear-loss": (dict(loss=Tensor.sum), ValueError, "loss: linear in the outputs"),
     "flat-divergence": (

@@ -243,4 +243,10 @@ def test_too_many_refusals_raise_and_explain():
     assert fresh.refresh(problem).accepted
     fresh.refresh(bad)
     fresh.refresh(bad)  # two in a row again: the count started anew after a good one
-    assert fresh.geometry.counters() == {"refreshes": 4, "refused": 3, "failures": 2, "last": 0}
+    assert fresh.geometry.counters() == {
+        "refreshes": 4,
+        "refused": 3,
+        "failures": 2,
+        "saturated": 0,
+        "last": 0,
+    }

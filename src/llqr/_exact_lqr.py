@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -22,6 +22,9 @@ from .curvature import (
 
 __all__ = ["exact_lqr_step"]
 
+#: Q_i, M_i and R_i of one layer, flat; None is zero.
+StageCost = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 def exact_lqr_step(
     layers: Iterable[nn.Module],
@@ -31,6 +34,7 @@ def exact_lqr_step(
     damping: float = 0.0,
     *,
     scale: Literal["mean", "sum"] | float = "mean",
+    stage_costs: Sequence[StageCost | None] | None = None,
 ) -> list[dict[str, Tensor]]:
     r"""Solve for the exact second-order step of a chain of layers by a Riccati recursion.
 
@@ -51,7 +55,7 @@ def exact_lqr_step(
     outputs. With ``"newton"`` the stage costs are the second derivatives of
     :math:`\lambda_{i+1}^\top f_i` in :math:`(x_i, \theta_i)`, with the costates
     :math:`\lambda_N = q_N`, :math:`\lambda_i = A_i^\top \lambda_{i+1}`; otherwise (Gauss-Newton)
-    they are zero. The recursion finds the stationary point
+    they are zero. ``stage_costs`` are added to them. The recursion finds the stationary point
 
     .. math:: u = -(C + \text{damping}\, I)^{-1} g
 
@@ -72,6 +76,10 @@ def exact_lqr_step(
         scale: a factor on C: ``"mean"`` is 1; ``"sum"`` is the number of output rows (last
             dimension = classes) whose loss gradient is not zero, for ``"fisher"`` the convention
             of the paper's code; a number is taken as it is.
+        stage_costs: for each layer ``(Q_i, M_i, R_i)`` or None, in the order of its input's entries
+            (the whole batch's) and of its parameters' that require grad: shapes (n, n), (p, n) and
+            (p, p), where None is zero. They are taken as they are, without ``scale``; the first
+            layer's input is fixed, so it has n = 0.
 
     Returns:
         One dictionary per layer, ``{parameter name in the layer: u}``, u shaped like the parameter.
@@ -79,7 +87,8 @@ def exact_lqr_step(
     Raises:
         TypeError: a layer is no module, or its output is no tensor.
         ValueError: an argument is out of range; layers share a parameter; a layer draws random
-            numbers; the loss is linear in the outputs; the system of a layer is singular.
+            numbers; the loss is linear in the outputs; the system of a layer is singular; a stage
+            cost has another shape, or Q_i or R_i is not symmetric.
 
     Source: paper, appendix A, equations (7) to (9).
 
@@ -97,6 +106,7 @@ def exact_lqr_step(
     check_number("damping", damping, low=0)
     with _without_side_effects(x):
         stages, outputs = _roll_out(modules, x)
+        given = _check_stage_costs(stage_costs, stages)
         q_N, Q_N, factor = _terminal_cost(loss, outputs, curvature, scale)
 
         # Backward from the terminal cost of equation (9). From stage i on the rest costs at least
@@ -104,9 +114,10 @@ def exact_lqr_step(
         # the costs of stage i, and minimise over u: it is u = -(K dx + k).
         P, p, costate = factor * Q_N, q_N, factor * q_N
         policy = []
-        for stage in reversed(stages):
+        for stage, own in zip(reversed(stages), reversed(given), strict=True):
             A, B = stage.linear_dynamics()
-            Q, M, R = stage.stage_costs(None if curvature.gauss_newton else costate)
+            derived = stage.stage_costs(None if curvature.gauss_newton else costate)
+            Q, M, R = (a if b is None else a + b for a, b in zip(derived, own, strict=True))
             H = M + B.T @ P @ A  # (parameters, state): what multiplies u' and dx
             K, k = _feedback_gains(R + B.T @ P @ B, H, B.T @ p, damping, stage.label)
             policy.append((A, B, K, k))
@@ -192,6 +203,34 @@ def _roll_out(modules: list[nn.Module], x: Tensor) -> tuple[list[_Stage], Tensor
             raise ValueError(f"{stage.label}: expected an output in {dtype}, got {x.dtype}")
         stages.append(stage)
     return stages, x
+
+
+def _check_stage_costs(
+    costs: Sequence[StageCost | None] | None, stages: list[_Stage]
+) -> list[StageCost]:
+    """Return the costs of every stage, in its dtype, or say what does not fit."""
+    if costs is None:
+        return [(None, None, None)] * len(stages)
+    if len(costs) != len(stages):
+        raise ValueError(
+            f"stage_costs: expected one entry per layer ({len(stages)}), got {len(costs)}"
+        )
+    found = list[StageCost]()
+    for stage, cost in zip(stages, costs, strict=True):
+        n, p = stage.state.numel(), sum(stage.sizes)
+        entries = list[Tensor | None]()
+        shapes = ("Q", (n, n)), ("M", (p, n)), ("R", (p, p))
+        for (name, shape), matrix in zip(shapes, cost or (None, None, None), strict=True):
+            if matrix is not None and tuple(matrix.shape) != shape:
+                raise ValueError(
+                    f"stage_costs: {name} of {stage.label} needs shape {shape}, got "
+                    f"{tuple(matrix.shape)}"
+                )
+            if matrix is not None and name != "M" and not torch.allclose(matrix, matrix.mT):
+                raise ValueError(f"stage_costs: {name} of {stage.label} is not symmetric")
+            entries.append(None if matrix is None else matrix.to(stage.point))
+        found.append((entries[0], entries[1], entries[2]))
+    return found
 
 
 def _terminal_cost(

@@ -362,7 +362,8 @@ def test_a_network_that_has_become_certain_is_refused_and_is_no_failure():
     with pytest.warns(UserWarning, match="no curvature in its outputs"):
         for _ in range(3):
             assert not optimizer.refresh(problem).accepted
-    assert geometry.counters() == {"refreshes": 4, "refused": 3, "failures": 0, "last": 1}
+    counters = {"refreshes": 4, "refused": 3, "failures": 0, "saturated": 3, "last": 1}
+    assert geometry.counters() == counters
     same(geometry.state(), before)
     fresh = optimizer_of(problem, geometry=natural_of(max_failures=0))
     with pytest.warns(UserWarning, match="no curvature in its outputs"):

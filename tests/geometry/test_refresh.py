@@ -77,10 +77,22 @@ def test_a_refresh_that_raises_j_is_refused(structure):
     assert report.ratio == 1.0 and report.change == 0.0  # of the U that was kept
     assert report.eigenvalue_min == report.eigenvalue_max == 1.0
     same(copied(geometry), before)
-    assert geometry.counters() == {"refreshes": 1, "refused": 1, "failures": 1, "last": 4}
+    assert geometry.counters() == {
+        "refreshes": 1,
+        "refused": 1,
+        "failures": 1,
+        "saturated": 0,
+        "last": 4,
+    }
     assert not geometry.due(5)
     geometry.refresh([problem], step=5)  # later ones are counted, without a warning
-    assert geometry.counters() == {"refreshes": 2, "refused": 2, "failures": 2, "last": 5}
+    assert geometry.counters() == {
+        "refreshes": 2,
+        "refused": 2,
+        "failures": 2,
+        "saturated": 0,
+        "last": 5,
+    }
 
 
 def test_without_the_constraint_nothing_is_refused_for_j():
@@ -118,7 +130,13 @@ def test_too_many_refusals_in_a_row_raise():
               "max_failures", "U is unchanged"):  # fmt: skip
         geometry.refresh([problem], step=2)
     same(copied(geometry), before)
-    assert geometry.counters() == {"refreshes": 3, "refused": 3, "failures": 3, "last": 2}
+    assert geometry.counters() == {
+        "refreshes": 3,
+        "refused": 3,
+        "failures": 3,
+        "saturated": 0,
+        "last": 2,
+    }
     with pytest.raises(llqr.RefreshError, match="4 refreshes"):
         geometry.refresh([problem], step=3)
 
@@ -136,7 +154,13 @@ def test_recovery():
         geometry.refresh([problem], step=0)
     geometry.refresh([problem], step=1)
     assert geometry.refresh([problem], step=2).accepted
-    assert geometry.counters() == {"refreshes": 3, "refused": 2, "failures": 0, "last": 2}
+    assert geometry.counters() == {
+        "refreshes": 3,
+        "refused": 2,
+        "failures": 0,
+        "saturated": 0,
+        "last": 2,
+    }
     learned = copied(geometry)
     for step in (3, 4):
         geometry.refresh([problem], step=step)
@@ -297,7 +321,13 @@ def test_a_saturated_network_refuses_the_refresh_in_the_middle_of_training(curva
     assert len(found) == 1
     report = optimizer.last_report
     assert not report.accepted and report.step == 4 and "certain" in report.reason
-    assert optimizer.geometry.counters() == {"refreshes": 5, "refused": 3, "failures": 0, "last": 4}
+    assert optimizer.geometry.counters() == {
+        "refreshes": 4,
+        "refused": 2,
+        "failures": 0,
+        "saturated": 2,
+        "last": 4,
+    }
     same(optimizer.geometry.state(), U)
     optimizer.load_state_dict(through_file(optimizer.state_dict()))
     with torch.no_grad():

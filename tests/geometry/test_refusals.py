@@ -103,6 +103,63 @@ def test_a_network_that_is_saturated_from_the_start(curvature):
     same(dict(problem.model.named_parameters()), kept)
 
 
+@pytest.mark.parametrize("curvature", ["fisher", "newton"])
+def test_untouched_running_statistics_do_not_end_training(curvature):
+    """The paper's settings on a deep stack: logits of 1e18 in evaluation mode, of 1 in training."""
+    torch.manual_seed(0)
+    blocks = [[nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()] for _ in range(20)]
+    net = nn.Sequential(*(layer for block in blocks for layer in block), nn.Linear(8, 3))
+    with torch.no_grad():
+        for layer in net[:-1:3]:
+            layer.weight.normal_(0, 4.0)
+    x, y = torch.randn(32, 8), torch.randint(3, (32,))
+    assert net.eval()(x).abs().max() > 1e16 and net.train()(x).abs().max() < 10
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.reset_running_stats()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z = net(x)
+        return nn.functional.cross_entropy(z, y), z
+
+    sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    geometry = llqr.LLQR.paper("diagonal", curvature)
+    optimizer = llqr.Optimizer(sgd, net, geometry=geometry, perturbation=llqr.SAM(0.05))
+    with pytest.warns(UserWarning, match="a refresh was refused"):
+        losses = [float(optimizer.minimize(forward)) for _ in range(12)]
+    assert not optimizer.last_report.accepted and optimizer.last_report.step == 0
+    assert optimizer.skipped_steps == 0 and max(losses) < 10
+    same(geometry.state(), {n: {"U": torch.ones_like(p)} for n, p in net.named_parameters()})
+
+
+@pytest.mark.parametrize(
+    "every, expected",
+    [
+        (1, [0, 2, 6, 14, 30, 62, 112]),  # 2, 4, 8, 16, 32, then 50
+        (60, [0, 60, 120]),  # as asked for: seldom enough
+        (llqr.growing(1, 9), [0, 2, 6, 15, 24]),
+    ],
+)
+@pytest.mark.parametrize("max_failures", [None, 0])
+def test_a_saturated_network_is_tried_again_soon_but_not_in_each_step(
+    every, expected, max_failures
+):
+    problem = mlp()
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e6)
+    geometry = bound(problem, every=every, max_failures=max_failures)
+    at = []
+    with pytest.warns(UserWarning, match="refused because the loss has no curvature"):
+        for step in range(expected[-1] + 1):
+            if geometry.due(step):
+                at.append(geometry.refresh([problem], step=step).step)
+    assert at == expected
+    with torch.no_grad():
+        problem.model[2].weight.mul_(1e-6)
+    assert geometry.refresh([problem], step=200).accepted
+    assert geometry.counters()["saturated"] == 0
+
+
 @pytest.mark.parametrize(
     "loss",
     [

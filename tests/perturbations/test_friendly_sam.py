@@ -26,26 +26,29 @@ RHO, EPS0 = 0.2, 1e-12
 
 @pytest.mark.parametrize("decay, sigma", [(0.9, 1.0), (0.6, 0.5), (0.0, 1.0)])
 @pytest.mark.parametrize("norm", ["metric", "euclidean"])
-def test_friendly_sam_over_steps(norm, decay, sigma):
+@pytest.mark.parametrize("start", ["zero", "gradient"])
+def test_friendly_sam_over_steps(start, norm, decay, sigma):
     """v = g - sigma m and only then m <- decay m + (1 - decay) g, with raw clean gradients."""
     problem = mlp()
     geometry = random_metric(problem)
-    probe = llqr.FriendlySAM(RHO, sigma=sigma, decay=decay, norm=norm)
+    probe = llqr.FriendlySAM(RHO, sigma=sigma, decay=decay, norm=norm, memory_start=start)
     optimizer = optimizer_of(problem, geometry=geometry, perturbation=probe)
     m = torch.zeros(57, dtype=F64)
-    for _ in range(5):
+    for step in range(5):
         g = problem.gradient()
         v = flat(g) - sigma * m
         d = geometry.U @ v
         expected = RHO * d / ((v if norm == "metric" else d) @ d + EPS0).sqrt()
-        start, seen = weights(problem.model), []
+        before, seen = weights(problem.model), []
         for i in optimizer.passes():
             problem.backward()
             if i:
-                seen.append(flat(weights(problem.model)) - flat(start))
+                seen.append(flat(weights(problem.model)) - flat(before))
         optimizer.step()
         torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-12)
         m = decay * m + (1 - decay) * flat(g)
+        if step == 0 and start == "gradient":
+            m = flat(g)
         memory = flat({n: e["memory"] for n, e in probe.state().items()})
         torch.testing.assert_close(memory, m, rtol=0, atol=1e-14)
 

@@ -200,15 +200,16 @@ def test_what_asam_takes_for_a_bias():
 
 @pytest.mark.parametrize("metric", [True, False], ids=["U", "I"])
 @pytest.mark.parametrize("eta", [0.1, 1e-3])
-def test_fisher_sam_ignores_the_metric(eta, metric):
+@pytest.mark.parametrize("form", ["paper", "kim"])
+def test_fisher_sam_ignores_the_metric(form, eta, metric):
     problem = mlp()
     optimizer = optimizer_of(
         problem,
         geometry=random_metric(problem) if metric else None,
-        perturbation=llqr.FisherSAM(0.1, eta=eta),
+        perturbation=llqr.FisherSAM(0.1, eta=eta, form=form),
     )
     g = problem.gradient()
-    d = {n: g[n] / (g[n].square() + eta) for n in g}
+    d = {n: g[n] / (g[n].square() + eta if form == "paper" else 1 + eta * g[n].square()) for n in g}
     norm = (sum((g[n] * d[n]).sum() for n in g) + EPS0).sqrt()
     close(displacement(optimizer, problem), {n: 0.1 * d[n] / norm for n in g})
 

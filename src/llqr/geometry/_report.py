@@ -128,12 +128,14 @@ class RefreshHistory:
         refreshes: how many ran.
         refused: how many of them were refused.
         failures: how many refusals in a row there are now, of those that a setting can help.
+        saturated: how many of the others, for which the loss has no curvature at present.
         last: the optimizer step of the last one; -1: none yet.
     """
 
     refreshes: int = 0
     refused: int = 0
     failures: int = 0
+    saturated: int = 0
     last: int = -1
 
     @property
@@ -151,11 +153,12 @@ class RefreshHistory:
         self.last = report.step
         self.refreshes += 1
         if report.accepted:
-            self.failures = 0
+            self.failures = self.saturated = 0
         else:
             self.refused += 1
             # A saturated network is refused too, but is no failure of the settings.
             self.failures += is_failure
+            self.saturated = 0 if is_failure else self.saturated + 1
 
     def counters(self) -> dict[str, int]:
         """Return the numbers, to checkpoint."""
@@ -165,3 +168,4 @@ class RefreshHistory:
         """Take over what :meth:`counters` returned."""
         self.refreshes, self.refused = counters["refreshes"], counters["refused"]
         self.failures, self.last = counters["failures"], counters["last"]
+        self.saturated = counters.get("saturated", 0)  # older checkpoints have none

@@ -13,14 +13,17 @@ __all__ = [
     "EVERY_GROWING",
     "EVERY_GROWING_SPARSELY",
     "INNER_LR",
+    "SOON",
     "ScheduledSetting",
     "back_off",
     "gap_after",
     "growing",
 ]
 
-#: Optimizer steps that refusals lengthen a gap to, at most.
+#: Optimizer steps that refusals lengthen a gap to, at most; and those of a saturated network, which
+#: a few steps may lead out of its saturation (an attempt costs about as much as three of them).
 LONGEST = 500
+SOON = 50
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,18 @@ def gap_after(every: Schedule, last: int, step: int) -> float:
     return EVERY.value_at(every, last if isinstance(every, growing) else step)
 
 
-def back_off(every: Schedule, gap: float, failures: int) -> float:
+def back_off(every: Schedule, gap: float, failures: int, longest: float = LONGEST) -> float:
     """Return the gap after refusals in a row: each doubles it, up to a bound.
 
     What refused a refresh (a saturated network, an inner rate that is too large) may last; a
     refresh that is refused costs as much as one that is not.
+
+    Args:
+        every: steps between refreshes; the last gap of one that grows is a bound too.
+        gap: without refusals.
+        failures: refusals in a row.
+        longest: the bound, if ``gap`` itself is not longer.
     """
-    longest = every.last if isinstance(every, growing) else max(gap, LONGEST)
-    return min(gap * 2.0 ** min(failures, 16), longest)
+    if isinstance(every, growing):
+        longest = min(longest, every.last)
+    return max(gap, min(gap * 2.0 ** min(failures, 16), longest))

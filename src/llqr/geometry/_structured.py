@@ -18,7 +18,7 @@ from ._base import Geometry, NormStatistics, format_table, shape_text
 from ._metric_settings import Learned, MetricSettings
 from ._refresh_progress import ProgressCallback
 from ._report import INACTIVE, RefreshError, RefreshHistory, RefreshReport
-from ._schedules import back_off, gap_after
+from ._schedules import SOON, back_off, gap_after
 from .layout import Layout, layers_of, unwrap_model
 from .structures import BlockDiagonal, States, Structure, StructureOf, Vector, find_structure
 from .structures._table import check_structure
@@ -260,7 +260,8 @@ class StructuredGeometry(Geometry):
     def due(self, step: int) -> bool:
         """Tell whether ``every`` steps have passed since the last refresh (first at start).
 
-        After refusals in a row the gap is longer (see ``max_failures``).
+        After refusals in a row the gap is longer (see ``max_failures``), up to 50 steps if the
+        network was saturated, so that such a network does not pay an attempt in each step.
         """
         settings, history = self.settings, self.history
         if step < settings.start:
@@ -270,6 +271,7 @@ class StructuredGeometry(Geometry):
         gap = gap_after(settings.every, history.last, step)
         if settings.max_failures is None:
             gap = back_off(settings.every, gap, history.failures)
+        gap = back_off(settings.every, gap, history.saturated, SOON)
         return step - history.last >= gap
 
     def refreshes_in(self, steps: int) -> int:

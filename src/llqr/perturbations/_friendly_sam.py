@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from ._sam import Along, Direction, Norm
 __all__ = ["FriendlySAM"]
 
 
+#: What the memory is at first.
+MemoryStart = Literal["zero", "gradient"]
+
+
 class FriendlySAM(RememberingSAM):
     r"""Probe along the part of the gradient that is new, through U.
 
@@ -23,8 +27,9 @@ class FriendlySAM(RememberingSAM):
               m \leftarrow \lambda m + (1 - \lambda) g \text{ after } v
 
     The memory m starts at zero, as in the paper's code (the method's own authors and
-    pytorch_optimizer start at g). It holds raw gradients, advances also at rho = 0, and does not
-    advance at a skipped step. The paper takes lambda = .6, .9 or .95 (appendix C).
+    pytorch_optimizer start at g: ``memory_start="gradient"``). It holds raw gradients, advances
+    also at rho = 0, and does not advance at a skipped step. The paper takes lambda = .6, .9 or .95
+    (appendix C).
 
     Args:
         rho: radius (see :class:`Perturbation`).
@@ -35,6 +40,11 @@ class FriendlySAM(RememberingSAM):
         along: as in :class:`SAM`; "gradient" probes along v itself.
         start: first optimizer step that is probed.
         interval: as in :class:`SAM`; the memory sees every step.
+        memory_start: "zero": after the first step m is (1 - lambda) g; "gradient": it is g. The
+            first probe is along g in both cases.
+
+    Raises:
+        ValueError: a value out of range; the message names argument and value.
 
     Source: T. Li et al., Friendly sharpness-aware minimization, CVPR 2024.
 
@@ -57,13 +67,17 @@ class FriendlySAM(RememberingSAM):
         along: Along = "metric",
         start: int = 0,
         interval: int = 1,
+        memory_start: MemoryStart = "zero",
     ) -> None:
         super().__init__(
             rho, norm=norm, direction=direction, along=along, start=start, interval=interval
         )
         check_number("sigma", sigma, low=0)
         check_number("decay", decay, low=0, high=1)
-        self.sigma, self.decay = sigma, decay
+        if memory_start not in get_args(MemoryStart):
+            allowed = get_args(MemoryStart)
+            raise ValueError(f"memory_start: expected one of {allowed}, got {memory_start!r}")
+        self.sigma, self.decay, self.memory_start = sigma, decay, memory_start
 
     def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
         """Return SAM's displacement with v = g - sigma m in the place of g."""
@@ -73,6 +87,14 @@ class FriendlySAM(RememberingSAM):
 
     def observe(self, gradients: Tensors) -> None:
         """Form the next memory; it becomes the memory when the step counts."""
-        memory = torch._foreach_mul(self._recall_all(gradients), self.decay)
-        torch._foreach_add_(memory, torch._foreach_mul(list(gradients.values()), 1 - self.decay))
+        m, g = self._recall_all(gradients), list(gradients.values())
+        means = torch._foreach_mul(m, self.decay)
+        torch._foreach_add_(means, torch._foreach_mul(g, 1 - self.decay))
+        memory = list(means)
+        if self.memory_start == "gradient":
+            # One that is zero has seen nothing yet; asked on the device, without a wait.
+            memory = [
+                torch.where(old.any(), mean, new)
+                for old, mean, new in zip(m, means, g, strict=True)
+            ]
         self._next_memory = dict(zip(gradients, memory, strict=True))

@@ -41,7 +41,8 @@ def curve_rows(
 ) -> list[dict]:
     """Return one row per epoch: mean and standard deviation over seeds of each column.
 
-    An epoch where a seed has no finite value has None there.
+    "seconds" are of steps and refreshes, "elapsed_seconds" with loading and evaluation (None if a
+    run did not record them). An epoch where a seed has no finite value has None there.
     """
     by_epoch: dict[int, list[dict[str, Any]]] = {}
     for run in chosen.runs.values():
@@ -54,6 +55,8 @@ def curve_rows(
             continue
         row: dict[str, Any] = {"method": method, "seeds": len(epochs), "epoch": number}
         row["seconds"] = mean_std(e["seconds"] for e in epochs)[0]
+        elapsed = [e.get("elapsed_seconds") for e in epochs]
+        row["elapsed_seconds"] = None if None in elapsed else mean_std(elapsed)[0]
         for name, value in columns.items():
             values = [value(e) for e in epochs]
             known = values if all(v is not None for v in values) else []
@@ -111,7 +114,7 @@ def collect_figure1(found: Found, asked: str | None = None) -> Figure:
         {"error": top1_error, "test_loss": lambda e: e.get("test_loss")},
         (
             Panel("epoch", "error", "top-1 error", "test error (%)"),
-            Panel("seconds", "test_loss", "test loss by time", "test loss"),
+            Panel("elapsed_seconds", "test_loss", "test loss by time", "test loss"),
         ),
     )
 
@@ -136,12 +139,17 @@ def collect_figure4(found: Found, asked: str | None = None) -> Figure:
 
 
 UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+TIMES = {
+    "elapsed_seconds": "elapsed time with loading and evaluation",
+    "seconds": "time of steps and refreshes only",
+}
 
 
 def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any:
     """Draw two panels of curves, each labelled at its end."""
     figure, both = new_figure((1, 2), (13.5, 5.6))
-    longest = max(row["seconds"] for row in rows)
+    clock = "seconds" if any(row["elapsed_seconds"] is None for row in rows) else "elapsed_seconds"
+    longest = max(row[clock] for row in rows)
     unit, seconds = next((u, s) for u, s in UNITS if longest > 2 * s or s == 1)
     for axes, panel in zip(both, panels, strict=True):
         lines = []
@@ -149,8 +157,8 @@ def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any
             mine = [r for r in rows if r["method"] == method and r[panel.y] is not None]
             if not mine:
                 continue
-            timed = panel.x == "seconds"
-            x = [r["seconds"] / seconds if timed else r["epoch"] for r in mine]
+            timed = panel.x in TIMES
+            x = [r[clock] / seconds if timed else r["epoch"] for r in mine]
             y = [r[panel.y] for r in mine]
             std = [r[f"{panel.y}_std"] for r in mine]
             several = all(s is not None for s in std)
@@ -161,7 +169,7 @@ def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any
         draw_lines(axes, lines)
         _zoom_to_ends(axes, lines)
         axes.set_title(panel.title, fontsize=12)
-        axes.set_xlabel(f"training time ({unit})" if panel.x == "seconds" else "epoch", fontsize=11)
+        axes.set_xlabel(f"{TIMES[clock]} ({unit})" if panel.x in TIMES else "epoch", fontsize=11)
         axes.set_ylabel(panel.label, fontsize=11)
         if panel.x == "epoch":
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .demo import DEMO, DEMO_KEYS, DEMO_METHODS
 from .own import FASHION, HELP_TEXTS, tuned_settings
@@ -276,4 +276,8 @@ def resolve_settings(
             chosen[setting.key] = setting
     # Only what the run has anyway: a smoke run of images gets no setting of translation.
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
-    return chosen | smoke
+    chosen |= smoke
+    return {
+        key: replace(s, value=chosen[s.follows].value) if s.follows else s
+        for key, s in chosen.items()
+    }

@@ -55,7 +55,6 @@ HELP_TEXTS = Group(
         Setting("train.tokens", 2048, SCALE),
         Setting("train.epochs", 4, SCALE),
         Setting("train.warmup_steps", 100, SCALE),
-        Setting("probe.start", 100, SCALE),
         Setting("llqr.every", 50, SCALE),
         Setting("refresh.batch", 64, SCALE),
         Setting("report.beam", 1, SCALE),

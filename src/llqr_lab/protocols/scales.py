@@ -50,7 +50,6 @@ SMALL_TEXT = Group(
         Setting("train.epochs", 12, SCALE),
         Setting("train.warmup_steps", 200, SCALE),
         Setting("base.lr", 3e-3, SCALE),
-        Setting("probe.start", 200, SCALE),
         Setting("llqr.every", 100, SCALE),
         Setting("refresh.batch", 64, SCALE),
         Setting("report.seeds", (0, 1, 2), SCALE),

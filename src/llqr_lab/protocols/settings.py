@@ -47,6 +47,7 @@ class Setting:
         dataset: the data sets it holds for; none: for all.
         model: the same.
         method: the methods it holds for; None: for all.
+        follows: the key of a setting whose value in the run this one takes, unless it is given.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Setting:
     dataset: Sequence[str] = ()
     model: Sequence[str] = ()
     method: Some | None = None
+    follows: str = ""
 
     def holds_for(self, dataset: str, model: str, method: str) -> bool:
         """Tell whether it holds for a run."""

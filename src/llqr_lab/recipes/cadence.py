@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import llqr
+
 from .build import network_of, optimizer_of
 from .digest import describe_data
 from .draws import generator_for
+from .progress import show_refreshes
 from .workers import Workers
 
 __all__ = ["KEYS", "measure_cadence"]
@@ -26,11 +30,20 @@ KEYS = frozenset(
 )
 
 
-def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
+def measure_cadence(
+    config: DictConfig,
+    workers: Workers,
+    on_refresh: Callable[[llqr.Optimizer, llqr.RefreshReport], None] | None = None,
+) -> dict[str, Any]:
     """Time every step and every refresh of the epochs on random pictures.
 
     Two steps go before, with the compilation in them. The first refresh is timed apart: it can
     take longer than the later ones.
+
+    Args:
+        config: of the run.
+        workers: the processes.
+        on_refresh: is called after every refresh.
 
     Returns:
         ``timing``: seconds per epoch as measured, and without what the first refresh took above the
@@ -40,6 +53,8 @@ def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
     network = network_of(config, workers.device, config.network.classes)
     model = workers.wrap_model(network)
     optimizer = optimizer_of(config, model)
+    if on_refresh is not None:
+        optimizer.register_refresh_hook(on_refresh)
     compiled = torch.compile(model) if config.train.compile else model
     mixed = torch.autocast(
         workers.device.type, torch.bfloat16, enabled=config.train.precision == "bfloat16"
@@ -69,6 +84,7 @@ def measure_cadence(config: DictConfig, workers: Workers) -> dict[str, Any]:
         disable=None if workers.is_first else True,
         leave=False,
     )
+    show_refreshes(optimizer.geometry, bar, print if workers.is_first else None)
     times: list[float] = []
     refreshes: list[float] = []
     # Each time ends with a wait for the device, whose work is asynchronous.

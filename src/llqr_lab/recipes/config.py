@@ -74,7 +74,15 @@ def _resolve_protocol(key: str, *, _root_: DictConfig) -> Any:
     found = _resolved(**chosen_names(_root_))
     if key not in found:
         return None
+    if leader := found[key].follows:
+        word, _, name = leader.partition(".")
+        return _root_[_group_of(word)][name]
     return _as_lists(found[key].value)
+
+
+def _group_of(word: str) -> str:
+    """Return the group of the configuration that the protocols call so."""
+    return next(group for group, own in GROUPS.items() if own == word)
 
 
 def _as_lists(value: Any) -> Any:
@@ -188,9 +196,12 @@ def changed_keys(config: DictConfig) -> list[str]:
     typed = {
         f"{word}.{key}": f"{group}.{key}" for group, word in GROUPS.items() for key in config[group]
     }
+    protocol, settings = _resolved(**chosen_names(config)), flat_settings(config)
     found = []
-    for key, value in flat_settings(config).items():
+    for key, value in settings.items():
         usual = expected[typed.get(key, key)]
+        if key in protocol and protocol[key].follows:
+            usual = settings[protocol[key].follows]
         if key == "noise" or (key == "read" and usual is None):
             continue
         if value != usual:

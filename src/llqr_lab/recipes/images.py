@@ -36,6 +36,7 @@ READERS: dict[str, Callable[..., Split]] = {
     "tinyimagenet-200": tiny_imagenet,
     "fashion-mnist": fashion_mnist,
 }
+IMAGENET_CLASSES = 1000
 EVALUATED = 500  # pictures a batch, without gradients
 Batch = tuple[Tensor, Tensor]  # pixels (bytes) and labels
 
@@ -221,6 +222,7 @@ class FolderClassification(Classification):
             raise DataError("data: ImageNet needs data=FOLDER with train/ and val/ in it")
         root, self.side = Path(self.config.data), self.config.input.image
         train, test = (ImageFolder(root / part, side=self.side) for part in ("train", "val"))
+        self._refuse_other_folders(root, train, test)
         self.classes, self.channels = train.classes, 3
         order = train_order(self.config, len(train))
         if held := self.config.input.holdout:
@@ -236,6 +238,16 @@ class FolderClassification(Classification):
         train.relabel(noisy_labels(self.config, labels, self.classes))
         self.folders, self.count = (train, test), len(train)
         self.augment = self.augmentation(IMAGENET_MEAN, IMAGENET_STD)
+
+    def _refuse_other_folders(self, root: Path, train: ImageFolder, val: ImageFolder) -> None:
+        """Refuse what is not ImageNet: another number of classes, or other ones to evaluate on."""
+        if train.names != val.names:
+            raise DataError(f"data: the class folders of {root}/train and {root}/val differ")
+        if self.config.scale == "paper" and train.classes != IMAGENET_CLASSES:
+            raise DataError(
+                f"data: {root}/train has {train.classes} class folders, ImageNet 1,000; a part of "
+                "it is another data set, whose numbers would stand beside the paper's"
+            )
 
     def batches(self, epoch: int, first: int) -> Iterator[Batch]:
         """Yield this process's part of every batch, decoded by worker processes."""

@@ -19,6 +19,7 @@ from ..common.output import step_bar, without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
+from .progress import show_refreshes
 from .records import Records
 from .task import Forward, Task
 from .workers import Workers
@@ -38,6 +39,10 @@ class Training:
         task: data and network.
         workers: the processes.
         records: where measurements and checkpoints go.
+
+    Attributes:
+        seconds: of steps and refreshes.
+        elapsed: the same with loading, evaluation and checkpoints, as a clock on the wall shows it.
     """
 
     def __init__(self, config: DictConfig, task: Task, workers: Workers, records: Records) -> None:
@@ -50,7 +55,8 @@ class Training:
         self.schedule = schedule_of(config, self.optimizer, self.steps)
         self.compiled = torch.compile(self.model) if config.train.compile else self.model
         self.epoch = self.batch = self.lines = 0
-        self.seconds = 0.0
+        self.seconds = self._elapsed_before = 0.0
+        self._began = time.perf_counter()
         self.epochs: list[dict[str, Any]] = []
         self.refreshes: list[dict[str, Any]] = []
         self.loss = torch.zeros((), dtype=torch.float64, device=workers.device)
@@ -59,6 +65,11 @@ class Training:
     def step(self) -> int:
         """Steps done."""
         return self.epoch * self.task.steps + self.batch
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, its earlier parts included."""
+        return self._elapsed_before + time.perf_counter() - self._began
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; return the steps that were done."""
@@ -72,6 +83,7 @@ class Training:
             self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
             self.epochs, self.refreshes = state["epochs"], state["refreshes"]
             self.loss, self.lines = state["loss"], state["lines"]
+            self._elapsed_before = state.get("elapsed", self.seconds)
         return self.step
 
     def _refuse_other_settings(self, settings: Mapping[str, Any]) -> None:
@@ -103,6 +115,7 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
+            "elapsed": self.elapsed,
             "epochs": self.epochs,
             "refreshes": self.refreshes,
             "loss": self.loss,
@@ -135,6 +148,8 @@ class Training:
     def _show_refreshes(self, bar: tqdm) -> None:
         """Show how far a long refresh is, and say if the whole run has only one."""
         geometry = self.optimizer.geometry
+        first = self.workers.is_first and self.records.folder is not None
+        show_refreshes(geometry, bar, self._say_step if first else None)
         if bar.disable or geometry is None:
             return
         if self.step == 0 and geometry.refreshes_in(self.steps) < 2:
@@ -143,20 +158,14 @@ class Training:
                 "steps: U is learned at the first weights only; take a smaller llqr.every"
             )
 
-        def show(done: int, total: int, seconds: float) -> None:
-            text = f"refresh: product {done} of at most {total}, {seconds:.0f} s"
-            bar.set_postfix_str(text, refresh=True)
-
-        geometry.on_progress = show
+    def _say_step(self, text: str) -> None:
+        print(f"step {self.step} of {self.steps}: {text}", flush=True)
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()
         every = self.config.checkpoint_every
         for batch in self.task.batches(self.epoch, self.batch):
-            with self._time_step():
-                loss = self._train_step(batch)
-            self.loss += loss.detach()
-            self.batch += 1
+            loss = self.take_step(batch)
             bar.update()
             if self.step % self.config.log_every == 0:
                 values = {"loss": float(loss), "lr": self.optimizer.param_groups[0]["lr"]}
@@ -169,7 +178,8 @@ class Training:
         measured = {"train_loss": mean, **self.task.evaluate()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss = torch.zeros_like(self.loss)
-        values = without_nan({"seconds": self.seconds, **measured})
+        times = {"seconds": self.seconds, "elapsed_seconds": self.elapsed}
+        values = without_nan({**times, **measured})
         self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
         self.records.write_measurement("epoch", self.step, {"epoch": self.epoch, **values})
         bar.set_postfix({self.task.metric: f"{measured[self.task.metric]:.2f}"}, refresh=False)
@@ -178,7 +188,15 @@ class Training:
             self.records.keep_network(self.task.network.state_dict(), self.epoch)
         self.records.save_checkpoint(self.checkpoint_state())
 
-    def _train_step(self, batch: Any) -> Tensor:
+    def take_step(self, batch: Any) -> Tensor:
+        """Refresh if it is due, and make the next step; return its loss."""
+        with self._time_step():
+            loss = self._refresh_and_minimize(batch)
+        self.loss += loss.detach()
+        self.batch += 1
+        return loss
+
+    def _refresh_and_minimize(self, batch: Any) -> Tensor:
         step, rank = self.step, self.workers.rank
         torch.manual_seed(seed_of(self.config.seed, "dropout", step, rank))
         if self.optimizer.refresh_due:

@@ -30,6 +30,7 @@ from .text import Translation
 from .workers import Workers
 
 __all__ = [
+    "TIMINGS",
     "describe_run",
     "folder_of",
     "make_task",
@@ -38,6 +39,7 @@ __all__ = [
     "task_keys",
 ]
 
+#: Recipes that time steps and refreshes; the others train.
 TIMINGS = ("table10", "figure6")
 PACKAGED = ("digits", "number-words")  # data that need no folder
 RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
@@ -136,7 +138,7 @@ def measure_run(
         warnings.filterwarnings("ignore", "a step was skipped")
         if about["recipe"] in TIMINGS:
             records.begin_files(about)
-            return measure_cadence(config, workers)
+            return measure_cadence(config, workers, on_refresh)
         training = Training(config, make_task(config, workers, about), workers, records)
         if on_refresh is not None:
             training.optimizer.register_refresh_hook(on_refresh)

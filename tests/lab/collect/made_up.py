@@ -54,6 +54,7 @@ def run(root, folder, recipe, dataset, model, method, seed, best, *, change=0.5,
             else {"test_loss": 1.0 - 0.2 * i, "test_accuracy": score}
         )
         times = {"epoch": i + 1, "step": 10 * (i + 1), "seconds": 5.0 * (i + 1)}
+        times["elapsed_seconds"] = 6.0 * (i + 1)
         epochs.append({**times, "train_loss": 2.0 - i / 2, **of_kind})
     content = {
         "format": 1,

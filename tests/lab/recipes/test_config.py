@@ -5,8 +5,10 @@ import itertools
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
+from torch import nn
 
 from llqr_lab.protocols import EXPERIMENTS, METHODS, resolve_settings, slug
+from llqr_lab.recipes.build import optimizer_of
 from llqr_lab.recipes.config import (
     GROUPS,
     RECIPES,
@@ -105,3 +107,37 @@ def test_names_are_typed_in_any_case_or_in_full():
     assert chosen_names(config)["method"] == "LLQR+SAM (NGD)"
     assert chosen_names(config)["dataset"] == "CIFAR-10"
     assert len({slug(name) for name in METHODS}) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    "overrides, start, changed",
+    [
+        ([], 4000, []),
+        (["train.warmup_steps=100"], 100, ["train.warmup_steps"]),
+        (["probe.start=7"], 7, ["probe.start"]),
+        (["scale=small"], 200, []),
+        (["scale=smoke"], 0, []),  # so few steps
+    ],
+)
+def test_the_probe_starts_after_the_warm_up_unless_told_otherwise(overrides, start, changed):
+    config = compose_config("table6", ["method=llqr-sam", *overrides])
+    assert config.probe.start == start and changed_keys(config) == changed
+
+
+def test_translation_has_whole_blocks_as_the_authors():
+    """The embeddings' factors of 8,848 x 8,848 and 6,632 x 6,632 included."""
+    config = compose_config("table6", ["method=llqr"])
+    optimizer = optimizer_of(config, nn.Sequential(nn.Embedding(600, 4), nn.Linear(4, 3)))
+    factors = optimizer.geometry.state()["0.weight"]
+    assert factors["QB.0"].shape == (600, 600) and "QB.1" not in factors
+
+
+@pytest.mark.parametrize("recipe", [f"table{n}" for n in (*range(1, 9), 10)])
+@pytest.mark.parametrize("norms", [None, "batch"])
+def test_a_refresh_sees_the_authors_evaluation_mode_or_what_training_sees(recipe, norms):
+    method = "llqr-f-sam" if recipe in ("table4", "table5") else "llqr-sam"
+    words = [f"method={method}", *([f"llqr.batch_norm={norms}"] if norms else [])]
+    config = compose_config(recipe, words)
+    optimizer = optimizer_of(config, nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    assert optimizer.geometry.settings.batch_norm == (norms or "running")
+    assert changed_keys(config) == (["llqr.batch_norm"] if norms == "batch" else [])

@@ -20,9 +20,11 @@ def ended(folder):
     result = json.loads(path.read_text())
     for entry in (*result["epochs"], *result["refreshes"]):
         del entry["seconds"]
+        entry.pop("elapsed_seconds", None)
     lines = [json.loads(x) for x in (path.parent / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("seconds", None)
+        line.pop("elapsed_seconds", None)
     weights = torch.load(path.parent / "network.pt", weights_only=True)
     return weights, result["epochs"], result["refreshes"], lines
 
@@ -49,7 +51,7 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     settings += ["keep_every=1"]
     monkeypatch.chdir(tmp_path)
     assert main(["run", *settings, "out=whole"]) == 0
-    real = loop.Training._train_step
+    real = loop.Training.take_step
 
     def failing_at(stop):
         def failing(self, batch):
@@ -60,10 +62,10 @@ def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
         return failing
 
     for stop in (1, 3):
-        monkeypatch.setattr(loop.Training, "_train_step", failing_at(stop))
+        monkeypatch.setattr(loop.Training, "take_step", failing_at(stop))
         with pytest.raises(RuntimeError, match="stopped here"):
             main(["run", *settings, "out=broken", "checkpoint_every=1"])
-        monkeypatch.setattr(loop.Training, "_train_step", real)
+        monkeypatch.setattr(loop.Training, "take_step", real)
         assert list((tmp_path / "broken").rglob("checkpoint.pt"))
     assert main(["run", *settings, "out=broken", "checkpoint_every=2"]) == 0
     equal(ended(tmp_path / "broken"), ended(tmp_path / "whole"))

@@ -98,7 +98,7 @@ def test_what_is_finished_is_not_run_again(run, capsys):
     assert again["epochs"][0]["seconds"] != before["epochs"][0]["seconds"]
     for epochs in (before["epochs"], again["epochs"]):
         for epoch in epochs:
-            del epoch["seconds"]
+            assert epoch.pop("seconds") < epoch.pop("elapsed_seconds")
     assert again["epochs"] == before["epochs"]
 
 
@@ -113,7 +113,7 @@ def test_bfloat16_trains(run):
     assert result["skipped_steps"] == 0 and all(r["accepted"] for r in result["refreshes"])
 
 
-def test_pictures_are_decoded_from_folders(run, tmp_path):
+def test_pictures_are_decoded_from_folders(run, tmp_path, capfd):
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         for name in ("cat", "dog"):
@@ -133,6 +133,12 @@ def test_pictures_are_decoded_from_folders(run, tmp_path):
     )
     assert status == 0 and result["source"] == "imagenet"
     assert [e["step"] for e in result["epochs"]] == [2, 4]
+    place = f"data={tmp_path / 'pictures'}"
+    status, _ = run("table5", place, "workers=0", scale="paper")
+    assert status != 0 and "train has 2 class folders, ImageNet 1,000" in capfd.readouterr().err
+    (tmp_path / "pictures" / "val" / "dog").rename(tmp_path / "pictures" / "val" / "fox")
+    status, _ = run("table5", place, "read=imagenet", "workers=0", "force=true")
+    assert status != 0 and "val differ" in capfd.readouterr().err
     assert result["epochs"][-1]["test_accuracy"] in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100)
 
 

@@ -52,8 +52,22 @@ def clip_eigenvalues(matrices: Tensor, low: float, high: float) -> Tensor:
 
 def decompose_symmetric(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of symmetric (b, n, n) matrices."""
-    values, vectors = _again_in_double(torch.linalg.eigh, matrices)
+    values, vectors = _again_in_double(torch.linalg.eigh, matrices, _decompose_singular)
     return values, vectors
+
+
+def _decompose_singular(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors where many eigenvalues are zero.
+
+    LAPACK's divide and conquer sometimes gives up on those, in float64 too; t I on top changes no
+    eigenvector, and the eigenvalues by t.
+    """
+    n = matrices.shape[-1]
+    size = matrices.abs().amax((-2, -1)).clamp(min=torch.finfo(matrices.dtype).tiny)
+    shift = 1e-6 * size[..., None]
+    eye = torch.eye(n, dtype=matrices.dtype, device=matrices.device)
+    values, vectors = torch.linalg.eigh(matrices + shift[..., None] * eye)
+    return values - shift, vectors
 
 
 def nearest_orthogonal(matrices: Tensor) -> Tensor:
@@ -81,19 +95,21 @@ def nearest_orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _again_in_double(
-    decompose: Callable[[Tensor], Sequence[Tensor]], matrices: Tensor
+    decompose: Callable[[Tensor], Sequence[Tensor]],
+    matrices: Tensor,
+    again: Callable[[Tensor], Sequence[Tensor]] | None = None,
 ) -> list[Tensor]:
-    """Return a decomposition; if it fails, that in float64.
+    """Return a decomposition; if it fails, that of ``again`` in float64.
 
     In float32 LAPACK gives up on many repeated eigenvalues, such as the zeros of X X' where X is
-    the gradient of an embedding with few of its words; in float64 it does not; a
-    device without float64 leaves that to the host.
+    the gradient of an embedding with few of its words; a device without float64 leaves that to
+    the host.
     """
     try:
         return list(decompose(matrices))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         on_device = widest_dtype(matrices.device) == torch.float64
-        found = decompose((matrices if on_device else matrices.cpu()).double())
+        found = (again or decompose)((matrices if on_device else matrices.cpu()).double())
         return [t.to(matrices.dtype).to(matrices.device) for t in found]
 
 
