@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._devices import widen, widest_dtype
 from ..._vectors import Tensors
 from ..layout import Block, Layout
+from ._application import Application
 from ._base import Bounds, State, Structure
 
 __all__ = ["BlockDiagonal", "States"]
@@ -97,9 +98,12 @@ class BlockDiagonal:
             for part, state in zip(self.parts, states, strict=True)
         ]
 
-    def lower_precision(self, states: States) -> States:
-        """Return states that apply faster, in lower precision, for structures that have such."""
-        return [part.lower_precision(state) for part, state in zip(self.parts, states, strict=True)]
+    def applied_forms(self, states: States, application: Application) -> States:
+        """Return states that apply faster, for structures that have such."""
+        return [
+            part.applied_form(state, application)
+            for part, state in zip(self.parts, states, strict=True)
+        ]
 
     # -- linear structures, in rotated coordinates ---------------------------------------------
 

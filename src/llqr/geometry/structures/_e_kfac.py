@@ -6,12 +6,14 @@ solve, or eigenvectors of averaged gradients), and whether S is stored as it is 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..layout._blocks import CutRule
+from ._application import Application, compress_factors, multiply, multiply_transposed
 from ._base import Bounds, State, Structure
 from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
 from ._inner_step import InnerStep
@@ -87,11 +89,13 @@ class EKfac(Structure):
 
     def rotate(self, state: State, x: Tensor) -> Tensor:
         """Return QB' X QA, (m, m) @ (m, n) @ (n, n)."""
-        return state["QB"].mT @ x @ state["QA"]
+        # QB' X QA = (QA' (QB' X)')'
+        xb = multiply_transposed(state, "QB", x)
+        return multiply_transposed(state, "QA", xb.mT).mT
 
     def rotate_back(self, state: State, x: Tensor) -> Tensor:
         """Return QB X QA'."""
-        return state["QB"] @ x @ state["QA"].mT
+        return multiply(state, "QA", multiply(state, "QB", x).mT).mT
 
     def act_rotated(self, state: State, x: Tensor) -> Tensor:
         """Return S o x."""
@@ -120,6 +124,13 @@ class EKfac(Structure):
         if skew < (1e-6 if exact else 1e-3):
             return s.amin((1, 2)), s.amax((1, 2))
         return extremes_of_operator(lambda x: self.apply(state, x), s, exact)
+
+    def applied_form(self, state: State, application: Application) -> State:
+        """Return the bases as I + L R': those that are learned stay near the identity for long."""
+        if application != "low-rank":
+            return state
+        entries = self.count * math.prod(self.group.matrix_shape)
+        return compress_factors(state, {"QA": 4, "QB": 4}, entries, symmetric=False)
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps that rotate X and R once each."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..layout._blocks import CutRule
+from ._application import Application, compress_factors, multiply
 from ._base import Bounds, State, Structure
 from ._eigenvalues import clip_eigenvalues, extremes_of_kronecker, extremes_of_matrices
 from ._inner_step import InnerStep
@@ -29,16 +31,23 @@ class Kfac(Structure):
         return {"A": self.batch_of_identities(n, device), "B": self.batch_of_identities(m, device)}
 
     def apply(self, state: State, x: Tensor) -> Tensor:
-        """Return B X A', (m, m) @ (m, n) @ (n, n); :meth:`lower_precision` has another form."""
+        """Return B X A', (m, m) @ (m, n) @ (n, n); see :meth:`applied_form` for other forms."""
         if "A - I" not in state:
-            return state["B"] @ x @ state["A"].mT
+            # B X A' = (A (B X)')'
+            return multiply(state, "A", multiply(state, "B", x).mT).mT
         db, da = state["B - I"], state["A - I"]
         # B X A' = (I + dB) X (I + dA)': what is rounded is small beside X.
         bx = x + (db @ x.to(db.dtype)).to(x.dtype)
         return bx + (bx.to(da.dtype) @ da.mT).to(x.dtype)
 
-    def lower_precision(self, state: State) -> State:
-        """Return B - I and A - I in bfloat16: the identity, most of U, is not rounded."""
+    def applied_form(self, state: State, application: Application) -> State:
+        """Return the factors as I + L R', or B - I and A - I in bfloat16."""
+        if application == "full":
+            return state
+        if application == "low-rank":
+            entries = self.count * math.prod(self.group.matrix_shape)
+            return compress_factors(state, {"A": 2, "B": 2}, entries, symmetric=True)
+        # The identity, most of U, is not rounded.
         eyes = {k: torch.eye(v.shape[-1], dtype=v.dtype, device=v.device) for k, v in state.items()}
         return {f"{k} - I": (v - eyes[k]).to(torch.bfloat16) for k, v in state.items()}
 
