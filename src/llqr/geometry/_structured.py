@@ -416,8 +416,9 @@ class StructuredGeometry(Geometry):
         return sum(v.numel() for entries in template.values() for v in entries.values())
 
     def memory(self) -> dict[str, int]:
-        """Return bytes in this process: "preconditioner" is what U takes, "applied" the form of it
-        that steps apply, beyond what it shares with U, as far as it was made.
+        """Return bytes in this process: what U takes, and the form of it that steps apply.
+
+        "preconditioner" is U; "applied" what its form takes beside it, as far as it was made.
         """
         self._require_bound()
         stored = {id(v): v for s in self.states for v in s.values()}

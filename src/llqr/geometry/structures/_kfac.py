@@ -93,8 +93,8 @@ class KfacStep(InnerStep):
         self.tall = tall
         x = self.x.mT if tall else self.x
         b, _, n = x.shape
-        span = span_of_columns(x)
-        self.span, self.y = (None, x) if span is None else (span, torch.bmm(span.mT, x))
+        self.span = span = span_of_columns(x)
+        self.y = x if span is None else torch.bmm(span.mT, x)
         self.fixed = torch.bmm(self.y, self.begin[self.wide].mT)  # Y A_0'
         self.square = torch.bmm(self.y, self.y.mT)  # Y Y'
         self.length = torch.linalg.matrix_norm(self.square).sqrt()  # at least Y's spectral norm

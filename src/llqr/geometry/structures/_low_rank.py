@@ -31,7 +31,8 @@ def span_of_columns(x: Tensor) -> Tensor | None:
         x: (b, m, n), m <= n.
 
     Returns:
-        (b, m, k), k the largest rank of the batch and a few more; None if that is more than half of m.
+        (b, m, k), k the largest rank of the batch and a few more; None if that is more than half
+        of m.
     """
     m, n = x.shape[1:]
     most = int(LARGEST_PART * m)
@@ -62,8 +63,8 @@ def beside_identity(
         matrices: M.
         error: see above.
         most: the largest k.
-        symmetric: whether R is L times a symmetric matrix: with P = L L', P M P on the span of L and
-            the identity beside it. The eigenvalues then lie between those of M, or are 1.
+        symmetric: whether R is L times a symmetric matrix: P M P on the span of L, with P = L L',
+            and the identity beside it. The eigenvalues then lie between those of M, or are 1.
 
     Returns:
         L and R; None if no rank up to ``most`` suffices.
