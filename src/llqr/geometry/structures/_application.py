@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._low_rank import beside_identity
 
-__all__ = ["ERROR", "Application", "compress_factors", "multiply", "multiply_transposed"]
+__all__ = ["ERROR", "Application", "compress_factors", "multiply_left", "multiply_right"]
 
 #: "full": the state as it is. "bfloat16": in lower precision. "low-rank": factors near the
 #: identity as I + L R', to within ``ERROR``.
@@ -65,22 +65,29 @@ def compress_factors(
     return applied
 
 
-def multiply(state: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Return M x for a factor M of an applied state: whole, or I + L R'."""
+def multiply_left(
+    state: Mapping[str, Tensor], name: str, x: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Return M x (or M'x) for a factor M of an applied state: whole, or I + L R'."""
     if name in state:
-        return torch.bmm(state[name], x)
-    return _add_low_rank(x, state[f"{name} left"], state[f"{name} right"])
+        return torch.bmm(state[name].mT if transposed else state[name], x)
+    left, right = _parts_of(state, name, transposed)
+    # x + L (R'x), and x itself at rank zero
+    return torch.baddbmm(x, left, torch.bmm(right.mT, x)) if left.shape[-1] else x
 
 
-def multiply_transposed(state: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Return M' x for a factor M of an applied state: whole, or I + L R'."""
+def multiply_right(
+    state: Mapping[str, Tensor], name: str, x: Tensor, *, transposed: bool = False
+) -> Tensor:
+    """Return x M (or x M') for a factor M of an applied state: whole, or I + L R'."""
     if name in state:
-        return torch.bmm(state[name].mT, x)
-    return _add_low_rank(x, state[f"{name} right"], state[f"{name} left"])
+        return torch.bmm(x, state[name].mT if transposed else state[name])
+    left, right = _parts_of(state, name, transposed)
+    # x + (x L) R', and x itself at rank zero
+    return torch.baddbmm(x, torch.bmm(x, left), right.mT) if left.shape[-1] else x
 
 
-def _add_low_rank(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return x + L (R'x); x itself at rank zero."""
-    if not left.shape[-1]:
-        return x
-    return torch.baddbmm(x, left, torch.bmm(right.mT, x))
+def _parts_of(state: Mapping[str, Tensor], name: str, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Return L and R of M = I + L R', or of its transpose."""
+    left, right = state[f"{name} left"], state[f"{name} right"]
+    return (right, left) if transposed else (left, right)

@@ -38,6 +38,8 @@ class BlockDiagonal:
             cast(type[Structure], group.kind)(group) for group in layout.groups
         ]
 
+        #: Of groups whose blocks are whole parameters, the view of each.
+        self._whole_matrices = [layout.whole_matrices(group) for group in layout.groups]
         # Of the blocks of all processes, since all must take the same way.
         kinds = [cast(type[Structure], kind) for kind in layout.all_kinds]
         #: Whether U is linear in its trainable entries.
@@ -69,7 +71,7 @@ class BlockDiagonal:
         """
         done: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        for part, state in zip(self.parts, states, strict=True):
+        for part, state, views in zip(self.parts, states, self._whole_matrices, strict=True):
             slices = part.group.slice_offsets
             given = [tensors.get(s.name) for s, _ in slices]
             first = next((x for x in given if x is not None), None)
@@ -80,6 +82,13 @@ class BlockDiagonal:
                 done.update({s.name: x for (s, _), x in scaled if x is not None})
                 continue
             # The others need the blocks side by side: gather, multiply, cut apart again.
+            present = [x for x in given if x is not None]
+            if views is not None and len(present) == len(given):
+                matrices = [v.read_matrix(x) for v, x in zip(views, present, strict=True)]
+                moved = part.apply(state, _stack(matrices).to(part.group.dtype))
+                rows = zip(slices, views, moved.unbind(0), strict=True)
+                done.update({s.name: view.write_matrix(row) for (s, _), view, row in rows})
+                continue
             flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=first.device)
             self.layout.pack_group(part.group, tensors, flat)
             whole = part.apply(state, part.group.shape_blocks(flat)).reshape(-1)
@@ -307,6 +316,11 @@ class BlockDiagonal:
                 visit([s.name], key, run.view(shape), None)
             else:
                 visit([s.name], key, run, s.columns)
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """Return matrices as one batch; one alone is no copy."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _run_of(tensor: Tensor, span: Span) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout._blocks import CutRule
-from ._application import Application, compress_factors, multiply, multiply_transposed
+from ._application import Application, compress_factors, multiply_left, multiply_right
 from ._base import Bounds, State, Structure
 from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
 from ._inner_step import InnerStep
@@ -89,13 +89,11 @@ class EKfac(Structure):
 
     def rotate(self, state: State, x: Tensor) -> Tensor:
         """Return QB' X QA, (m, m) @ (m, n) @ (n, n)."""
-        # QB' X QA = (QA' (QB' X)')'
-        xb = multiply_transposed(state, "QB", x)
-        return multiply_transposed(state, "QA", xb.mT).mT
+        return multiply_right(state, "QA", multiply_left(state, "QB", x, transposed=True))
 
     def rotate_back(self, state: State, x: Tensor) -> Tensor:
         """Return QB X QA'."""
-        return multiply(state, "QA", multiply(state, "QB", x).mT).mT
+        return multiply_right(state, "QA", multiply_left(state, "QB", x), transposed=True)
 
     def act_rotated(self, state: State, x: Tensor) -> Tensor:
         """Return S o x."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout._blocks import CutRule
-from ._application import Application, compress_factors, multiply
+from ._application import Application, compress_factors, multiply_left, multiply_right
 from ._base import Bounds, State, Structure
 from ._eigenvalues import clip_eigenvalues, extremes_of_kronecker, extremes_of_matrices
 from ._inner_step import InnerStep
@@ -33,8 +33,8 @@ class Kfac(Structure):
     def apply(self, state: State, x: Tensor) -> Tensor:
         """Return B X A', (m, m) @ (m, n) @ (n, n); see :meth:`applied_form` for other forms."""
         if "A - I" not in state:
-            # B X A' = (A (B X)')'
-            return multiply(state, "A", multiply(state, "B", x).mT).mT
+            moved = multiply_right(state, "A", multiply_left(state, "B", x), transposed=True)
+            return x.clone() if moved is x else moved  # two factors I of no rank do nothing
         db, da = state["B - I"], state["A - I"]
         # B X A' = (I + dB) X (I + dA)': what is rounded is small beside X.
         bx = x + (db @ x.to(db.dtype)).to(x.dtype)
