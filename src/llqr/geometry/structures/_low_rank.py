@@ -28,7 +28,7 @@ def span_of_columns(x: Tensor) -> Tensor | None:
     with randomness", 2011), and what lies outside is measured.
 
     Args:
-        x: (b, m, n), m <= n.
+        x: (b, m, n).
 
     Returns:
         (b, m, k), k the largest rank of the batch and a few more; None if that is more than half
