@@ -35,6 +35,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "diagonal": {"structure": "diagonal"},
     "diag-kfac": {"structure": "diag-kfac"},
     "e-kfac gradient 128": {"structure": "e-kfac", "bases": "gradient", "block_size": 128},
+    "e-kfac 512": {"structure": "e-kfac", "block_size": 512},
     "kfac": {"structure": "kfac", "block_size": None},
     "kfac 512": {"structure": "kfac", "block_size": 512},
     "kfac 128": {"structure": "kfac", "block_size": 128},

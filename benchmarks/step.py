@@ -29,6 +29,8 @@ SMALL = ("small mlp", "small cnn", "tiny tensors")
 APPLIED = {
     **STRUCTURES,
     "kfac 512 bfloat16": {**STRUCTURES["kfac 512"], "application": "bfloat16"},
+    "kfac 512 low-rank": {**STRUCTURES["kfac 512"], "application": "low-rank"},
+    "e-kfac 512 low-rank": {**STRUCTURES["e-kfac 512"], "application": "low-rank"},
     **{
         f"natural {structure}": {"kind": llqr.NaturalGradient, "structure": structure}
         for structure in NATURAL

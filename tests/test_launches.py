@@ -83,6 +83,8 @@ METHODS = {
         28,
         3,
     ),
+    "SAM, kfac": (lambda: {"perturbation": llqr.SAM(), "geometry": geometry("kfac")}, 37, 3),
+    "SAM, e-kfac": (lambda: {"perturbation": llqr.SAM(), "geometry": geometry("e-kfac")}, 49, 3),
 }
 
 

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llqr
 from explicit import F64, agree, explicit_U, vector
@@ -460,6 +461,116 @@ def test_application_in_bfloat16_trains():
     for o, p in ((optimizer, problem), (again, other)):
         train(o, p, 3)
     same(other.model.state_dict(), problem.model.state_dict())
+
+
+# -- application in low rank -----------------------------------------------------------------------
+
+
+def near_identity(n, rank, size, dtype, skew=False):
+    """I plus a change of a rank and a size; orthogonal if ``skew``."""
+    q, _ = torch.linalg.qr(torch.randn(n, 2 * rank, dtype=F64))
+    a, b = q[:, :rank], q[:, rank:]
+    change = size * (a @ b.T - b @ a.T if skew else a @ a.T)
+    eye = torch.eye(n, dtype=F64)
+    return (torch.linalg.matrix_exp(change) if skew else eye + change).to(dtype)
+
+
+def pair_of_geometries(structure, dtype, rank, size):
+    """U near the identity on a layer of 160 x 150, applied in full and in low rank."""
+    torch.manual_seed(0)
+    model = nn.Linear(150, 160, dtype=dtype)
+    pair = []
+    for application in ("full", "low-rank"):
+        geometry = llqr.LLQR(structure, application=application)
+        geometry.bind(model)
+        pair.append(geometry)
+    state, skew = pair[0].state(), structure == "e-kfac"
+    for key, value in state["weight"].items():
+        if key == "S.0":
+            value.add_(0.3 * torch.rand_like(value))
+        else:
+            value.copy_(near_identity(len(value[0]), rank, size, dtype, skew))
+    pair[1].load_state(state)
+    return pair
+
+
+class CountedProducts(TorchDispatchMode):
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func._schema.name in ("aten::bmm", "aten::baddbmm")
+        return func(*args, **(kwargs or {}))
+
+
+LOW_RANK = pytest.mark.parametrize("structure", ["kfac", "e-kfac"])
+
+
+@LOW_RANK
+@pytest.mark.parametrize(
+    "dtype, rank, size, error, products",
+    [
+        (F64, 5, 0.5, 1e-12, (4, 8)),  # nothing is left out
+        (torch.float32, 5, 0.5, 1e-5, (4, 8)),
+        (torch.float32, 70, 1e-4, 1e-3, (0, 0)),  # nothing is left
+        (F64, 70, 0.5, 0.0, (2, 4)),  # too far from the identity
+    ],
+)
+def test_application_in_low_rank(structure, dtype, rank, size, error, products):
+    full, low = pair_of_geometries(structure, dtype, rank, size)
+    g = {n: torch.randn_like(p) for n, p in full.parameters.items()}
+    wanted, found = full.apply(g)["weight"], low.apply(g)["weight"]
+    assert float((found - wanted).norm()) <= error * float(wanted.norm())
+    assert found.data_ptr() != g["weight"].data_ptr()
+    with CountedProducts() as counted:
+        low.apply(g)
+    assert counted.calls == products[structure == "e-kfac"]
+    assert float(sum((found * g["weight"]).flatten())) > 0
+    # A cache: no part of a checkpoint or a copy, and counted.
+    same(low.state(), full.state())
+    whole = full.memory()
+    assert whole["applied"] == 0 and low.memory()["preconditioner"] == whole["preconditioner"]
+    made = low.memory()["applied"]
+    assert (made > 0) == (rank == 5) and made < whole["preconditioner"]
+    assert copy.deepcopy(low).memory()["applied"] == 0
+    low.load_state(bound_to(low, "full").state())
+    same(low.apply(g), bound_to(low, "full").apply(g))
+
+
+def bound_to(geometry, application):
+    """A new geometry on the same model."""
+    new = llqr.LLQR(geometry.structure, application=application)
+    new.bind(geometry.model)
+    return new
+
+
+def test_low_rank_stays_positive_definite():
+    """Each of 160 eigenvalues is between those of the factors, or one."""
+    full, low = pair_of_geometries("kfac", torch.float32, 20, -0.9)
+    state = full.state()
+    for value in (v for k, v in state["weight"].items() if k != "U"):
+        value.add_(torch.diag(1e-4 * torch.rand(len(value[0]))))
+    low.load_state(state)
+    low.apply({n: torch.randn_like(p) for n, p in full.parameters.items()})
+    applied = next(s for s in low._applied[1] if "A left" in s)
+    for name in "AB":
+        left, right = applied[f"{name} left"][0].double(), applied[f"{name} right"][0].double()
+        assert left.shape[1] == 20  # what was added is left out
+        m = torch.eye(len(left), dtype=F64) + left @ right.T
+        agree(m, m.T, 1e-6)
+        values = torch.linalg.eigvalsh(m)
+        assert 0.09 < float(values.min()) and float(values.max()) < 1.001
+
+
+def test_a_change_that_decays_slowly_stays_whole():
+    """Full rank, of which every quarter matters more than the error allows."""
+    full, low = pair_of_geometries("kfac", F64, 2, 0.1)
+    state = full.state()
+    a = state["weight"]["A.0"]
+    a.copy_(torch.eye(150, dtype=F64) + torch.diag(0.99 ** torch.arange(150.0, dtype=F64)))
+    low.load_state(state)
+    low.apply({n: torch.randn_like(p) for n, p in full.parameters.items()})
+    applied = next(s for s in low._applied[1] if "B left" in s)
+    assert torch.equal(applied["A"][0], a)
 
 
 # -- a model that changes its dtype ----------------------------------------------------------------

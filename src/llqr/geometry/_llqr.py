@@ -171,7 +171,10 @@ class LLQR(StructuredGeometry):
         application: "full", or "bfloat16": a step multiplies by kfac's factors in bfloat16, which
             is faster if the processor has instructions for it. What it rounds is U g - g, to
             some three parts in a thousand, never g itself; the solve and checkpoints stay in full.
-            It holds a copy of the factors at half the size.
+            It holds a copy of the factors at half the size. Or "low-rank": a step multiplies by
+            I + L R' in place of the factors of kfac and the learned bases of e-kfac, as long as
+            they are so near the identity that this is faster and within 1e-3 |U| |g| of U g
+            (measured after each refresh). U stays positive definite, and whole in checkpoints.
         batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch",
             those of its minibatch, so that U is learned on the function that is trained; or
             "running", those of evaluation mode (the authors' choice). One that was frozen with
@@ -388,7 +391,8 @@ class LLQR(StructuredGeometry):
         ``refresh - basis + k * basis / directions``; "directions" how many are kept at most. The
         graph is about a training step's (``micro_batch`` bounds it).
         """
-        own = super().memory()["preconditioner"]
+        held = super().memory()
+        own = held["preconditioner"]
         settings = self.settings
         vector = self.layout.numel * self.layout.dtype.itemsize
         directions = basis_capacity(self.layout, settings.steps)
@@ -401,7 +405,7 @@ class LLQR(StructuredGeometry):
         literal = not settings.tolerance or not settings.inner_solver.heavy_ball
         copies = 3 if literal or not self.blocks.linear else 1
         return {
-            "preconditioner": own,
+            **held,
             "refresh": copies * own + 6 * vector + basis,
             "basis": basis,
             "directions": directions if basis else 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -12,10 +12,10 @@ from .._checks import Schedule, check_choice, check_flags, check_integer
 from ._base import NormStatistics
 from ._schedules import EVERY
 from .structures import States
+from .structures._application import Application
 
 __all__ = ["SATURATED", "Application", "Learned", "MetricSettings"]
 
-Application = Literal["full", "bfloat16"]
 #: Why a refresh is refused that no setting can help.
 SATURATED = (
     "the loss has no curvature in its outputs (the network is certain of every answer, or the "
@@ -34,7 +34,7 @@ class MetricSettings:
             number, and each in a row doubles the gap to the next, until one is accepted.
         block_size: sides of matrices wider than this are cut into blocks; None: whole.
         shard: with several processes, each keeps and applies its shard of U.
-        application: "full", or "bfloat16" for structures that apply faster in it.
+        application: "full", or "bfloat16" or "low-rank" for structures that apply faster so.
         batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch",
             as training does, or "running".
     """

@@ -142,7 +142,7 @@ class NaturalGradient(StructuredGeometry):
             number, and each in a row doubles the gap to the next, until one is accepted.
         shard: with several processes, each keeps and applies its shard of U, learned from the
             samples of all. Always so with ``fully_shard``.
-        application: "full"; no closed form applies faster in "bfloat16".
+        application: "full"; no closed form applies faster otherwise.
         batch_norm: the statistics that a refresh sees in a BatchNorm in training mode: "batch" or
             "running"; see :class:`llqr.LLQR`.
         report_J: report equation (9) at the gradient of the refresh, at the old and at the new U.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,6 +87,8 @@ class StructuredGeometry(Geometry):
     #: The structure of 1-D parameters in layers whose structure needs matrices.
     vector_kind: type[Structure] = Vector
     on_progress: ProgressCallback | None = None
+    #: The states, and what a step applies in their place; no part of a copy.
+    _applied: tuple[States, States] | None = None
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -94,11 +96,10 @@ class StructuredGeometry(Geometry):
         self.settings = MetricSettings() if settings is None else settings
         self.history = RefreshHistory()
         self._warned: set[str] = set()
-        self._lowered: tuple[States, States] = [], []
         self._inactive = 0  # accepted refreshes in a row after which U hardly acts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "on_progress"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("on_progress", "_applied")}
 
     @property
     def batch_norm(self) -> NormStatistics:
@@ -246,14 +247,13 @@ class StructuredGeometry(Geometry):
         return {n: x if x.dtype == dtypes[n] else x.to(dtypes[n]) for n, x in result.items()}
 
     def _applied_states(self) -> States:
-        """Return the states that a step applies: U, or what stands for it in low precision."""
+        """Return the states that a step applies: U, or a form of it that is faster."""
         if self.settings.application == "full":
             return self.states
-        of, lowered = self._lowered
-        if of is not self.states:  # new ones come in a new list
-            lowered = self.blocks.lower_precision(self.states)
-            self._lowered = self.states, lowered
-        return lowered
+        if self._applied is None or self._applied[0] is not self.states:  # a new list is a new U
+            forms = self.blocks.applied_forms(self.states, self.settings.application)
+            self._applied = self.states, forms
+        return self._applied[1]
 
     # -- refreshing ----------------------------------------------------------------------------
 
@@ -418,10 +418,15 @@ class StructuredGeometry(Geometry):
         return sum(v.numel() for entries in template.values() for v in entries.values())
 
     def memory(self) -> dict[str, int]:
-        """Return bytes in this process; "preconditioner" is what U takes."""
+        """Return bytes in this process: what U takes, and the form of it that steps apply.
+
+        "preconditioner" is U; "applied" what its form takes beside it, as far as it was made.
+        """
         self._require_bound()
-        tensors = [v for s in self.states for v in s.values()]
-        return {"preconditioner": sum(v.numel() * v.element_size() for v in tensors)}
+        stored = {id(v): v for s in self.states for v in s.values()}
+        made = [] if self._applied is None else self._applied[1]
+        applied = [v for s in made for v in s.values() if id(v) not in stored]
+        return {"preconditioner": _bytes_of(stored.values()), "applied": _bytes_of(applied)}
 
     def summary(self) -> str:
         """Return a table: which parameter has which structure, blocks and stored scalars."""
@@ -484,6 +489,10 @@ class StructuredGeometry(Geometry):
             )
         self.blocks.load(states, state)
         self.states = states
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(v.numel() * v.element_size() for v in tensors)
 
 
 def _quotient(a: float, b: float) -> float:

@@ -144,6 +144,39 @@ def test_the_wide_factor_is_never_formed_in_a_step(shape):
     assert max(v.numel() for v in held) <= m * n
 
 
+@pytest.mark.parametrize("shape", [(70, 130), (130, 70), (64, 64)])
+@pytest.mark.parametrize("rank", [3, 60])
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac", "e-kfac-square"])
+def test_a_gradient_of_low_rank_moves_only_its_span(structure, shape, rank):
+    """Two blocks of different rank; 60 columns of 70 are too many to gain."""
+    m, n = shape
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        *[torch.nn.Linear(*shape[::-1], bias=False, dtype=F64) for _ in range(2)]
+    )
+    geometry = llqr.LLQR(**{**STRUCTURES[structure], "block_size": 512})
+    geometry.bind(model)
+    (part,), (state,) = geometry.blocks.parts, geometry.states
+    state = {k: v + 0.1 * torch.randn_like(v) for k, v in state.items()}
+    x = torch.randn(2, m, rank, dtype=F64) @ torch.randn(2, rank, n, dtype=F64)
+    x[1] = torch.randn(m, 1, dtype=F64) @ torch.randn(1, n, dtype=F64)
+    inner = part.inner_step(state, x)
+    assert (inner.span is not None) == (rank == 3)
+    if rank == 3 and structure == "kfac":
+        assert max(v.numel() for v in inner.momenta.values()) <= 2 * max(shape) * 12
+    root = torch.randn(m * n, 5, dtype=F64) / (m * n) ** 0.5
+    g, blocks = x.reshape(-1) / x.norm(), geometry.blocks
+    objective = Objective(
+        blocks, g, lambda d: (root @ (root.mT @ d.view(2, -1).mT)).mT.reshape(-1), 0.1
+    )
+    for clip in (None, 1e-3):
+        options = method("momentum", 12, 0.1, 0.9, clip)
+        with torch.no_grad():
+            plain, _ = solve_literally(objective, [state], *options)
+            found, _ = solve_in_buffers(objective, [state], *options)
+        assert difference(found, plain, [state]) < 1e-9
+
+
 def test_no_memory_grows_from_step_to_step():
     objective, states = inner_problem("mixed")
     part, state = next(

@@ -190,6 +190,16 @@ class Layout:
         if targets:
             torch._foreach_copy_(targets, sources)
 
+    def whole_matrices(self, group: Group) -> list[MatrixView] | None:
+        """Return the matrix view of each block, if every block is one whole parameter's."""
+        slices = [part for part, _ in group.slice_offsets]
+        views = [self.views[part.name] for part in slices]
+        whole = all(
+            part.rows is not None and part.shape == view.matrix
+            for part, view in zip(slices, views, strict=True)
+        )
+        return views if whole else None
+
     def _fill_flat(
         self,
         numel: int,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..layout import Block, Group
 from ..layout._blocks import CutRule
+from ._application import Application
 from ._eigenvalues import extremes_of_operator
 from ._inner_step import InnerStep, State
 
@@ -146,8 +147,11 @@ class Structure(ABC):
         """Return the state as the authors' code bounds it when U is otherwise unconstrained."""
         return state
 
-    def lower_precision(self, state: State) -> State:
-        """Return what :meth:`apply` takes in place of the state in bfloat16, where it can."""
+    def applied_form(self, state: State, application: Application) -> State:
+        """Return what :meth:`apply` takes in place of the state in a step, if that is faster.
+
+        It is made anew after each refresh, and no part of a checkpoint.
+        """
         return state
 
     # -- structures that are linear ------------------------------------------------------------

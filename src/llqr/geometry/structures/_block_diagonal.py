@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._devices import widen, widest_dtype
 from ..._vectors import Tensors
 from ..layout import Block, Layout
+from ._application import Application
 from ._base import Bounds, State, Structure
 
 __all__ = ["BlockDiagonal", "States"]
@@ -37,6 +38,8 @@ class BlockDiagonal:
             cast(type[Structure], group.kind)(group) for group in layout.groups
         ]
 
+        #: Of groups whose blocks are whole parameters, the view of each.
+        self._whole_matrices = [layout.whole_matrices(group) for group in layout.groups]
         # Of the blocks of all processes, since all must take the same way.
         kinds = [cast(type[Structure], kind) for kind in layout.all_kinds]
         #: Whether U is linear in its trainable entries.
@@ -68,7 +71,7 @@ class BlockDiagonal:
         """
         done: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        for part, state in zip(self.parts, states, strict=True):
+        for part, state, views in zip(self.parts, states, self._whole_matrices, strict=True):
             slices = part.group.slice_offsets
             given = [tensors.get(s.name) for s, _ in slices]
             first = next((x for x in given if x is not None), None)
@@ -79,6 +82,13 @@ class BlockDiagonal:
                 done.update({s.name: x for (s, _), x in scaled if x is not None})
                 continue
             # The others need the blocks side by side: gather, multiply, cut apart again.
+            present = [x for x in given if x is not None]
+            if views is not None and len(present) == len(given):
+                matrices = [v.read_matrix(x) for v, x in zip(views, present, strict=True)]
+                moved = part.apply(state, _stack(matrices).to(part.group.dtype))
+                rows = zip(slices, views, moved.unbind(0), strict=True)
+                done.update({s.name: view.write_matrix(row) for (s, _), view, row in rows})
+                continue
             flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=first.device)
             self.layout.pack_group(part.group, tensors, flat)
             whole = part.apply(state, part.group.shape_blocks(flat)).reshape(-1)
@@ -97,9 +107,12 @@ class BlockDiagonal:
             for part, state in zip(self.parts, states, strict=True)
         ]
 
-    def lower_precision(self, states: States) -> States:
-        """Return states that apply faster, in lower precision, for structures that have such."""
-        return [part.lower_precision(state) for part, state in zip(self.parts, states, strict=True)]
+    def applied_forms(self, states: States, application: Application) -> States:
+        """Return states that apply faster, for structures that have such."""
+        return [
+            part.applied_form(state, application)
+            for part, state in zip(self.parts, states, strict=True)
+        ]
 
     # -- linear structures, in rotated coordinates ---------------------------------------------
 
@@ -303,6 +316,11 @@ class BlockDiagonal:
                 visit([s.name], key, run.view(shape), None)
             else:
                 visit([s.name], key, run, s.columns)
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """Return matrices as one batch; one alone is no copy."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _run_of(tensor: Tensor, span: Span) -> Tensor:
