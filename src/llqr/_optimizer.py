@@ -20,7 +20,13 @@ from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
 from ._update import Update
-from ._wrapper import OptimizerWrapper, call_if_there, load_with_hooks, save_with_hooks
+from ._wrapper import (
+    OptimizerWrapper,
+    call_if_there,
+    load_with_hooks,
+    save_with_hooks,
+    with_step_hooks,
+)
 from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
@@ -330,6 +336,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._follow_groups()
         return self._passes.needed
 
+    @with_step_hooks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters: p.grad -> U p.grad -> base.step().

@@ -17,6 +17,7 @@ from ._progress import Progress
 from ._random_state import RandomState
 from ._step_modules import StepModules
 from ._vectors import copies_of, copy_all
+from ._wrapper import clear_gradients
 from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all, reshard
 
@@ -131,7 +132,7 @@ class Passes:
         start = self._start = self._state_of(modules, others, "start")
         replays = twice and self._replay_rng
         random = RandomState(*self._parameters.devices) if replays else None
-        self._parameters.base.zero_grad()
+        clear_gradients(self._parameters.base)
         quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
         ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()
         with quiet, ahead, running_pass("clean") as record.running:
@@ -186,7 +187,7 @@ class Passes:
         self.forget_step()
         if self._probing.looks_ahead and start is None:  # the only pass, whose buffers stay
             record = self._open
-            self._parameters.base.zero_grad()
+            clear_gradients(self._parameters.base)
             with self._ahead(record), running_pass("perturbed") as record.running:
                 yield
             if self._open is record:
@@ -219,7 +220,7 @@ class Passes:
         if start is not None:
             record.lost += start.learn()
         record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
-        self._parameters.base.zero_grad()
+        clear_gradients(self._parameters.base)
         # Gradients of parameters that are not ours would add up over the two passes.
         record.gradients = [(p, p.grad) for p in others]
         try:
