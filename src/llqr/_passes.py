@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ._current_pass import RunningPass, running_pass
-from ._module_state import ForwardState, plain_among
+from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._probing import Probing, copy_gradients
 from ._progress import Progress
 from ._random_state import RandomState
 from ._step_modules import StepModules
-from ._vectors import copies_of, copy_all
+from ._vectors import DTYPE, ScaledTensors, Tensors, copies_of, copy_all
 from ._wrapper import clear_gradients
 from .distributed import Ranks
-from .distributed._sharded import is_sharded, local_all, reshard
+from .distributed._sharded import WHOLE, is_sharded, local_all, reshard
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -28,7 +28,8 @@ class PassRecord:
     """What one perturbed pass has to put back, once.
 
     Attributes:
-        weights: (parameter, its clean value).
+        moved: the parameters that are at theta + eps.
+        weights: their clean values.
         gradients: (parameter that the optimizer does not hold, its p.grad).
         after: what the clean pass left, or None if nothing is put back.
         lost: the parameters that were written to without a copy.
@@ -36,7 +37,8 @@ class PassRecord:
     """
 
     def __init__(self) -> None:
-        self.weights: list[tuple[Tensor, Tensor]] = []
+        self.moved: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.after: ForwardState | None = None
         self.lost: list[Tensor] = []
@@ -44,16 +46,17 @@ class PassRecord:
 
     def put_back(self) -> bool:
         """Put everything back, once; tell whether sharded weights had moved."""
-        weights, self.weights = self.weights, []
+        moved, weights, self.moved, self.weights = self.moved, self.weights, [], []
         gradients, self.gradients = self.gradients, []
         after, self.after = self.after, None
         sharded = False
-        if weights:
+        if moved:
             # From copies: subtracting eps would not give the bits back.
+            sharded = are_sharded(moved)
             with torch.no_grad():
-                moved, copies = zip(*weights, strict=True)
-                copy_all(local_all(moved), local_all(copies))
-                sharded = any(map(is_sharded, moved))
+                if sharded:
+                    moved, weights = local_all(moved), local_all(weights)
+                copy_all(moved, weights)
         for p, gradient in gradients:
             p.grad = gradient
         if after is not None:
@@ -127,15 +130,17 @@ class Passes:
         self.forget_step()
         record, ranks = self._open, self._ranks
         modules = self._modules.all(functions)
-        twice = self.needed
+        radii = self._probing.radii_of_groups()  # asked once per step
+        ahead = self._probing.looks_ahead
+        twice = self._probing.any_moves(radii) and not ahead
         others = self._parameters.parameters_not_held(modules) if twice else []
         start = self._start = self._state_of(modules, others, "start")
         replays = twice and self._replay_rng
         random = RandomState(*self._parameters.devices) if replays else None
         clear_gradients(self._parameters.base)
-        quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
-        ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()
-        with quiet, ahead, running_pass("clean") as record.running:
+        quiet = ranks.no_gradient_sync(self.local_probes and twice)
+        place = self._ahead(record) if ahead else nullcontext()
+        with quiet, place, running_pass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -144,10 +149,11 @@ class Passes:
                     "call step() after the loop over passes()"
                 )
             return
-        if not self.needed:
+        if not twice:
             self._finish_only_pass(scaler)
             return
-        with self._displaced("the first pass", scaler, modules, start=start, random=random):
+        after = "the first pass"
+        with self._displaced(after, scaler, radii, modules, start=start, random=random):
             yield 1
 
     @contextmanager
@@ -193,8 +199,9 @@ class Passes:
             if self._open is record:
                 self._finish_only_pass(scaler)
             return
-        modules = self._modules.all()
-        with self._displaced("the clean backward", scaler, modules, start=start, random=None):
+        modules, radii = self._modules.all(), self._probing.radii_of_groups()
+        after = "the clean backward"
+        with self._displaced(after, scaler, radii, modules, start=start, random=None):
             yield
 
     @contextmanager
@@ -202,6 +209,7 @@ class Passes:
         self,
         after: str,
         scaler: Any,
+        radii: Sequence[float],
         modules: list[nn.Module],
         start: ForwardState | None,
         random: RandomState | None,
@@ -210,8 +218,10 @@ class Passes:
         record, ranks = self._open, self._ranks
         clean = self._parameters.require_gradients(after)
         healthy, square = self._probing.measure(clean)
-        eps = self._probing.find_displacement(clean, scaler, square) if healthy else {}
-        displaces = self._probing.displaces
+        eps: Tensors = {}
+        if healthy:
+            eps = self._probing.find_displacement(clean, scaler, square, radii)
+        displaces = self._probing.any_moves(radii)
         # The clean gradients are as large as the model: only who combines both keeps them.
         combines = healthy and displaces and self._probing.combines
         kept = copy_gradients(clean, scaler) if combines else None
@@ -220,16 +230,18 @@ class Passes:
         if start is not None:
             record.lost += start.learn()
         record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
-        clear_gradients(self._parameters.base)
         # Gradients of parameters that are not ours would add up over the two passes.
         record.gradients = [(p, p.grad) for p in others]
         try:
-            if start is not None:  # the second pass has the loss of the first
-                start.restore()
-            for p, _ in record.gradients:
-                p.grad = None
+            # Before the gradients are cleared: eps may be a multiple of them, and a base may fill
+            # them with zeros.
             self._move_weights(record, eps)
             del eps  # as large as the model
+            clear_gradients(self._parameters.base)
+            for p, _ in record.gradients:
+                p.grad = None
+            if start is not None:  # the second pass has the loss of the first
+                start.restore()
             if random is not None:
                 random.restore()
             self.displaced = True
@@ -256,19 +268,17 @@ class Passes:
     # -- weights and state ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def _move_weights(self, record: PassRecord, eps: dict[str, Tensor]) -> None:
+    def _move_weights(self, record: PassRecord, eps: Tensors) -> None:
         """Form theta + eps, keeping copies of theta (algorithm 1, line 6)."""
         named = self._parameters.named
         if not eps:
             return
         moving: list[Tensor] = [named[n] for n in eps]
-        plain = plain_among(moving)
-        copies = copies_of(plain) if plain is moving else [p.detach().clone() for p in moving]
-        record.weights = list(zip(moving, copies, strict=True))
-        pairs = zip(eps.values(), moving, strict=True)
-        steps: list[Tensor] = [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs]
-        torch._foreach_add_(moving, steps)
-        if any(map(is_sharded, moving)):
+        whole = WHOLE.issuperset(map(type, moving))
+        record.weights = copies_of(moving) if whole else [p.detach().clone() for p in moving]
+        record.moved = moving
+        add_displacement(moving, eps)
+        if not whole and are_sharded(moving):
             reshard(self._parameters.model)
 
     def _state_of(
@@ -283,7 +293,7 @@ class Passes:
         self,
         modules: list[nn.Module],
         others: list[nn.Parameter],
-        eps: dict[str, Tensor],
+        eps: Tensors,
         *,
         known_start: bool,
     ) -> ForwardState:
@@ -291,7 +301,9 @@ class Passes:
 
         Without the start's state a second pass goes on from the clean one's, which counts then.
         """
-        unmoved: list[nn.Parameter] = [p for n, p in self._parameters.named.items() if n not in eps]
+        named = self._parameters.named
+        whole = len(eps) == len(named)
+        unmoved = [] if whole else [p for n, p in named.items() if n not in eps]
         if known_start and not self._keep_clean_buffers:
             return self._state_of((), unmoved, "after the clean pass")
         return self._state_of(modules, [*unmoved, *others], "after the clean pass")
@@ -330,6 +342,22 @@ class Passes:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed, self._start = False, None
         self._probing.forget()
+
+
+def are_sharded(tensors: list[Tensor]) -> bool:
+    """Tell whether ``fully_shard`` has cut any of some tensors."""
+    return not WHOLE.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
+
+
+def add_displacement(parameters: list[Tensor], eps: Tensors) -> None:
+    """Add eps, in the order of the parameters."""
+    if isinstance(eps, ScaledTensors):
+        steps, factor = list(eps.tensors.values()), eps.factor
+        if list(map(DTYPE, steps)) == list(map(DTYPE, parameters)):
+            torch._foreach_add_(parameters, steps, alpha=factor)
+            return
+    pairs = zip(eps.values(), parameters, strict=True)
+    torch._foreach_add_(parameters, [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs])
 
 
 def check_scaler(scaler: Any) -> None:

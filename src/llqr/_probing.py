@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,7 +15,15 @@ from ._checks import value_at_step
 from ._joined_bases import defaults_of_group
 from ._parameters import NamedParameters
 from ._progress import Progress
-from ._vectors import copies_of, copy_all, scale_tensors, total_inner_product, widen_to_float32
+from ._vectors import (
+    LazyTensors,
+    Tensors,
+    copies_of,
+    copy_all,
+    scale_tensors,
+    total_inner_product,
+    widen_to_float32,
+)
 from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all
 from .geometry import Geometry
@@ -66,10 +73,16 @@ class Probing:
     @property
     def radii(self) -> dict[str, float]:
         """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
-        radii = self._radii_of_groups()
-        return {name: radii[i] for name, i in self._parameters.group_of.items()}
+        return self._by_name(self.radii_of_groups())
 
-    def _radii_of_groups(self) -> list[float]:
+    def _by_name(self, radii: Sequence[float]) -> dict[str, float]:
+        groups = self._parameters.group_of
+        if len(radii) == 1:  # as mostly
+            return dict.fromkeys(groups, radii[0])
+        return {name: radii[i] for name, i in groups.items()}
+
+    def radii_of_groups(self) -> list[float]:
+        """Return the radius of each parameter group at the coming step; 0 if it is not probed."""
         perturbation, base = self._perturbation, self._parameters.base
         if perturbation is None or not perturbation.probes_at(self._progress.step):
             return [0.0] * len(base.param_groups)
@@ -91,9 +104,10 @@ class Probing:
     @property
     def displaces(self) -> bool:
         """Whether a pass of the coming step runs at theta + eps."""
-        return self._any_moves(self._radii_of_groups())
+        return self.any_moves(self.radii_of_groups())
 
-    def _any_moves(self, radii: list[float]) -> bool:
+    def any_moves(self, radii: Sequence[float]) -> bool:
+        """Tell whether a parameter has a radius that is not 0."""
         return any(radii[i] for i in self._parameters.filled_groups)
 
     @property
@@ -131,21 +145,26 @@ class Probing:
 
     @torch.no_grad()
     def find_displacement(
-        self, clean: Mapping[str, Tensor], scaler: Any, square: float | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        clean: Mapping[str, Tensor],
+        scaler: Any,
+        square: float | None = None,
+        radii_of_groups: Sequence[float] | None = None,
+    ) -> Tensors:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
 
         Args:
             clean: g, scaled; empty if no pass was run yet.
             scaler: the GradScaler that scaled it.
             square: g'g, scaled, if it is known.
+            radii_of_groups: :meth:`radii_of_groups`, if it was asked for.
         """
         perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
         if clean:
             self._show(clean, wide, scaler)
         if perturbation is None:
             return {}
-        radii = self.radii
+        radii = self.radii if radii_of_groups is None else self._by_name(radii_of_groups)
         everything = all(radii.values())
         chosen = radii.keys() if everything else {n for n, rho in radii.items() if rho > 0}
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
@@ -249,7 +268,7 @@ class Probing:
             return gradients
         if self._progress.step < perturbation.start:
             return gradients
-        if not self._any_moves(self._radii_between_probes_too(perturbation)):
+        if not self.any_moves(self._radii_between_probes_too(perturbation)):
             return gradients
         with without_autocast(*self._parameters.devices):
             adjusted = perturbation.adjust(widen_to_float32(gradients))
@@ -287,27 +306,3 @@ def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Te
     else:
         copies = copies_of(list(shared.values()))
     return {**wide, **dict(zip(shared, copies, strict=True))}
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are looked for when somebody asks.
-
-    Args:
-        find: returns them.
-    """
-
-    def __init__(self, find: Callable[[], dict[str, Tensor]]) -> None:
-        self._find = find
-
-    @cached_property
-    def _found(self) -> dict[str, Tensor]:
-        return self._find()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)

@@ -6,10 +6,9 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import total_inner_product
+from .._vectors import Tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["ASAM"]
@@ -47,7 +46,7 @@ class ASAM(Perturbation):
         check_number("eta", eta, low=0)
         self.eta = eta
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho T^2 g / |T g|."""
         g = probe.gradients
         scaled = [n for n in g if not is_bias(n)]  # for the others T = 1

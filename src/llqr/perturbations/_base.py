@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .._checks import Schedule, check_integer, check_number
-from .._vectors import Tensors, scale_tensors, total_inner_product
+from .._vectors import ScaledTensors, Tensors, scale_tensors, total_inner_product
 
 __all__ = ["EPS0", "Metric", "Perturbation", "Probe"]
 
@@ -52,11 +52,12 @@ class Probe:
             return float(self.square or 0.0)
         return total_inner_product(a, b)
 
-    def scale_by_radius(self, tensors: Tensors, unit: float) -> dict[str, Tensor]:
+    def scale_by_radius(self, tensors: Tensors, unit: float) -> Tensors:
         """Return each tensor times its radius and a common factor."""
-        each = {n: self.radii[n] * unit for n in tensors}
-        values = set(each.values())
-        return scale_tensors(tensors, values.pop() if len(values) == 1 else each)
+        radii = {self.radii[n] for n in tensors}
+        if len(radii) == 1:
+            return ScaledTensors(tensors, radii.pop() * unit)
+        return scale_tensors(tensors, {n: self.radii[n] * unit for n in tensors})
 
 
 class Perturbation:
@@ -105,7 +106,7 @@ class Perturbation:
         """Tell whether an optimizer step is probed, if its rho is not 0."""
         return step >= self.start and (step - self.start) % self.interval == 0
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return eps as {name: tensor}, or None if the metric gives g no positive norm."""
         raise NotImplementedError
 

@@ -6,10 +6,9 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import total_inner_product
+from .._vectors import Tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
 
 __all__ = ["FisherSAM"]
@@ -46,7 +45,7 @@ class FisherSAM(Perturbation):
         check_number("eta", eta, low=0, open_low=True)
         self.eta = eta
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho d / sqrt(g.d)."""
         g = probe.gradients
         whole = list(g.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
 from .._vectors import Tensors
@@ -65,7 +64,7 @@ class FriendlySAM(RememberingSAM):
         check_number("decay", decay, low=0, high=1)
         self.sigma, self.decay = sigma, decay
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return SAM's displacement with v = g - sigma m in the place of g."""
         g, m = list(probe.gradients.values()), self._recall_all(probe.gradients)
         v = torch._foreach_sub(g, torch._foreach_mul(m, self.sigma))

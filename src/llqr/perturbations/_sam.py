@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from .._checks import Schedule, check_choice
 from .._vectors import Tensors, inner_products, scale_tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
@@ -64,11 +62,11 @@ class SAM(Perturbation):
         check_choice("along", along, Along)
         self.norm, self.direction, self.along = norm, direction, along
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho d / norm with d = U g, or g with ``along="gradient"``."""
         return self._ascend(probe.gradients, probe)
 
-    def _ascend(self, v: Tensors, probe: Probe) -> dict[str, Tensor] | None:
+    def _ascend(self, v: Tensors, probe: Probe) -> Tensors | None:
         """Return rho d / norm with d = U v (algorithm 1, line 5)."""
         d: Tensors = probe.metric(v) if self.along == "metric" else v
         if self.direction == "normalised":
@@ -85,7 +83,7 @@ class SAM(Perturbation):
 
     def _scale_by_layer(
         self, d: Tensors, v: Tensors, squares: dict[str, float], probe: Probe
-    ) -> dict[str, Tensor] | None:
+    ) -> Tensors | None:
         """Return rho d / (norm of the layer x root of the number of layers)."""
         layers, sums = probe.layers, dict[str, float]()
         for n, x in squares.items():
