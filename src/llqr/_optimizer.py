@@ -84,6 +84,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             ``passes`` and ``perturbed`` have no function to look at.
         replay_rng: give the second pass the random numbers of the first: torch's, Python's and
             numpy's global generators, not those that you hold yourself.
+        check_finite: skip a step whose gradients are not finite, in any process, and probe nowhere
+            then. False: nobody looks, which saves reads of the device, and a NaN gets into the
+            weights unless a GradScaler sees it.
         refresh_forward: a function that returns (loss, outputs) on a refresh minibatch, used when
             a refresh is due and none was handed over; ``step(closure)`` needs it.
         refresh_autocast: leave autocast as the forward has it during a refresh; by default it is
@@ -138,6 +141,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         buffers: BufferPolicy = "clean",
         modules: Iterable[nn.Module] = (),
         replay_rng: bool = True,
+        check_finite: bool = True,
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
         sync: bool = True,
@@ -150,6 +154,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             transport=transport,
             graft=graft,
             replay_rng=replay_rng,
+            check_finite=check_finite,
             refresh_autocast=refresh_autocast,
             sync=sync,
         )
@@ -163,7 +168,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._parameters = NamedParameters(one_base, model)
         step_modules = self._step_modules = StepModules(model, modules)
         self._probing = Probing(
-            self._parameters, geometry, perturbation, self.ranks, self._progress
+            self._parameters, geometry, perturbation, self.ranks, self._progress, check_finite
         )
         self._passes = Passes(
             self._parameters,
@@ -174,6 +179,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             keep_clean_buffers=buffers == "clean",
             replay_rng=replay_rng,
             sync=sync,
+            check_finite=check_finite,
         )
         self._refresher = Refresher(
             geometry,
@@ -193,6 +199,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._passes,
             self._probing,
             self._refresher,
+            check_finite,
         )
         self._bind_parts()
         if not sync:

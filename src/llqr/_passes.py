@@ -77,6 +77,7 @@ class Passes:
         keep_clean_buffers: whether buffers advance as in the first pass only.
         replay_rng: whether the second pass gets the random numbers of the first.
         sync: whether several processes probe with the gradient of all; False: each with its own.
+        check_finite: whether anybody looks at whether gradients are finite.
 
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
@@ -94,11 +95,12 @@ class Passes:
         keep_clean_buffers: bool,
         replay_rng: bool,
         sync: bool,
+        check_finite: bool,
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._probing, self._modules = probing, modules
         self._keep_clean_buffers, self._replay_rng = keep_clean_buffers, replay_rng
-        self._sync = sync
+        self._sync, self._check_finite = sync, check_finite
         self.probed = self.displaced = False
         self._start: ForwardState | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
@@ -161,7 +163,7 @@ class Passes:
         """Run the body, the only pass, at theta + eps: eps is known before it."""
         self.displaced = self._probing.displaces
         try:
-            self._move_weights(record, self._probing.find_displacement({}, None))
+            self._move_weights(record, self._probing.find_displacement({}, None)[0])
             yield
             self.probed = self.displaced
         finally:
@@ -172,7 +174,7 @@ class Passes:
     def _finish_only_pass(self, scaler: Any) -> None:
         gradients = self._parameters.require_gradients("the first pass")
         self._probing.observe(gradients, scaler)
-        if scaler is not None and not self._ranks.finite(gradients):
+        if scaler is not None and self._check_finite and not self._ranks.finite(gradients):
             self.undo_step()  # the scaler will skip, and then step() never runs
 
     def keep_start(self) -> ForwardState:
@@ -217,10 +219,7 @@ class Passes:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
         record, ranks = self._open, self._ranks
         clean = self._parameters.require_gradients(after)
-        healthy, square = self._probing.measure(clean)
-        eps: Tensors = {}
-        if healthy:
-            eps = self._probing.find_displacement(clean, scaler, square, radii)
+        eps, healthy = self._probing.find_displacement(clean, scaler, radii)
         displaces = self._probing.any_moves(radii)
         # The clean gradients are as large as the model: only who combines both keeps them.
         combines = healthy and displaces and self._probing.combines
@@ -262,7 +261,8 @@ class Passes:
         elif kept is not None:
             self._probing.combine(kept, second, scaler)
         # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
-        if start is not None and not (healthy and (scaler is None or ranks.finite(second))):
+        known = healthy and (scaler is None or not self._check_finite or ranks.finite(second))
+        if start is not None and not known:
             start.restore()
 
     # -- weights and state ---------------------------------------------------------------------
@@ -351,7 +351,7 @@ def are_sharded(tensors: list[Tensor]) -> bool:
 
 def add_displacement(parameters: list[Tensor], eps: Tensors) -> None:
     """Add eps, in the order of the parameters."""
-    if isinstance(eps, ScaledTensors):
+    if isinstance(eps, ScaledTensors) and isinstance(eps.factor, float):
         steps, factor = list(eps.tensors.values()), eps.factor
         if list(map(DTYPE, steps)) == list(map(DTYPE, parameters)):
             torch._foreach_add_(parameters, steps, alpha=factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -21,12 +21,11 @@ from ._vectors import (
     copies_of,
     copy_all,
     scale_tensors,
-    total_inner_product,
     widen_to_float32,
 )
 from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all
-from .geometry import Geometry
+from .geometry import FixedGeometry, Geometry, StructuredGeometry
 from .perturbations import Perturbation, Probe
 from .perturbations._base import bounds_displacement
 
@@ -46,6 +45,7 @@ class Probing:
         perturbation: where to probe, or None for one pass.
         ranks: the processes that train together.
         progress: the counters of the training.
+        check_finite: whether anybody looks at whether gradients are finite.
 
     Attributes:
         observed: whether the gradients of the coming step were shown.
@@ -59,10 +59,14 @@ class Probing:
         perturbation: Perturbation | None,
         ranks: Ranks,
         progress: Progress,
+        check_finite: bool = True,
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._geometry, self._perturbation = geometry, perturbation
+        self._check_finite = check_finite
         self._bounded = perturbation is not None and bounds_displacement(type(perturbation))
+        # A metric of our own makes what is not finite out of it.
+        self._passed_on = isinstance(geometry, (type(None), FixedGeometry, StructuredGeometry))
         self.observed = False
         self.clean: dict[str, Tensor] | None = None
         if self.looks_ahead:
@@ -134,42 +138,39 @@ class Probing:
     # -- the displacement ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, clean: Mapping[str, Tensor]) -> tuple[bool, float | None]:
-        """Tell whether g is finite in every process; return g'g too if both take one read."""
-        if self._ranks.size > 1 or self._ranks.sharded:
-            return self._ranks.finite(clean), None
-        square = total_inner_product(clean, clean)
-        if math.isfinite(square):
-            return True, square
-        return self._ranks.finite(clean), None
-
-    @torch.no_grad()
     def find_displacement(
         self,
         clean: Mapping[str, Tensor],
         scaler: Any,
-        square: float | None = None,
         radii_of_groups: Sequence[float] | None = None,
-    ) -> Tensors:
+    ) -> tuple[Tensors, bool]:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
 
         Args:
             clean: g, scaled; empty if no pass was run yet.
             scaler: the GradScaler that scaled it.
-            square: g'g, scaled, if it is known.
             radii_of_groups: :meth:`radii_of_groups`, if it was asked for.
+
+        Returns:
+            eps, and whether g is finite in every process, as far as anybody looks.
         """
         perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
+        radii = self.radii if radii_of_groups is None else self._by_name(radii_of_groups)
+        everything, alone = all(radii.values()), self._ranks.size == 1 and not self._ranks.sharded
+        # The length that eps is divided by tells it too, and that takes one read.
+        unknown = bool(clean) and self._check_finite
+        joined = everything and alone and self._bounded and self._passed_on
+        if unknown and not joined and not self._ranks.finite(clean):
+            return {}, False
         if clean:
             self._show(clean, wide, scaler)
         if perturbation is None:
-            return {}
-        radii = self.radii if radii_of_groups is None else self._by_name(radii_of_groups)
-        everything = all(radii.values())
+            return {}, True
         chosen = radii.keys() if everything else {n for n, rho in radii.items() if rho > 0}
+        stays = alone and not self._check_finite  # then nobody needs the numbers
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
-            return {}
+            return {}, True
         probe = Probe(
             gradients=gradients,
             parameters=self._parameters.named,
@@ -180,20 +181,22 @@ class Probing:
                 lambda: {n: m for n, m in self._find_momentum().items() if n in chosen}
             ),
             step=self._progress.step,
-            square=square / loss_scale(scaler) ** 2 if everything and square is not None else None,
+            _stays=stays and not reads_are_free(self._parameters.devices),
         )
         # The passes may run within the caller's autocast.
         with without_autocast(*self._parameters.devices):
             eps = perturbation.displacement(probe)
+        if unknown and joined and not probe.is_finite and not self._ranks.finite(clean):
+            return {}, False
         if eps is None:
             self._progress.skipped_probes += 1
-            return {}
-        if not (self._bounded or self._ranks.finite(eps)):
+            return {}, True
+        if self._check_finite and not (self._bounded or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(radii.values())}"
             )
-        return eps
+        return eps, True
 
     def _find_momentum(self) -> dict[str, Tensor]:
         """Return the base's running mean of gradients, of the parameters that have one."""
@@ -277,6 +280,11 @@ class Probing:
     def forget(self) -> None:
         """Nothing was shown for the coming step."""
         self.observed, self.clean = False, None
+
+
+def reads_are_free(devices: Collection[torch.device]) -> bool:
+    """Tell whether numbers on some devices can be read at once, without waiting for work there."""
+    return len(devices) > 1 or all(device.type == "cpu" for device in devices)
 
 
 def loss_scale(scaler: Any) -> float:

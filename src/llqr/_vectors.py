@@ -20,6 +20,7 @@ from .distributed._sharded import WHOLE, is_sharded, local, summed
 
 __all__ = [
     "LazyTensors",
+    "Scalar",
     "ScaledTensors",
     "Tensors",
     "copies_of",
@@ -35,10 +36,13 @@ __all__ = [
     "rescale_to_norm",
     "sum_as_double",
     "total_inner_product",
+    "total_on_device",
     "widen_to_float32",
 ]
 
 Tensors = Mapping[str, Tensor]
+#: A number, or a tensor without dimensions that stays on the device.
+Scalar = float | Tensor
 V = TypeVar("V")
 
 #: Entries up to which float64 costs nothing.
@@ -97,11 +101,11 @@ def lay_out_like(value: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | float) -> dict[str, Tensor]:
+def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | Scalar) -> dict[str, Tensor]:
     """Return each tensor times its factor, or all times one."""
     if not tensors:
         return {}
-    each = factors if isinstance(factors, float) else [factors[n] for n in tensors]
+    each: Any = [factors[n] for n in tensors] if isinstance(factors, Mapping) else factors
     return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), each), strict=True))
 
 
@@ -136,10 +140,10 @@ class ScaledTensors(LazyTensors):
 
     Args:
         tensors: by name.
-        factor: of all.
+        factor: of all; a tensor without dimensions is not read.
     """
 
-    def __init__(self, tensors: Tensors, factor: float) -> None:
+    def __init__(self, tensors: Tensors, factor: Scalar) -> None:
         super().__init__(lambda: scale_tensors(tensors, factor))
         self.tensors, self.factor = tensors, factor
 
@@ -153,7 +157,7 @@ class ScaledTensors(LazyTensors):
         return len(self.tensors)
 
 
-def multiple_of_some(tensors: Tensors, names: Iterable[str], factor: float) -> ScaledTensors:
+def multiple_of_some(tensors: Tensors, names: Iterable[str], factor: Scalar) -> ScaledTensors:
     """Return those of some names, times a factor."""
     if isinstance(tensors, ScaledTensors):
         return multiple_of_some(tensors.tensors, names, tensors.factor * factor)
@@ -266,6 +270,16 @@ def total_inner_product(a: Tensors, b: Tensors) -> float:
             raise
     lists = [zip(*part.values(), strict=True) for part in parts]
     return sum(_total_on_one_device(list(x), list(y)) for x, y in lists)
+
+
+def total_on_device(a: Tensors, b: Tensors) -> Tensor:
+    """Return the inner product over all whole tensors of one device, without a read."""
+    xs, ys = [a[n] for n in b], list(b.values())
+    if all(map(is_, xs, ys)):
+        norms = torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs])
+        return widen(torch.stack(norms)).square().sum()
+    runs = _gather_runs(list(zip(xs, ys, strict=True)), lambda pair: pair[0].numel())
+    return torch.stack([_product_of_run(*_sides(run), double=False) for run in runs]).sum()
 
 
 def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 
 from .._checks import Schedule, check_number
-from .._vectors import Tensors, total_inner_product
-from ._base import EPS0, Perturbation, Probe
+from .._vectors import Tensors
+from ._base import Perturbation, Probe
 
 __all__ = ["FisherSAM"]
 
@@ -52,4 +51,4 @@ class FisherSAM(Perturbation):
         damped = torch._foreach_mul(whole, whole)
         torch._foreach_add_(damped, self.eta)
         d = dict(zip(g, torch._foreach_div(whole, damped), strict=True))
-        return probe.scale_by_radius(d, 1 / math.sqrt(total_inner_product(g, d) + EPS0))
+        return probe.scale_by_radius(d, probe._inverse_length(g, d))

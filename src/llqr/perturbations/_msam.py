@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 from .._checks import Schedule
-from .._vectors import Tensors, total_inner_product, widen_to_float32
-from ._base import EPS0, Perturbation, Probe
+from .._vectors import Tensors, widen_to_float32
+from ._base import Perturbation, Probe
 
 __all__ = ["MSAM"]
 
@@ -57,4 +56,4 @@ class MSAM(Perturbation):
     def displacement(self, probe: Probe) -> Tensors:
         """Return -rho m / |m|."""
         m = widen_to_float32(probe.momentum)
-        return probe.scale_by_radius(m, -1 / math.sqrt(total_inner_product(m, m) + EPS0))
+        return probe.scale_by_radius(m, -probe._inverse_length(m, m))
