@@ -8,8 +8,8 @@ else the machine does. "sam / hand" is this library's SAM over a SAM step writte
 without its checks and its restoring of buffers, in calls for all parameters; "sam / loops" over one
 that goes through the parameters one by one, as the usual implementations of SAM do.
 
-With ``--hand`` instead: each method's step over that SAM step written out, beside the other two usual
-implementations of SAM: davda54's update, written out, and pytorch_optimizer's, if it is installed.
+With ``--hand`` instead: each step over that SAM step written out, beside two usual implementations:
+davda54's update, also written out, and pytorch_optimizer's SAM, if it is installed.
 Small networks are timed over ten steps of a method at a time, as a training runs them.
 
 With ``--probes`` instead: a step with each perturbation over SGD's, without a geometry. Those that
