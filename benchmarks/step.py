@@ -8,6 +8,10 @@ else the machine does. "sam / hand" is this library's SAM over a SAM step writte
 without its checks and its restoring of buffers, in calls for all parameters; "sam / loops" over one
 that goes through the parameters one by one, as the usual implementations of SAM do.
 
+With ``--hand`` instead: each step over that SAM step written out, beside two usual implementations:
+davda54's update, also written out, and pytorch_optimizer's SAM, if it is installed.
+Small networks are timed over ten steps of a method at a time, as a training runs them.
+
 With ``--probes`` instead: a step with each perturbation over SGD's, without a geometry. Those that
 probe every 5 steps are timed over the 5, and the quotient is the mean.
 """
@@ -53,13 +57,15 @@ def main() -> None:
     """Print the table."""
     parser = arguments(__doc__, models=(*PROBLEMS, *SMALL), structures=tuple(APPLIED))
     parser.add_argument("--probes", action="store_true")
+    parser.add_argument("--hand", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.models:
         p = small(name, options.device) if name in SMALL else problem(name, options.device)
-        if options.probes:
-            rows.append(probe_row(name, p, Clock(options.device), options))
+        if options.probes or options.hand:
+            make = probe_row if options.probes else hand_row
+            rows.append(make(name, p, Clock(options.device), options))
             print(rows[-1], flush=True)
             continue
         for structure in options.structures:
@@ -216,6 +222,77 @@ def row(
             share = times[method] + took / every
             found[f"{method} at {every}"] = share / times[against]
     return found
+
+
+def davda54(p: Classifier, base: torch.optim.Optimizer, rho: float) -> None:
+    """Do a SAM step as the implementation that most copy: one parameter at a time, on .data."""
+    parameters, old = list(p.model.parameters()), {}
+    p()[0].backward()
+    with torch.no_grad():
+        norm = torch.norm(torch.stack([q.grad.norm(p=2) for q in parameters]), p=2)
+        scale = rho / (norm + 1e-12)
+        for q in parameters:
+            old[q] = q.data.clone()
+            q.add_(q.grad * scale.to(q))
+    base.zero_grad()
+    p()[0].backward()
+    for q in parameters:
+        q.data = old[q]
+    base.step()
+    base.zero_grad()
+
+
+def pytorch_optimizers(p: Classifier, rho: float) -> dict[str, Any]:
+    """Return a step of pytorch_optimizer's SAM, if it is installed."""
+    try:
+        from pytorch_optimizer import SAM
+    except ImportError:
+        return {}
+    sam = SAM(p.model.parameters(), torch.optim.SGD, rho=rho, lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        p()[0].backward()
+        sam.first_step(zero_grad=True)
+        p()[0].backward()
+        sam.second_step(zero_grad=True)
+
+    return {"pytorch_optimizer's SAM": step}
+
+
+def hand_row(name: str, p: Classifier, clock: Clock, options: argparse.Namespace) -> dict[str, Any]:
+    """Time SAM, alone and under each structure, in turns with the SAM steps of others."""
+    base = torch.optim.SGD(p.model.parameters(), lr=1e-3, momentum=0.9)
+
+    def sgd() -> None:
+        base.zero_grad()
+        p()[0].backward()
+        base.step()
+
+    calls: dict[str, Any] = {
+        "hand": lambda: written_out(p, base, 0.05),
+        "sgd": sgd,
+        "davda54's": lambda: davda54(p, base, 0.05),
+        **pytorch_optimizers(p, 0.05),
+    }
+    for structure in ("none", *options.structures):
+        geometry = None
+        if structure != "none":
+            settings = {**APPLIED[structure], "every": 10**9, "steps": 2}
+            geometry = settings.pop("kind", llqr.LLQR)(**settings)
+        optimizer = optimizer_of(p, geometry, perturbation=llqr.SAM(0.05))
+        if geometry is not None:
+            optimizer.refresh(p)
+        label = "SAM" if geometry is None else f"SAM, {structure}"
+        calls[label] = lambda optimizer=optimizer: optimizer.minimize(p)
+    many = 10 if name in SMALL else 1
+    repeated = {
+        label: lambda call=call: [call() for _ in range(many)] for label, call in calls.items()
+    }
+    repeats = options.repeats if name not in SMALL else 20 * options.repeats
+    times = clock.medians(repeated, repeats, warm=2)
+    return {"model": f"{name} B{len(p.x)}"} | {
+        label: times[label] / times["hand"] for label in calls if label != "hand"
+    }
 
 
 def probe_row(

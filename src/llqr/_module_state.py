@@ -159,7 +159,7 @@ class Buffers:
         self._metrics = [MetricState(module) for module in metrics_among(self._modules)]
         buffers = [b for b in self._tensors if b is not None]
         states = [t for metric in self._metrics for t in metric.tensors()]
-        self._values = TensorValues([*buffers, *states])
+        self._values = TensorValues([*buffers, *states]) if buffers or states else NOTHING
 
     def restore(self) -> None:
         """Put the very tensors back, with the values that they had."""
@@ -183,8 +183,11 @@ class Buffers:
 
 def entries_of(modules: list[nn.Module]) -> tuple[list[str], list[Tensor | None], list[int]]:
     """Return the names of all buffers, the buffers, and how many each module has."""
+    tables = list(map(BUFFERS, modules))
+    if not any(tables):
+        return [], [], [0] * len(modules)
     # In a ScriptModule they are in no dict, and read from C++.
-    tables = [b if type(b) is dict else dict(b.items()) for b in map(BUFFERS, modules)]
+    tables = [b if type(b) is dict else dict(b.items()) for b in tables]
     names = list(chain.from_iterable(tables))
     return names, list(chain.from_iterable(map(dict.values, tables))), list(map(len, tables))
 
@@ -270,7 +273,7 @@ class WrittenParameters:
         """
         watched = [p for p in parameters if is_plain(p)]
         copy_of_all = False
-        if moment not in self._looked:
+        if watched and moment not in self._looked:
             self._looked.add(moment)
             limit = max(COPIED_ANYWAY, 2 * sum(p.nbytes for p in held))
             copy_of_all = sum(p.nbytes for p in watched) <= limit
@@ -288,6 +291,10 @@ class WrittenParameters:
         return {id(p) for p in self._known}
 
 
+#: The values of no tensors.
+NOTHING = TensorValues(())
+
+
 class ParameterValues:
     """The values of parameters at one moment, as far as they were copied.
 
@@ -301,6 +308,9 @@ class ParameterValues:
         self, written: WrittenParameters, parameters: list[Tensor], *, copy_of_all: bool
     ) -> None:
         self._written, self._all_copied = written, copy_of_all
+        self._copied, self._not_copied = NOTHING, list[tuple[Tensor, int, int]]()
+        if not parameters:
+            return
         known = written.known_ids
         copied = [p for p in parameters if copy_of_all or id(p) in known]
         self._copied = TensorValues(copied)
@@ -309,6 +319,8 @@ class ParameterValues:
 
     def learn(self) -> list[Tensor]:
         """Remember which were written to since; return those of which there is no copy."""
+        if self._copied is NOTHING and not self._not_copied:
+            return []
         # The first look compares entries, since writes through .data are not counted.
         self._written.learn(self._copied.changed(by_value=self._all_copied))
         lost = [p for p, v, at in self._not_copied if p._version != v or p.data_ptr() != at]

@@ -20,7 +20,13 @@ from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
 from ._update import Update
-from ._wrapper import OptimizerWrapper, call_if_there, load_with_hooks, save_with_hooks
+from ._wrapper import (
+    OptimizerWrapper,
+    call_if_there,
+    load_with_hooks,
+    save_with_hooks,
+    with_step_hooks,
+)
 from .curvature import normalised_weights, split_loss_and_outputs
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
@@ -78,6 +84,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             ``passes`` and ``perturbed`` have no function to look at.
         replay_rng: give the second pass the random numbers of the first: torch's, Python's and
             numpy's global generators, not those that you hold yourself.
+        check_finite: skip a step whose gradients are not finite, in any process, and probe nowhere
+            then. False: nobody looks, which saves reads of the device, and a NaN gets into the
+            weights unless a GradScaler sees it.
         refresh_forward: a function that returns (loss, outputs) on a refresh minibatch, used when
             a refresh is due and none was handed over; ``step(closure)`` needs it.
         refresh_autocast: leave autocast as the forward has it during a refresh; by default it is
@@ -132,6 +141,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         buffers: BufferPolicy = "clean",
         modules: Iterable[nn.Module] = (),
         replay_rng: bool = True,
+        check_finite: bool = True,
         refresh_forward: Forward | None = None,
         refresh_autocast: bool = False,
         sync: bool = True,
@@ -144,6 +154,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             transport=transport,
             graft=graft,
             replay_rng=replay_rng,
+            check_finite=check_finite,
             refresh_autocast=refresh_autocast,
             sync=sync,
         )
@@ -157,7 +168,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._parameters = NamedParameters(one_base, model)
         step_modules = self._step_modules = StepModules(model, modules)
         self._probing = Probing(
-            self._parameters, geometry, perturbation, self.ranks, self._progress
+            self._parameters, geometry, perturbation, self.ranks, self._progress, check_finite
         )
         self._passes = Passes(
             self._parameters,
@@ -168,6 +179,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             keep_clean_buffers=buffers == "clean",
             replay_rng=replay_rng,
             sync=sync,
+            check_finite=check_finite,
         )
         self._refresher = Refresher(
             geometry,
@@ -187,6 +199,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._passes,
             self._probing,
             self._refresher,
+            check_finite,
         )
         self._bind_parts()
         if not sync:
@@ -330,6 +343,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         self._follow_groups()
         return self._passes.needed
 
+    @with_step_hooks
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters: p.grad -> U p.grad -> base.step().

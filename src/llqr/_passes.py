@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ._current_pass import RunningPass, running_pass
-from ._module_state import ForwardState, plain_among
+from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._probing import Probing, copy_gradients
 from ._progress import Progress
 from ._random_state import RandomState
 from ._step_modules import StepModules
-from ._vectors import copies_of, copy_all
+from ._vectors import DTYPE, ScaledTensors, Tensors, copies_of, copy_all
+from ._wrapper import clear_gradients
 from .distributed import Ranks
-from .distributed._sharded import is_sharded, local_all, reshard
+from .distributed._sharded import WHOLE, is_sharded, local_all, reshard
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -27,7 +28,8 @@ class PassRecord:
     """What one perturbed pass has to put back, once.
 
     Attributes:
-        weights: (parameter, its clean value).
+        moved: the parameters that are at theta + eps.
+        weights: their clean values.
         gradients: (parameter that the optimizer does not hold, its p.grad).
         after: what the clean pass left, or None if nothing is put back.
         lost: the parameters that were written to without a copy.
@@ -35,7 +37,8 @@ class PassRecord:
     """
 
     def __init__(self) -> None:
-        self.weights: list[tuple[Tensor, Tensor]] = []
+        self.moved: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.after: ForwardState | None = None
         self.lost: list[Tensor] = []
@@ -43,16 +46,17 @@ class PassRecord:
 
     def put_back(self) -> bool:
         """Put everything back, once; tell whether sharded weights had moved."""
-        weights, self.weights = self.weights, []
+        moved, weights, self.moved, self.weights = self.moved, self.weights, [], []
         gradients, self.gradients = self.gradients, []
         after, self.after = self.after, None
         sharded = False
-        if weights:
+        if moved:
             # From copies: subtracting eps would not give the bits back.
+            sharded = are_sharded(moved)
             with torch.no_grad():
-                moved, copies = zip(*weights, strict=True)
-                copy_all(local_all(moved), local_all(copies))
-                sharded = any(map(is_sharded, moved))
+                if sharded:
+                    moved, weights = local_all(moved), local_all(weights)
+                copy_all(moved, weights)
         for p, gradient in gradients:
             p.grad = gradient
         if after is not None:
@@ -73,6 +77,7 @@ class Passes:
         keep_clean_buffers: whether buffers advance as in the first pass only.
         replay_rng: whether the second pass gets the random numbers of the first.
         sync: whether several processes probe with the gradient of all; False: each with its own.
+        check_finite: whether anybody looks at whether gradients are finite.
 
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
@@ -90,11 +95,12 @@ class Passes:
         keep_clean_buffers: bool,
         replay_rng: bool,
         sync: bool,
+        check_finite: bool,
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._probing, self._modules = probing, modules
         self._keep_clean_buffers, self._replay_rng = keep_clean_buffers, replay_rng
-        self._sync = sync
+        self._sync, self._check_finite = sync, check_finite
         self.probed = self.displaced = False
         self._start: ForwardState | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
@@ -126,15 +132,17 @@ class Passes:
         self.forget_step()
         record, ranks = self._open, self._ranks
         modules = self._modules.all(functions)
-        twice = self.needed
+        radii = self._probing.radii_of_groups()  # asked once per step
+        ahead = self._probing.looks_ahead
+        twice = self._probing.any_moves(radii) and not ahead
         others = self._parameters.parameters_not_held(modules) if twice else []
         start = self._start = self._state_of(modules, others, "start")
         replays = twice and self._replay_rng
         random = RandomState(*self._parameters.devices) if replays else None
-        self._parameters.base.zero_grad()
-        quiet = ranks.no_gradient_sync(self.local_probes and self.needed)
-        ahead = self._ahead(record) if self._probing.looks_ahead else nullcontext()
-        with quiet, ahead, running_pass("clean") as record.running:
+        clear_gradients(self._parameters.base)
+        quiet = ranks.no_gradient_sync(self.local_probes and twice)
+        place = self._ahead(record) if ahead else nullcontext()
+        with quiet, place, running_pass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -143,10 +151,11 @@ class Passes:
                     "call step() after the loop over passes()"
                 )
             return
-        if not self.needed:
+        if not twice:
             self._finish_only_pass(scaler)
             return
-        with self._displaced("the first pass", scaler, modules, start=start, random=random):
+        after = "the first pass"
+        with self._displaced(after, scaler, radii, modules, start=start, random=random):
             yield 1
 
     @contextmanager
@@ -154,7 +163,7 @@ class Passes:
         """Run the body, the only pass, at theta + eps: eps is known before it."""
         self.displaced = self._probing.displaces
         try:
-            self._move_weights(record, self._probing.find_displacement({}, None))
+            self._move_weights(record, self._probing.find_displacement({}, None)[0])
             yield
             self.probed = self.displaced
         finally:
@@ -165,7 +174,7 @@ class Passes:
     def _finish_only_pass(self, scaler: Any) -> None:
         gradients = self._parameters.require_gradients("the first pass")
         self._probing.observe(gradients, scaler)
-        if scaler is not None and not self._ranks.finite(gradients):
+        if scaler is not None and self._check_finite and not self._ranks.finite(gradients):
             self.undo_step()  # the scaler will skip, and then step() never runs
 
     def keep_start(self) -> ForwardState:
@@ -186,14 +195,15 @@ class Passes:
         self.forget_step()
         if self._probing.looks_ahead and start is None:  # the only pass, whose buffers stay
             record = self._open
-            self._parameters.base.zero_grad()
+            clear_gradients(self._parameters.base)
             with self._ahead(record), running_pass("perturbed") as record.running:
                 yield
             if self._open is record:
                 self._finish_only_pass(scaler)
             return
-        modules = self._modules.all()
-        with self._displaced("the clean backward", scaler, modules, start=start, random=None):
+        modules, radii = self._modules.all(), self._probing.radii_of_groups()
+        after = "the clean backward"
+        with self._displaced(after, scaler, radii, modules, start=start, random=None):
             yield
 
     @contextmanager
@@ -201,6 +211,7 @@ class Passes:
         self,
         after: str,
         scaler: Any,
+        radii: Sequence[float],
         modules: list[nn.Module],
         start: ForwardState | None,
         random: RandomState | None,
@@ -208,9 +219,8 @@ class Passes:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
         record, ranks = self._open, self._ranks
         clean = self._parameters.require_gradients(after)
-        healthy, square = self._probing.measure(clean)
-        eps = self._probing.find_displacement(clean, scaler, square) if healthy else {}
-        displaces = self._probing.displaces
+        eps, healthy = self._probing.find_displacement(clean, scaler, radii)
+        displaces = self._probing.any_moves(radii)
         # The clean gradients are as large as the model: only who combines both keeps them.
         combines = healthy and displaces and self._probing.combines
         kept = copy_gradients(clean, scaler) if combines else None
@@ -219,16 +229,18 @@ class Passes:
         if start is not None:
             record.lost += start.learn()
         record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
-        self._parameters.base.zero_grad()
         # Gradients of parameters that are not ours would add up over the two passes.
         record.gradients = [(p, p.grad) for p in others]
         try:
-            if start is not None:  # the second pass has the loss of the first
-                start.restore()
-            for p, _ in record.gradients:
-                p.grad = None
+            # Before the gradients are cleared: eps may be a multiple of them, and a base may fill
+            # them with zeros.
             self._move_weights(record, eps)
             del eps  # as large as the model
+            clear_gradients(self._parameters.base)
+            for p, _ in record.gradients:
+                p.grad = None
+            if start is not None:  # the second pass has the loss of the first
+                start.restore()
             if random is not None:
                 random.restore()
             self.displaced = True
@@ -249,25 +261,24 @@ class Passes:
         elif kept is not None:
             self._probing.combine(kept, second, scaler)
         # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
-        if start is not None and not (healthy and (scaler is None or ranks.finite(second))):
+        known = healthy and (scaler is None or not self._check_finite or ranks.finite(second))
+        if start is not None and not known:
             start.restore()
 
     # -- weights and state ---------------------------------------------------------------------
 
     @torch.no_grad()
-    def _move_weights(self, record: PassRecord, eps: dict[str, Tensor]) -> None:
+    def _move_weights(self, record: PassRecord, eps: Tensors) -> None:
         """Form theta + eps, keeping copies of theta (algorithm 1, line 6)."""
         named = self._parameters.named
         if not eps:
             return
         moving: list[Tensor] = [named[n] for n in eps]
-        plain = plain_among(moving)
-        copies = copies_of(plain) if plain is moving else [p.detach().clone() for p in moving]
-        record.weights = list(zip(moving, copies, strict=True))
-        pairs = zip(eps.values(), moving, strict=True)
-        steps: list[Tensor] = [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs]
-        torch._foreach_add_(moving, steps)
-        if any(map(is_sharded, moving)):
+        whole = WHOLE.issuperset(map(type, moving))
+        record.weights = copies_of(moving) if whole else [p.detach().clone() for p in moving]
+        record.moved = moving
+        add_displacement(moving, eps)
+        if not whole and are_sharded(moving):
             reshard(self._parameters.model)
 
     def _state_of(
@@ -282,7 +293,7 @@ class Passes:
         self,
         modules: list[nn.Module],
         others: list[nn.Parameter],
-        eps: dict[str, Tensor],
+        eps: Tensors,
         *,
         known_start: bool,
     ) -> ForwardState:
@@ -290,7 +301,9 @@ class Passes:
 
         Without the start's state a second pass goes on from the clean one's, which counts then.
         """
-        unmoved: list[nn.Parameter] = [p for n, p in self._parameters.named.items() if n not in eps]
+        named = self._parameters.named
+        whole = len(eps) == len(named)
+        unmoved = [] if whole else [p for n, p in named.items() if n not in eps]
         if known_start and not self._keep_clean_buffers:
             return self._state_of((), unmoved, "after the clean pass")
         return self._state_of(modules, [*unmoved, *others], "after the clean pass")
@@ -329,6 +342,22 @@ class Passes:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed, self._start = False, None
         self._probing.forget()
+
+
+def are_sharded(tensors: list[Tensor]) -> bool:
+    """Tell whether ``fully_shard`` has cut any of some tensors."""
+    return not WHOLE.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
+
+
+def add_displacement(parameters: list[Tensor], eps: Tensors) -> None:
+    """Add eps, in the order of the parameters."""
+    if isinstance(eps, ScaledTensors) and isinstance(eps.factor, float):
+        steps, factor = list(eps.tensors.values()), eps.factor
+        if list(map(DTYPE, steps)) == list(map(DTYPE, parameters)):
+            torch._foreach_add_(parameters, steps, alpha=factor)
+            return
+    pairs = zip(eps.values(), parameters, strict=True)
+    torch._foreach_add_(parameters, [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs])
 
 
 def check_scaler(scaler: Any) -> None:

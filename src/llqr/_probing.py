@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,10 +15,17 @@ from ._checks import value_at_step
 from ._joined_bases import defaults_of_group
 from ._parameters import NamedParameters
 from ._progress import Progress
-from ._vectors import copies_of, copy_all, scale_tensors, total_inner_product, widen_to_float32
+from ._vectors import (
+    LazyTensors,
+    Tensors,
+    copies_of,
+    copy_all,
+    scale_tensors,
+    widen_to_float32,
+)
 from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all
-from .geometry import Geometry
+from .geometry import FixedGeometry, Geometry, StructuredGeometry
 from .perturbations import Perturbation, Probe
 from .perturbations._base import bounds_displacement
 
@@ -39,6 +45,7 @@ class Probing:
         perturbation: where to probe, or None for one pass.
         ranks: the processes that train together.
         progress: the counters of the training.
+        check_finite: whether anybody looks at whether gradients are finite.
 
     Attributes:
         observed: whether the gradients of the coming step were shown.
@@ -52,10 +59,14 @@ class Probing:
         perturbation: Perturbation | None,
         ranks: Ranks,
         progress: Progress,
+        check_finite: bool = True,
     ) -> None:
         self._parameters, self._ranks, self._progress = parameters, ranks, progress
         self._geometry, self._perturbation = geometry, perturbation
+        self._check_finite = check_finite
         self._bounded = perturbation is not None and bounds_displacement(type(perturbation))
+        # A metric of our own makes what is not finite out of it.
+        self._passed_on = isinstance(geometry, (type(None), FixedGeometry, StructuredGeometry))
         self.observed = False
         self.clean: dict[str, Tensor] | None = None
         if self.looks_ahead:
@@ -66,10 +77,16 @@ class Probing:
     @property
     def radii(self) -> dict[str, float]:
         """The radius rho of each parameter at the coming step; 0 if it is not perturbed."""
-        radii = self._radii_of_groups()
-        return {name: radii[i] for name, i in self._parameters.group_of.items()}
+        return self._by_name(self.radii_of_groups())
 
-    def _radii_of_groups(self) -> list[float]:
+    def _by_name(self, radii: Sequence[float]) -> dict[str, float]:
+        groups = self._parameters.group_of
+        if len(radii) == 1:  # as mostly
+            return dict.fromkeys(groups, radii[0])
+        return {name: radii[i] for name, i in groups.items()}
+
+    def radii_of_groups(self) -> list[float]:
+        """Return the radius of each parameter group at the coming step; 0 if it is not probed."""
         perturbation, base = self._perturbation, self._parameters.base
         if perturbation is None or not perturbation.probes_at(self._progress.step):
             return [0.0] * len(base.param_groups)
@@ -91,9 +108,10 @@ class Probing:
     @property
     def displaces(self) -> bool:
         """Whether a pass of the coming step runs at theta + eps."""
-        return self._any_moves(self._radii_of_groups())
+        return self.any_moves(self.radii_of_groups())
 
-    def _any_moves(self, radii: list[float]) -> bool:
+    def any_moves(self, radii: Sequence[float]) -> bool:
+        """Tell whether a parameter has a radius that is not 0."""
         return any(radii[i] for i in self._parameters.filled_groups)
 
     @property
@@ -120,37 +138,39 @@ class Probing:
     # -- the displacement ----------------------------------------------------------------------
 
     @torch.no_grad()
-    def measure(self, clean: Mapping[str, Tensor]) -> tuple[bool, float | None]:
-        """Tell whether g is finite in every process; return g'g too if both take one read."""
-        if self._ranks.size > 1 or self._ranks.sharded:
-            return self._ranks.finite(clean), None
-        square = total_inner_product(clean, clean)
-        if math.isfinite(square):
-            return True, square
-        return self._ranks.finite(clean), None
-
-    @torch.no_grad()
     def find_displacement(
-        self, clean: Mapping[str, Tensor], scaler: Any, square: float | None = None
-    ) -> dict[str, Tensor]:
+        self,
+        clean: Mapping[str, Tensor],
+        scaler: Any,
+        radii_of_groups: Sequence[float] | None = None,
+    ) -> tuple[Tensors, bool]:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
 
         Args:
             clean: g, scaled; empty if no pass was run yet.
             scaler: the GradScaler that scaled it.
-            square: g'g, scaled, if it is known.
+            radii_of_groups: :meth:`radii_of_groups`, if it was asked for.
+
+        Returns:
+            eps, and whether g is finite in every process, as far as anybody looks.
         """
         perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
+        radii = self.radii if radii_of_groups is None else self._by_name(radii_of_groups)
+        everything, alone = all(radii.values()), self._ranks.size == 1 and not self._ranks.sharded
+        # The length that eps is divided by tells it too, and that takes one read.
+        unknown = bool(clean) and self._check_finite
+        joined = everything and alone and self._bounded and self._passed_on
+        if unknown and not joined and not self._ranks.finite(clean):
+            return {}, False
         if clean:
             self._show(clean, wide, scaler)
         if perturbation is None:
-            return {}
-        radii = self.radii
-        everything = all(radii.values())
+            return {}, True
         chosen = radii.keys() if everything else {n for n, rho in radii.items() if rho > 0}
+        stays = alone and not self._check_finite  # then nobody needs the numbers
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
-            return {}
+            return {}, True
         probe = Probe(
             gradients=gradients,
             parameters=self._parameters.named,
@@ -161,20 +181,22 @@ class Probing:
                 lambda: {n: m for n, m in self._find_momentum().items() if n in chosen}
             ),
             step=self._progress.step,
-            square=square / loss_scale(scaler) ** 2 if everything and square is not None else None,
+            _stays=stays and not reads_are_free(self._parameters.devices),
         )
         # The passes may run within the caller's autocast.
         with without_autocast(*self._parameters.devices):
             eps = perturbation.displacement(probe)
+        if unknown and joined and not probe.is_finite and not self._ranks.finite(clean):
+            return {}, False
         if eps is None:
             self._progress.skipped_probes += 1
-            return {}
-        if not (self._bounded or self._ranks.finite(eps)):
+            return {}, True
+        if self._check_finite and not (self._bounded or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
                 f"the gradients are; rho = {max(radii.values())}"
             )
-        return eps
+        return eps, True
 
     def _find_momentum(self) -> dict[str, Tensor]:
         """Return the base's running mean of gradients, of the parameters that have one."""
@@ -249,7 +271,7 @@ class Probing:
             return gradients
         if self._progress.step < perturbation.start:
             return gradients
-        if not self._any_moves(self._radii_between_probes_too(perturbation)):
+        if not self.any_moves(self._radii_between_probes_too(perturbation)):
             return gradients
         with without_autocast(*self._parameters.devices):
             adjusted = perturbation.adjust(widen_to_float32(gradients))
@@ -258,6 +280,11 @@ class Probing:
     def forget(self) -> None:
         """Nothing was shown for the coming step."""
         self.observed, self.clean = False, None
+
+
+def reads_are_free(devices: Collection[torch.device]) -> bool:
+    """Tell whether numbers on some devices can be read at once, without waiting for work there."""
+    return len(devices) > 1 or all(device.type == "cpu" for device in devices)
 
 
 def loss_scale(scaler: Any) -> float:
@@ -287,27 +314,3 @@ def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Te
     else:
         copies = copies_of(list(shared.values()))
     return {**wide, **dict(zip(shared, copies, strict=True))}
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name that are looked for when somebody asks.
-
-    Args:
-        find: returns them.
-    """
-
-    def __init__(self, find: Callable[[], dict[str, Tensor]]) -> None:
-        self._find = find
-
-    @cached_property
-    def _found(self) -> dict[str, Tensor]:
-        return self._find()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)

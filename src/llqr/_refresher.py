@@ -213,7 +213,9 @@ def call_and_unpack(forward: Forward) -> Any:
     if not (isinstance(result, (tuple, list)) and len(result) == 2):
         return result
     loss, outputs = result
-    if outputs is None or any(isinstance(z, Tensor) for z in pytree.tree_leaves(outputs)):
+    if outputs is None or isinstance(outputs, Tensor):
+        return result
+    if any(isinstance(z, Tensor) for z in pytree.tree_leaves(outputs)):
         return result
     if isinstance(getattr(outputs, "logits", None), Tensor):
         return loss, outputs.logits

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from operator import attrgetter, is_
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._module_state import WrittenParameters
@@ -17,6 +18,10 @@ from ._progress import Progress
 __all__ = ["StepModules", "modules_named_in", "refuse_meta"]
 
 CHILDREN, META = attrgetter("_modules"), attrgetter("is_meta")
+#: Kinds of values that hold no modules, and are not called.
+HOLDING_NONE = frozenset({Tensor, nn.Parameter, str, bool, int, float, type(None), torch.device})
+#: Kinds of attributes that hold none; some are called, but what they name is of other files.
+HOLDING_NONE_AS_ATTRIBUTES = HOLDING_NONE | {FunctionType, BuiltinFunctionType, ModuleType, type}
 
 
 class StepModules:
@@ -181,8 +186,9 @@ def attributes_of(value: Any, names: frozenset[str]) -> list[Any]:
     kinds = (nn.Module, list, tuple, dict)
     held = getattr(value, "__dict__", None)
     if not held:
-        return _modules_within(value, names)
-    found = [held[n] for n in names if n in held]
+        return [value] if isinstance(value, nn.Module) else []
+    skipped = HOLDING_NONE_AS_ATTRIBUTES
+    found = [v for n in names if n in held and type(v := held[n]) not in skipped]
     inner = [w for v in found if not isinstance(v, kinds) for w in _modules_within(v, names)]
     return [v for v in found if isinstance(v, kinds)] + inner + _modules_within(value, names)
 
@@ -210,6 +216,7 @@ def values_named_in(function: FunctionType) -> list[Any]:
     held += [
         v for v in named if not (isinstance(v, FunctionType) and v.__globals__ is not globals_of)
     ]
+    held = [v for v in held if type(v) not in HOLDING_NONE]
     return held + [w for v in held for w in attributes_of(v, names)]
 
 

@@ -35,6 +35,7 @@ class Update:
         passes: whether there was a second one, and what a skipped step restores.
         probing: what was seen of the gradients.
         refresher: whether a refresh was due.
+        check_finite: whether a step is skipped if its gradients are not finite.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class Update:
         passes: Passes,
         probing: Probing,
         refresher: Refresher,
+        check_finite: bool,
     ) -> None:
         self._parameters, self._base = parameters, parameters.base
         self._geometry, self._perturbation = geometry, perturbation
         self._ranks, self._progress = ranks, progress
         self._passes, self._probing, self._refresher = passes, probing, refresher
+        self._check_finite = check_finite
 
     def make(self, *, transport: bool, graft: bool) -> None:
         """Update the parameters from the gradients that are there.
@@ -65,7 +68,7 @@ class Update:
         if not gradients or self._changes_nothing(gradients):
             step_base(self._base)
             return
-        if not self._ranks.finite(gradients, equal=True):
+        if self._check_finite and not self._ranks.finite(gradients, equal=True):
             self._skip_step()
             return
         self._warn_of_omissions()
@@ -96,7 +99,7 @@ class Update:
         if direction is gradients:
             step_base(self._base)
             return True
-        half = not WIDE.issuperset(map(DTYPE, direction.values()))
+        half = self._check_finite and not WIDE.issuperset(map(DTYPE, direction.values()))
         if half and not self._ranks.finite(direction):  # U may take float16 out of its range
             return False
         named = self._parameters.named

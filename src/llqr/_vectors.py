@@ -7,18 +7,21 @@ so how they are added up is decided here, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from operator import attrgetter, is_, itemgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._devices import WIDE, compute_per_device, flatten, unflatten, widen
-from .distributed._sharded import is_sharded, local, summed
+from ._devices import WIDE, compute_per_device, flatten, split_by_device, unflatten, widen
+from .distributed._sharded import WHOLE, is_sharded, local, summed
 
 __all__ = [
+    "LazyTensors",
+    "Scalar",
+    "ScaledTensors",
     "Tensors",
     "copies_of",
     "copy_all",
@@ -28,14 +31,18 @@ __all__ = [
     "dots_of_runs",
     "former_names",
     "lay_out_like",
+    "multiple_of_some",
     "quadratic_value",
     "rescale_to_norm",
     "sum_as_double",
     "total_inner_product",
+    "total_on_device",
     "widen_to_float32",
 ]
 
 Tensors = Mapping[str, Tensor]
+#: A number, or a tensor without dimensions that stays on the device.
+Scalar = float | Tensor
 V = TypeVar("V")
 
 #: Entries up to which float64 costs nothing.
@@ -94,16 +101,73 @@ def lay_out_like(value: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | float) -> dict[str, Tensor]:
+def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | Scalar) -> dict[str, Tensor]:
     """Return each tensor times its factor, or all times one."""
     if not tensors:
         return {}
-    each = factors if isinstance(factors, float) else [factors[n] for n in tensors]
+    each: Any = [factors[n] for n in tensors] if isinstance(factors, Mapping) else factors
     return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), each), strict=True))
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name that are looked for when somebody asks.
+
+    Args:
+        find: returns them.
+    """
+
+    def __init__(self, find: Callable[[], dict[str, Tensor]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _found(self) -> dict[str, Tensor]:
+        return self._find()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+class ScaledTensors(LazyTensors):
+    """Tensors times one factor, multiplied out when somebody asks.
+
+    Who adds them to others does not: torch adds multiples, which saves a call and the memory.
+
+    Args:
+        tensors: by name.
+        factor: of all; a tensor without dimensions is not read.
+    """
+
+    def __init__(self, tensors: Tensors, factor: Scalar) -> None:
+        super().__init__(lambda: scale_tensors(tensors, factor))
+        self.tensors, self.factor = tensors, factor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def multiple_of_some(tensors: Tensors, names: Iterable[str], factor: Scalar) -> ScaledTensors:
+    """Return those of some names, times a factor."""
+    if isinstance(tensors, ScaledTensors):
+        return multiple_of_some(tensors.tensors, names, tensors.factor * factor)
+    return ScaledTensors({n: tensors[n] for n in names}, factor)
 
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of plain tensors, with a few calls for all of them."""
+    if _are_one_run(tensors):  # as those of most networks
+        return unflatten(flatten(tensors), tensors)
     copies = list(tensors)
     for places in _places_by_kind(tensors):
         # The copies of a run lie one behind the other in one piece of memory.
@@ -119,19 +183,30 @@ def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
+def _are_one_run(tensors: list[Tensor]) -> bool:
+    """Tell whether tensors are of one device and dtype and few enough to be copied side by side."""
+    return (
+        len(tensors) > 1
+        and sum(map(Tensor.numel, tensors)) <= RUN
+        and len(set(map(DTYPE, tensors))) == 1
+        and len(set(map(DEVICE, tensors))) == 1
+        and all(map(Tensor.is_contiguous, tensors))
+    )
+
+
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy plain tensors, in one call per device and dtype."""
+    if len(set(map(DTYPE, targets))) == len(set(map(DEVICE, targets))) == 1:
+        torch._foreach_copy_(targets, sources)
+        return
     for places in _places_by_kind(targets):
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
 
 
 def _places_by_kind(tensors: list[Tensor]) -> Iterable[Sequence[int]]:
     """Return the places of the tensors of each device and dtype."""
-    kinds = list(zip(map(DEVICE, tensors), map(DTYPE, tensors), strict=True))
-    if len(set(kinds)) < 2:
-        return [range(len(tensors))] if tensors else []
     places: dict[Any, list[int]] = {}
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(zip(map(DEVICE, tensors), map(DTYPE, tensors), strict=True)):
         places.setdefault(kind, []).append(i)
     return places.values()
 
@@ -180,34 +255,60 @@ def _products_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[
 
 def total_inner_product(a: Tensors, b: Tensors) -> float:
     """Return the inner product over all tensors together, and over all shards of each."""
-    if any(map(is_sharded, b.values())):
-        return sum_as_double(inner_products(a, b))
     if not b:
         return 0.0
-    pairs = {n: (a[n], y) for n, y in b.items()}
-    return sum(compute_per_device(_total_on_one_device, pairs, itemgetter(0)))
+    ys = list(b.values())
+    if not WHOLE.issuperset(map(type, ys)) and any(map(is_sharded, ys)):
+        return sum_as_double(inner_products(a, b))
+    xs = ys if a is b else [a[n] for n in b]
+    try:
+        return _total_on_one_device(xs, ys)
+    except RuntimeError:
+        # Asked only now, since this runs in every step, mostly on one device.
+        parts = split_by_device({n: (a[n], y) for n, y in b.items()}, itemgetter(0))
+        if len(parts) < 2:
+            raise
+    lists = [zip(*part.values(), strict=True) for part in parts]
+    return sum(_total_on_one_device(list(x), list(y)) for x, y in lists)
 
 
-def _total_on_one_device(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+def total_on_device(a: Tensors, b: Tensors) -> Tensor:
+    """Return the inner product over all whole tensors of one device, without a read."""
+    xs, ys = [a[n] for n in b], list(b.values())
+    if all(map(is_, xs, ys)):
+        norms = torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs])
+        return widen(torch.stack(norms)).square().sum()
+    runs = _gather_runs(list(zip(xs, ys, strict=True)), lambda pair: pair[0].numel())
+    return torch.stack([_product_of_run(*_sides(run), double=False) for run in runs]).sum()
+
+
+def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:
     """Return the inner product over all pairs, with one read from the device."""
-    every = list(pairs.values())
-    xs = [x for x, _ in every]
-    if xs[0].device.type != "cpu" and all(x is y for x, y in every):
+    cpu = xs[0].is_cpu
+    if cpu and sum(map(Tensor.numel, xs)) <= SHORT:
+        return float(_product_of_run(xs, ys, double=True))
+    if not cpu and all(map(is_, xs, ys)):
         # Norms in one call for all: on a CPU they lose digits of long tensors.
         norms = torch.stack(torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs]))
         square = float(widen(norms).square().sum())
         if TINY < square < math.inf:
             return square
+    every = list(zip(xs, ys, strict=True))
     short = [pair for pair in every if pair[0].numel() <= SHORT]
     long = [pair for pair in every if pair[0].numel() > SHORT]
-    runs = _gather_runs(long, lambda pair: pair[0].numel())
-    sums = [_product_of_run(short, double=True)] if short else []
-    sums += [_product_of_run(run, double=False) for run in runs]
+    runs = [_sides(run) for run in _gather_runs(long, lambda pair: pair[0].numel())]
+    sums = [_product_of_run(*_sides(short), double=True)] if short else []
+    sums += [_product_of_run(*run, double=False) for run in runs]
     found = torch.stack(sums).tolist()
     for place, run in enumerate(runs, start=len(found) - len(runs)):
         if not TINY < abs(found[place]) < math.inf:
-            found[place] = float(_product_of_run(run, double=True))
+            found[place] = float(_product_of_run(*run, double=True))
     return math.fsum(found)
+
+
+def _sides(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the first tensors of some pairs, and the second."""
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _gather_runs(items: Iterable[V], numel_of: Callable[[V], int]) -> list[list[V]]:
@@ -224,9 +325,8 @@ def _gather_runs(items: Iterable[V], numel_of: Callable[[V], int]) -> list[list[
     return runs
 
 
-def _product_of_run(run: list[tuple[Tensor, Tensor]], *, double: bool) -> Tensor:
+def _product_of_run(xs: list[Tensor], ys: list[Tensor], *, double: bool) -> Tensor:
     """Return the inner product over some pairs, a scalar in the device's widest dtype."""
-    xs, ys = ([pair[i] for pair in run] for i in (0, 1))
     same = all(map(is_, xs, ys))
     x = flatten(xs)
     y = x if same else flatten(ys)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -12,10 +13,18 @@ __all__ = [
     "OptimizerWrapper",
     "attributes_to_copy",
     "call_if_there",
+    "clear_gradients",
     "load_with_hooks",
     "save_with_hooks",
     "step_base",
+    "with_step_hooks",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
+#: Tells whether a profiler runs in this thread.
+profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+#: As torch has it: what was put in its place since must run.
+ZERO_GRAD = torch.optim.Optimizer.zero_grad
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -108,6 +117,38 @@ def load_with_hooks(
         post(optimizer)
 
 
+def with_step_hooks(step: F) -> F:
+    """Decorate the step of an optimizer with torch's hooks and its range for a profiler.
+
+    The range takes as long as the update of a small network, so it is opened only if a profiler
+    runs.
+    """
+    hooked = torch.optim.Optimizer.profile_hook_step(step)
+
+    @wraps(step)
+    def run(self: torch.optim.Optimizer, *args: Any, **options: Any) -> Any:
+        # Around the step of a subclass torch itself has put the hooks.
+        outside = type(self).step is not run
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        anyone = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        needed = not outside and (own or anyone or profiled())
+        return (hooked if needed else step)(self, *args, **options)
+
+    run.hooked = True  # type: ignore[attr-defined]  # so torch does not do it again
+    return run  # type: ignore[return-value]
+
+
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Call ``zero_grad``; torch's own without its range for a profiler, if none runs."""
+    own = type(optimizer).zero_grad is ZERO_GRAD and "zero_grad" not in vars(optimizer)
+    if not own or profiled():
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
+
+
 def step_base(base: torch.optim.Optimizer) -> None:
     """Step the base with its own hooks, but without those of all optimizers: they saw our step.
 
@@ -118,12 +159,15 @@ def step_base(base: torch.optim.Optimizer) -> None:
     step = vars(base).get("step", hooked)
     # What else has put a step of its own on the instance must run, hooks and all.
     known = step is hooked or hasattr(step, "_wrapped_by_lr_sched")
-    anyone = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    if not (anyone and known and getattr(hooked, "hooked", False)):
+    if not (known and getattr(hooked, "hooked", False)):
         base.step()
         return
     if step is not hooked:  # a scheduler of the base, which asks whether it stepped
         base._opt_called = True  # type: ignore[attr-defined]
+    own = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
+    if not own and not profiled():
+        hooked.__wrapped__(base)  # type: ignore[attr-defined]
+        return
     args: tuple[Any, ...] = (base,)
     options: dict[str, Any] = {}
     with torch.autograd.profiler.record_function(f"Optimizer.step#{type(base).__name__}.step"):

@@ -21,6 +21,8 @@ __all__ = ["Ranks"]
 
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
+#: Entries of a tensor up to which its call costs more than its numbers.
+SHORT = 2**14
 
 
 class Ranks:
@@ -147,7 +149,7 @@ class Ranks:
         """
         self._refuse_join()
         if self.size == 1:
-            return math.isfinite(_largest(tensors))
+            return _are_finite(tensors)
         low, high = self.range(_largest(tensors))
         equal = equal and not self.sharded
         if equal and low != high and math.isfinite(high):
@@ -249,6 +251,24 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
     return forward
 
 
+def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
+    own = local_all(tensors.values())
+    if own and all(t.is_cpu for t in own) and math.isfinite(_sum_on_cpu(own)):
+        return True
+    return math.isfinite(_largest(tensors))  # a sum may also leave the range
+
+
+def _sum_on_cpu(tensors: list[Tensor]) -> float:
+    """Return the sum of all entries, with a call for the short tensors together."""
+    with torch.no_grad():
+        if sum(map(Tensor.numel, tensors)) <= SHORT:
+            return float(flatten(tensors).sum())
+        short = [t for t in tensors if t.numel() <= SHORT]
+        runs = [t for t in tensors if t.numel() > SHORT] + ([flatten(short)] if short else [])
+        return float(sum(torch.stack([t.sum() for t in runs]).tolist()))
+
+
 def _largest(tensors: Mapping[str, Tensor]) -> float:
     """Return the largest absolute entry (NaN where there is one)."""
     own = zip(tensors, local_all(tensors.values()), strict=True)
@@ -266,8 +286,8 @@ def _largest_on_one_device(named: Mapping[str, Tensor]) -> float:
         return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.
     with torch.no_grad():
-        short = [t for t in tensors if t.numel() <= 2**14]
-        runs = [t for t in tensors if t.numel() > 2**14] + ([flatten(short)] if short else [])
+        short = [t for t in tensors if t.numel() <= SHORT]
+        runs = [t for t in tensors if t.numel() > SHORT] + ([flatten(short)] if short else [])
         ends = torch.stack([end for t in runs for end in torch.aminmax(t)]).tolist()
     # A NaN is both ends of its tensor, and unequal to itself.
     return max(map(abs, ends)) if all(map(eq, ends, ends)) else math.nan

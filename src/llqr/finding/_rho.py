@@ -233,7 +233,7 @@ class _TrialProbe:
                 "optimizer: every parameter group has a rho of its own, so that no other is tried; "
                 "take 'rho' out of the groups while you measure"
             )
-        eps = probing.find_displacement(self._as_named(g), None)
+        eps, _ = probing.find_displacement(self._as_named(g), None)
         if counters.skipped_probes:
             raise RuntimeError(
                 "geometry: U gives the gradient no positive norm g'Ug, so there is no probe; "

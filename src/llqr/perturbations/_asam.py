@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import total_inner_product
-from ._base import EPS0, Perturbation, Probe
+from .._vectors import Tensors
+from ._base import Perturbation, Probe
 
 __all__ = ["ASAM"]
 
@@ -47,7 +45,7 @@ class ASAM(Perturbation):
         check_number("eta", eta, low=0)
         self.eta = eta
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho T^2 g / |T g|."""
         g = probe.gradients
         scaled = [n for n in g if not is_bias(n)]  # for the others T = 1
@@ -57,8 +55,7 @@ class ASAM(Perturbation):
         tg = torch._foreach_mul(t, [g[n] for n in scaled])
         t_g = {**g, **dict(zip(scaled, tg, strict=True))}
         tt_g = {**g, **dict(zip(scaled, torch._foreach_mul(t, tg), strict=True))}
-        unit = 1 / math.sqrt(total_inner_product(t_g, t_g) + EPS0)
-        return probe.scale_by_radius(tt_g, unit)
+        return probe.scale_by_radius(tt_g, probe._inverse_length(t_g, t_g))
 
 
 def is_bias(name: str) -> bool:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from operator import is_
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_integer, check_number
-from .._vectors import Tensors, scale_tensors, total_inner_product
+from .._vectors import (
+    Scalar,
+    ScaledTensors,
+    Tensors,
+    scale_tensors,
+    total_inner_product,
+    total_on_device,
+)
 
 __all__ = ["EPS0", "Metric", "Perturbation", "Probe"]
 
@@ -33,7 +41,6 @@ class Probe:
         momentum: the base's running mean of gradients (``momentum_buffer`` or ``exp_avg``) of the
             perturbed parameters, in its own dtype, not copied; empty before the first step.
         step: how many steps counted before this one.
-        square: g'g of ``gradients``, if it is known.
     """
 
     gradients: Tensors
@@ -43,20 +50,40 @@ class Probe:
     layers: Mapping[str, str]
     momentum: Tensors = field(default_factory=dict)
     step: int = 0
-    square: float | None = None
+    _stays: bool = field(default=False, repr=False)
+    _seen: list[float] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether an inner product was taken, and all that were are finite."""
+        return bool(self._seen) and all(map(math.isfinite, self._seen))
 
     def inner_product(self, a: Tensors, b: Tensors) -> float:
-        """Return a'b over all tensors and shards; g'g is often known already."""
-        known = self.square is not None and a is self.gradients and len(b) == len(a)
-        if known and all(map(is_, a.values(), b.values())):
-            return float(self.square or 0.0)
-        return total_inner_product(a, b)
+        """Return a'b over all tensors and shards."""
+        product = total_inner_product(a, b)
+        self._seen.append(product)
+        return product
 
-    def scale_by_radius(self, tensors: Tensors, unit: float) -> dict[str, Tensor]:
+    def _inverse_length(self, a: Tensors, b: Tensors) -> Scalar:
+        """Return 1 / sqrt(a'b), or 0 if a'b is not positive although b is not 0.
+
+        Without a read of the device if nobody asks for numbers.
+        """
+        if self._stays and b:
+            square = total_on_device(a, b)
+            unit = torch.where(square > 0, (square + EPS0).rsqrt(), 0.0)
+            return unit.to(next(iter(b.values())).dtype)  # else foreach goes one by one
+        product = self.inner_product(a, b)
+        if not product > 0 and total_inner_product(b, b) > 0:
+            return 0.0
+        return 1 / math.sqrt(product + EPS0)
+
+    def scale_by_radius(self, tensors: Tensors, unit: Scalar) -> Tensors:
         """Return each tensor times its radius and a common factor."""
-        each = {n: self.radii[n] * unit for n in tensors}
-        values = set(each.values())
-        return scale_tensors(tensors, values.pop() if len(values) == 1 else each)
+        radii = {self.radii[n] for n in tensors}
+        if len(radii) == 1:
+            return ScaledTensors(tensors, radii.pop() * unit)
+        return ScaledTensors(scale_tensors(tensors, {n: self.radii[n] for n in tensors}), unit)
 
 
 class Perturbation:
@@ -105,7 +132,7 @@ class Perturbation:
         """Tell whether an optimizer step is probed, if its rho is not 0."""
         return step >= self.start and (step - self.start) % self.interval == 0
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return eps as {name: tensor}, or None if the metric gives g no positive norm."""
         raise NotImplementedError
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_integer, check_number
-from .._vectors import scale_tensors
+from .._vectors import Tensors, multiple_of_some
 from ._base import Probe
 from ._sam import SAM, Along, Direction, Norm
 
@@ -71,14 +70,13 @@ class ESAM(SAM):
         check_integer("seed", seed, low=0)
         self.beta, self.seed = beta, seed
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return SAM's displacement times m / beta; parameters that are not drawn are left out."""
         eps = super().displacement(probe)
         if eps is None:
             return None
         drawn = self._draw(probe)
-        chosen = {n: e for n, e in eps.items() if drawn[n]}
-        return scale_tensors(chosen, 1 / self.beta)
+        return multiple_of_some(eps, [n for n in eps if drawn[n]], 1 / self.beta)
 
     def _draw(self, probe: Probe) -> dict[str, bool]:
         """Return m, also for parameters that have no gradient here but elsewhere."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import total_inner_product
-from ._base import EPS0, Perturbation, Probe
+from .._vectors import Tensors
+from ._base import Perturbation, Probe
 
 __all__ = ["FisherSAM"]
 
@@ -64,7 +62,7 @@ class FisherSAM(Perturbation):
             raise ValueError(f"form: expected one of {get_args(Form)}, got {form!r}")
         self.eta, self.form = eta, form
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho d / sqrt(g.d)."""
         g = probe.gradients
         whole = list(g.values())
@@ -73,4 +71,4 @@ class FisherSAM(Perturbation):
             torch._foreach_mul_(damped, self.eta)
         torch._foreach_add_(damped, 1.0 if self.form == "kim" else self.eta)
         d = dict(zip(g, torch._foreach_div(whole, damped), strict=True))
-        return probe.scale_by_radius(d, 1 / math.sqrt(total_inner_product(g, d) + EPS0))
+        return probe.scale_by_radius(d, probe._inverse_length(g, d))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from .._checks import Schedule, check_number
 from .._vectors import Tensors
@@ -79,7 +78,7 @@ class FriendlySAM(RememberingSAM):
             raise ValueError(f"memory_start: expected one of {allowed}, got {memory_start!r}")
         self.sigma, self.decay, self.memory_start = sigma, decay, memory_start
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return SAM's displacement with v = g - sigma m in the place of g."""
         g, m = list(probe.gradients.values()), self._recall_all(probe.gradients)
         v = torch._foreach_sub(g, torch._foreach_mul(m, self.sigma))

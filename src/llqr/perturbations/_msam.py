@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-from torch import Tensor
-
 from .._checks import Schedule
-from .._vectors import total_inner_product, widen_to_float32
-from ._base import EPS0, Perturbation, Probe
+from .._vectors import Tensors, widen_to_float32
+from ._base import Perturbation, Probe
 
 __all__ = ["MSAM"]
 
@@ -56,7 +53,7 @@ class MSAM(Perturbation):
     def __init__(self, rho: Schedule = 0.3, *, start: int = 0, interval: int = 1) -> None:
         super().__init__(rho, start=start, interval=interval)
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor]:
+    def displacement(self, probe: Probe) -> Tensors:
         """Return -rho m / |m|."""
         m = widen_to_float32(probe.momentum)
-        return probe.scale_by_radius(m, -1 / math.sqrt(total_inner_product(m, m) + EPS0))
+        return probe.scale_by_radius(m, -probe._inverse_length(m, m))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from .._checks import Schedule, check_choice
 from .._vectors import Tensors, inner_products, scale_tensors, total_inner_product
 from ._base import EPS0, Perturbation, Probe
@@ -64,32 +62,30 @@ class SAM(Perturbation):
         check_choice("along", along, Along)
         self.norm, self.direction, self.along = norm, direction, along
 
-    def displacement(self, probe: Probe) -> dict[str, Tensor] | None:
+    def displacement(self, probe: Probe) -> Tensors | None:
         """Return rho d / norm with d = U g, or g with ``along="gradient"``."""
         return self._ascend(probe.gradients, probe)
 
-    def _ascend(self, v: Tensors, probe: Probe) -> dict[str, Tensor] | None:
+    def _ascend(self, v: Tensors, probe: Probe) -> Tensors | None:
         """Return rho d / norm with d = U v (algorithm 1, line 5)."""
         d: Tensors = probe.metric(v) if self.along == "metric" else v
         if self.direction == "normalised":
-            length = math.sqrt(total_inner_product(d, d) + EPS0)
-            d = scale_tensors(d, 1 / length)
+            d = scale_tensors(d, probe._inverse_length(d, d))
         # v'Uv in the metric of U, |Uv|^2 in the Euclidean one.
         dual = v if self.norm.endswith("metric") else d
         if self.norm.startswith("layer"):
             return self._scale_by_layer(d, v, inner_products(dual, d), probe)
-        square = probe.inner_product(dual, d)
-        if _fails_to_be_positive(square, v):
-            return None
-        return probe.scale_by_radius(d, 1 / math.sqrt(square + EPS0))
+        unit = probe._inverse_length(dual, d)
+        return None if isinstance(unit, float) and unit == 0 else probe.scale_by_radius(d, unit)
 
     def _scale_by_layer(
         self, d: Tensors, v: Tensors, squares: dict[str, float], probe: Probe
-    ) -> dict[str, Tensor] | None:
+    ) -> Tensors | None:
         """Return rho d / (norm of the layer x root of the number of layers)."""
         layers, sums = probe.layers, dict[str, float]()
         for n, x in squares.items():
             sums[layers[n]] = sums.get(layers[n], 0.0) + x
+        probe._seen.extend(sums.values())
         for layer, square in sums.items():
             if _fails_to_be_positive(square, {n: v[n] for n in v if layers[n] == layer}):
                 return None
