@@ -25,6 +25,10 @@ __all__ = [
 ]
 
 
+#: Entries of the blocks whose eigenvalues are estimated at a time.
+ESTIMATED_AT_ONCE = 2**20
+
+
 class EKfac(Structure):
     """Eigenvalue-corrected Kronecker factors: U X = QB (S o (QB' X QA)) QA', bases learned."""
 
@@ -119,7 +123,17 @@ class EKfac(Structure):
         )
         if skew < (1e-6 if exact else 1e-3):
             return s.amin((1, 2)), s.amax((1, 2))
-        return extremes_of_operator(lambda x: self.apply(state, x), s, exact)
+        # An estimate keeps two dozen vectors: of a few blocks at a time.
+        at_once = max(1, ESTIMATED_AT_ONCE // max(1, s[0].numel()))
+        ends = [
+            self._extremes_of_skewed({k: v[i : i + at_once] for k, v in state.items()}, exact)
+            for i in range(0, self.count, at_once)
+        ]
+        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+    def _extremes_of_skewed(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
+        """Return the extreme eigenvalues of some of the blocks, from their action."""
+        return extremes_of_operator(lambda x: self.apply(state, x), state["S"], exact)
 
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps that rotate X and R once each."""
