@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..._devices import widen
+from ..._vectors import dots
 from ..structures import States
 from ._objective import Objective
 from ._recycled_product import RecycledProduct
@@ -139,5 +140,6 @@ def _square_norm(objective: Objective, states: States) -> float:
     total = widen(objective.gradient.new_zeros(()))
     for entries in states:
         for value in entries.values():
-            total += widen(value).square().sum()
+            flat = value.reshape(-1)
+            total += dots(flat, flat)
     return float(objective.blocks.space.sum_over_shards(total))

@@ -74,7 +74,8 @@ class RecycledProduct:
         self._gram = gradient.new_zeros(0, 0, device="cpu", dtype=torch.float64)
         self._newest = dot(gradient, gradient)[None]
         # Fresh memory for every answer would cost more than the arithmetic.
-        self._rest, self._known = (torch.empty_like(gradient) for _ in range(2))
+        self._known = torch.empty_like(gradient)
+        self._rest: Tensor | None = None
 
     def __call__(self, d: Tensor) -> Tensor:
         """Return C d, exactly if a real product was spent, else within the tolerance.
@@ -92,7 +93,7 @@ class RecycledProduct:
         outside = max(square - sum(x * x for x in host), 0.0) + 4 * self._eps * square
         if self.directions.count and math.sqrt(outside) <= self._allowed_outside(host):
             return known
-        r = self._rest.copy_(d)
+        r = self._rest = (torch.empty_like(d) if self._rest is None else self._rest).copy_(d)
         self.directions.subtract_combination(c, r)
         # A second pass before a product is spent: in float32 one leaves the residual visibly
         # oblique to the basis, and what rounding left of the basis must not pass for something new.
@@ -107,6 +108,7 @@ class RecycledProduct:
         image = self._product(r)
         self.computed += 1
         self._append_direction(r, image)
+        self._rest = None  # its memory is the next product's
         return known.add_(image, alpha=rest)
 
     def remember(self, d: Tensor, image: Tensor) -> None:
@@ -114,12 +116,16 @@ class RecycledProduct:
         square = self._read_from_device(self._dot(d, d), self._coefficients_in_basis(d))[0]
         self._append_direction(d / math.sqrt(square), image / math.sqrt(square))
 
-    def append_product(self, q: Tensor) -> None:
-        """Compute the product of a direction of length one that is orthogonal to all so far."""
-        image = self._product(q)
+    def append_image(self) -> None:
+        """Compute the product of the newest direction, which the caller wrote.
+
+        It has length one and is orthogonal to those before it.
+        """
+        image = self._product(self.directions.matrices()[-1][-1])
         self.computed += 1
         self._read_from_device(self._newest.new_zeros(()), self._newest[:0])
-        self._append_direction(q, image)
+        self._append_inner_products(image)
+        self.images.append_row().copy_(image)
 
     def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
@@ -137,13 +143,20 @@ class RecycledProduct:
 
     def _append_direction(self, q: Tensor, image: Tensor) -> None:
         """Remember a direction with its image, while there is room."""
-        self._newest = self._dot(image, image)[None]
         if self.directions.full:
+            self._newest = self._dot(image, image)[None]
             return
-        known = [self.images.map_matrices(lambda w: self._dot(w, image))] if self.images.count else []
-        self._newest = torch.cat([self._dot(self._gradient, image)[None], *known, self._newest])
+        self._append_inner_products(image)
         self.directions.append_row().copy_(q)
         self.images.append_row().copy_(image)
+
+    def _append_inner_products(self, image: Tensor) -> None:
+        """Compute those of an image with g, the images so far and itself; read with the next."""
+        w = self.images
+        known = [w.map_matrices(lambda rows: self._dot(rows, image))] if w.count else []
+        self._newest = torch.cat([
+            self._dot(self._gradient, image)[None], *known, self._dot(image, image)[None]
+        ])  # fmt: skip
 
     def _read_from_device(self, first: Tensor, others: Tensor) -> list[float]:
         """Return numbers of the device, and take in the newest inner products with them."""

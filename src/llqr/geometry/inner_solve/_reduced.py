@@ -105,14 +105,16 @@ class _Stage:
         self.inner_momentum = solver.momentum_of(options)
         self.first: Tensor | None = None
         g = self.blocks.rotate(states, objective.gradient)
-        self.d0 = self.blocks.act_rotated(states, g).neg_()
-        self.work = torch.empty_like(g)
+        self.g = g
+        self._work: Tensor | None = None
         own = Rows(g, 1 if momentum is None else 2)
         images, self.Q = Rows(g, capacity), Rows(g, capacity)
         self.shared = self._find_shared()
         if self.shared is not None:
             # At the start, d = d_0: mostly no product, but what is known combined.
-            self.first = quadratic_value(self.d0, g, objective.product(self.d0), self.space.dot)
+            d = self.initial_control()
+            self.first = quadratic_value(d, g, objective.product(d), self.space.dot)
+            del d
             images, self.Q = self.shared.images, self.shared.directions
         self.own, self.images, self.F = own, images, JoinedRows(own, images)
         self.largest = self.rest = 0.0
@@ -122,9 +124,7 @@ class _Stage:
         self.QY, self.FF = torch.zeros(n, 0, 0, **F64), torch.zeros(0, 0, **F64)
         self.qd = torch.zeros(0, **F64)
         self.x = self.m = torch.zeros(n, 0, **F64)
-        own.append_row().copy_(g)
-        self.g = own.matrices()[0][0]
-        self._extend_matrices(self.g, own.count)
+        self._extend_matrices(own.adopt(g), own.count)
         if momentum is not None:  # a vector of its own, which no residual contains
             f = own.append_row().copy_(momentum)
             self._extend_matrices(f, own.count)
@@ -140,6 +140,17 @@ class _Stage:
         if rotates or self.objective.damping or not isinstance(product, RecycledProduct):
             return None
         return None if product.directions.full else product
+
+    @property
+    def work(self) -> Tensor:
+        """A vector to work in, which is let go of while a product takes its memory."""
+        if self._work is None:
+            self._work = torch.empty_like(self.g)
+        return self._work
+
+    def initial_control(self) -> Tensor:
+        """Return d_0 = -U g, in the coordinates of the solve."""
+        return self.blocks.act_rotated(self.start, self.g).neg_()
 
     def make_steps(self, steps: int) -> int:
         """Make up to ``steps`` inner steps; return how many are left when the basis is full."""
@@ -174,7 +185,7 @@ class _Stage:
     def final_states(self) -> States:
         """Return the states that the coefficients stand for, and let go of the vectors."""
         change = self.blocks.pull_rotated(self.g, self._combine_images(self.x))
-        del self.F, self.own, self.images, self.Q, self.g, self.d0
+        del self.F, self.own, self.images, self.Q, self.g, self._work
         return [
             {**state, **{k: state[k] + v for k, v in entries.items()}}
             for state, entries in zip(self.start, change, strict=True)
@@ -221,9 +232,11 @@ class _Stage:
         """Write the part of d outside the basis into the work vector; return its length."""
         d = self._combine_images(self.x)
         self.blocks.kernel_product(self.g, d, d)
-        torch.sub(self.d0, d, out=d)
+        d0 = self.initial_control()
+        torch.sub(d0, d, out=d)
         # What d is computed from, and so what its rounding is a part of.
-        whole = torch.maximum(self.space.dot(d, d), self.space.dot(self.d0, self.d0))
+        whole = torch.maximum(self.space.dot(d, d), self.space.dot(d0, d0))
+        del d0
         # A second pass: in float32 one leaves the rest visibly oblique to the basis.
         for _ in range(2 if self.Q.count else 0):
             self.Q.subtract_combination(self.Q.map_matrices(lambda q: self.space.dot(q, d)), d)
@@ -235,18 +248,22 @@ class _Stage:
 
     def _append_product(self, length: float) -> None:
         """Extend the basis by the part of d outside it, which is in the work vector."""
+        q = self.Q.append_row()
+        torch.div(self.work, length or 1.0, out=q)
+        self._work = None
         if self.shared is not None:
-            self.shared.append_product(self.work.div_(length or 1.0))
+            self.shared.append_image()
         else:
-            q = self.Q.append_row()
-            torch.div(self.work, length or 1.0, out=q)
             image = self.objective.product(self.blocks.rotate_back(self.start, q))
             f = self.images.append_row()
             rotated = self.blocks.rotate(self.start, image)
             torch.add(rotated, q, alpha=self.objective.damping, out=f)
             if self.first is None:
                 # d_0 = length q, so its image is length F.
-                self.first = quadratic_value(self.d0, self.g, f, self.space.dot, length)
+                self.first = quadratic_value(
+                    self.initial_control(), self.g, f, self.space.dot, length
+                )
+            del image, rotated
         self._append_pair(self.Q.count - 1)
         self.exact, self.rest = self.x, 0.0
 
@@ -277,7 +294,7 @@ class _Stage:
         if q is not None:
             kernel_product(self.g, q, y)
             new["Yq"] = F.map_matrices(lambda rows: gram(rows, y), count)
-            new["qd"] = dot(q, self.d0)[None]
+            new["qd"] = dot(q, self.initial_control())[None]
         host = _read_from_device(new)
         self.FF = append_border(self.FF, host["FF"])
         self.GV = append_border(self.GV, host["GV"])

@@ -41,6 +41,13 @@ class Rows:
         self.count += 1
         return row
 
+    def adopt(self, vector: Tensor) -> Tensor:
+        """Add a vector as it lies, without a copy, and return it."""
+        self._chunks.append(vector[None])
+        self._used = 1
+        self.count += 1
+        return vector
+
     def matrices(self, count: int | None = None) -> list[Tensor]:
         """Return the first ``count`` vectors (all) as a list of matrices."""
         left, found = self.count if count is None else min(count, self.count), []

@@ -6,6 +6,7 @@ solve, or eigenvectors of averaged gradients), and whether S is stored as it is 
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from ..layout._blocks import CutRule
 from ._base import Bounds, State, Structure
-from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
+from ._eigenvalues import (
+    LANCZOS_STEPS,
+    decompose_symmetric,
+    extremes_of_operator,
+    nearest_orthogonal,
+)
 from ._inner_step import InnerStep
 
 __all__ = [
@@ -130,6 +136,12 @@ class EKfac(Structure):
             for i in range(0, self.count, at_once)
         ]
         return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+    def estimate_bytes(self) -> int:
+        """Return the vectors of an estimate, of the blocks that are taken at a time."""
+        block = math.prod(self.group.matrix_shape)
+        at_once = min(self.count, max(1, ESTIMATED_AT_ONCE // max(1, block)))
+        return (LANCZOS_STEPS + 4) * at_once * block * self.group.dtype.itemsize
 
     def _extremes_of_skewed(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extreme eigenvalues of some of the blocks, from their action."""

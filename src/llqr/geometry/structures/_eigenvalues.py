@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 EXACT_BELOW = 64
+LANCZOS_STEPS = 24
 NEWTON_STEPS = 8
 
 
@@ -194,7 +195,7 @@ def extremes_of_kronecker(
 
 
 def _estimate_by_lanczos(
-    apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 24
+    apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = LANCZOS_STEPS
 ) -> tuple[Tensor, Tensor]:
     """Estimate extreme eigenvalues by Lanczos with full reorthogonalisation (batched)."""
     noise = torch.Generator("cpu").manual_seed(0)
