@@ -27,6 +27,10 @@ COMMANDS = {
         "llqr_lab.commands.sharpness",
         "measure and draw the sharpness of the network of a run",
     ),
+    "plan": (
+        "llqr_lab.commands.plan",
+        "say what a geometry would cost on a network: memory, operations, messages",
+    ),
     "report": ("llqr_lab.commands.report", "show all finished runs in one HTML file"),
 }
 

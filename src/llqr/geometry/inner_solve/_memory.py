@@ -94,7 +94,8 @@ class RefreshMemory:
         kept = (2 + self.own_units + recycles) * vector
         renewed = bytes_of(states) if self.blocks.renews_bases else 0
         kept += renewed
-        action = peak_bytes_of(lambda: self.blocks.apply(states, self._flat()))
+        x = self._flat()
+        action = peak_bytes_of(lambda: self.blocks.apply(states, x))
         product = (self.product + recycles) * vector  # with what earlier ones leave of d
         phases = [
             kept + pairs + self._solve(states, trained, action, product),
