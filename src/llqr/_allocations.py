@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Allocations", "bytes_of", "peak_bytes_of"]
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
     """Count the memory of the tensors made in the body, while they live.
 
     Attributes:
@@ -36,7 +36,7 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
         self._living: dict[int, int] = {}
 
@@ -45,9 +45,7 @@ class Allocations(TorchDispatchMode):
     ) -> Any:
         """Call an operation; count the memory that is new in what it returns."""
         known = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, Tensor)
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
         }
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
@@ -71,7 +69,8 @@ class Allocations(TorchDispatchMode):
 
 def peak_bytes_of(compute: Callable[[], object]) -> int:
     """Return the most bytes that a computation holds at a time, beside what was there before."""
-    with Allocations() as made, torch.no_grad():
+    made = Allocations()
+    with made, torch.no_grad():
         compute()
     return made.peak
 

@@ -36,9 +36,9 @@ examples:
       a network of this project, on this machine
   llqr plan vit-l16 --batch 4 --budget 24
       which structures fit in 24 GiB
-  llqr plan transformers/LlamaConfig --input 2048 --batch 1 --world 64 --fsdp \\
+  llqr plan transformers/LlamaConfig --input 2048 --batch 1 --world 8 64 --fsdp \\
       --dtype bfloat16 --flops 400e12 --memory-rate 2e12 --network-rate 50e9
-      a decoder of 7 billion parameters on 64 accelerators
+      a decoder of 7 billion parameters on 8 and on 64 accelerators
   llqr plan transformers/my_config.json --input 1024 --set num_hidden_layers=4
       a configuration as transformers saves it, with one field changed
   llqr plan timm/convnext_tiny --structure kfac --metric natural --json
@@ -65,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=DTYPES, default="float32", help="of the parameters (%(default)s)")
     add("--base", choices=BASES, default="momentum", help="the base optimizer (%(default)s)")
-    add("--passes", type=int, choices=(1, 2), default=2, help="of a step; SAM takes 2 (%(default)s)")
+    add(
+        "--passes", type=int, choices=(1, 2), default=2, help="of a step; SAM takes 2 (%(default)s)"
+    )
     add(
         "--set",
         action="append",
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--every", type=float, default=100, metavar="STEPS", help="between refreshes (%(default)s)")
     where = parser.add_argument_group("the machines")
     add = where.add_argument
-    add("--world", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
+    add("--world", type=int, nargs="+", default=[1], metavar="N", help="devices (default: 1)")
     add("--fsdp", action="store_true", help="everything is cut over the devices (FSDP2)")
     add("--shard", action="store_true", help="U is cut over the devices")
     add("--budget", type=float, metavar="GIB", help="of a device: says what fits")
@@ -109,19 +111,18 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         content = {
             "model": arguments.model,
-            "world": arguments.world,
             "rates": vars(rates),
-            "plans": [plan.plain_row() for plan in plans],
+            "plans": [{"world": n, **plan.plain_row()} for n, plan in plans],
         }
         print(json.dumps(content, indent=2))
         return 0
-    print("\n".join(table_lines([_row(plan, arguments.budget) for plan in plans])))
-    print(_notes(plans[0], arguments, rates))
+    print("\n".join(table_lines([_row(n, plan, arguments.budget) for n, plan in plans])))
+    print(_notes(*plans[0], arguments, rates))
     return 0
 
 
-def plan_all(arguments: argparse.Namespace) -> tuple[list[Plan], Rates]:
-    """Return a plan for each structure, and the rates they were made with."""
+def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rates]:
+    """Return (devices, plan) for each structure, and the rates they were made with."""
     workload = load_workload(
         arguments.model,
         arguments.batch,
@@ -131,20 +132,23 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[Plan], Rates]:
     )
     network = count_network(workload)
     rates = _rates(arguments)
-    setting = Setting(
-        arguments.world,
-        arguments.fsdp,
-        arguments.shard,
-        arguments.base,
-        arguments.passes,
-        arguments.every,
-    )
+    settings = [
+        Setting(
+            world,
+            arguments.fsdp,
+            arguments.shard,
+            arguments.base,
+            arguments.passes,
+            arguments.every,
+        )
+        for world in arguments.world
+    ]
     kind = llqr.LLQR if arguments.metric == "llqr" else llqr.NaturalGradient
     plans = []
     for structure in arguments.structure:
         geometry = kind(structure, block_size=arguments.block_size or None)
         counts = count_geometry(structure, geometry, workload, network, arguments.products)
-        plans.append(make_plan(network, counts, setting, rates))
+        plans += [(s.world, make_plan(network, counts, s, rates)) for s in settings]
     return plans, rates
 
 
@@ -152,9 +156,7 @@ def _rates(arguments: argparse.Namespace) -> Rates:
     if arguments.flops and arguments.memory_rate:
         return Rates(arguments.flops, arguments.memory_rate, arguments.network_rate)
     here = measure_rates(network=arguments.network_rate)
-    return Rates(
-        arguments.flops or here.flops, arguments.memory_rate or here.memory, here.network
-    )
+    return Rates(arguments.flops or here.flops, arguments.memory_rate or here.memory, here.network)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -170,10 +172,11 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _row(plan: Plan, budget: float | None) -> dict[str, Any]:
+def _row(world: int, plan: Plan, budget: float | None) -> dict[str, Any]:
     """Return what the table shows: GiB, and overhead in per cent."""
     row: dict[str, Any] = {
         "structure": plan.name,
+        "devices": world,
         "U GiB": plan.preconditioner / GIB,
         "step GiB": plan.step / GIB,
         "refresh GiB": plan.refresh / GIB,
@@ -189,10 +192,10 @@ def _row(plan: Plan, budget: float | None) -> dict[str, Any]:
     return row
 
 
-def _notes(plan: Plan, arguments: argparse.Namespace, rates: Rates) -> str:
+def _notes(world: int, plan: Plan, arguments: argparse.Namespace, rates: Rates) -> str:
     spread = "cut by FSDP2" if arguments.fsdp else "copied to each"
     return (
-        f"\nPer device of {arguments.world}, {spread}, batch {arguments.batch}: parameters "
+        f"\nPer device of {world}, {spread}, batch {arguments.batch}: parameters "
         f"{plan.parameters / GIB:.2f} GiB, gradients {plan.gradients / GIB:.2f}, base "
         f"{plan.base / GIB:.2f}, activations {plan.activations / GIB:.2f}, graph of a refresh "
         f"{plan.refresh_graph / GIB:.2f}.\nA step of {arguments.passes} passes: "

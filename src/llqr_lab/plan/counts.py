@@ -184,7 +184,7 @@ def count_geometry(
     if isinstance(geometry, llqr.LLQR):
         memory = geometry.memory(products=products)
         refresh = network.linearisation + network.product * products
-        refresh = refresh + _solve_work(geometry, vector)
+        refresh = refresh + _solve_work(geometry, vector, products)
         messages = 1.0 + products
         whole = 3 * vector  # a direction, its image, and the gradient, as tensors
     else:
@@ -205,11 +205,14 @@ def count_geometry(
     )
 
 
-def _solve_work(geometry: llqr.LLQR, vector: int) -> Work:
+def _solve_work(geometry: llqr.LLQR, vector: int, products: int) -> Work:
     """Return the algebra of the inner solve."""
     layout, settings = geometry.layout, geometry.settings
     if geometry.blocks.linear and settings.tolerance:
-        return Work(moved=40.0 * vector)  # on coefficients: some combinations of few vectors
+        # On coefficients: five inner products of each pair with all before it, and what they are
+        # made of; and a few dozen more vectors for the rate, the result and the report.
+        passes = sum(5 * (i + 1) + 12 for i in range(products)) + 40
+        return Work(moved=float(passes * vector))
     g = torch.empty(layout.numel, dtype=layout.dtype, device="meta")
     states = geometry.blocks.identity(torch.device("meta"))
     image = torch.empty_like(g)

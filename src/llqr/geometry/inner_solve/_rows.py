@@ -83,7 +83,7 @@ def rows_allocated(count: int, capacity: int) -> int:
     return min(FIRST + more, capacity)
 
 
-class JoinedRows:
+class JoinedRows(Rows):
     """The vectors of two stacks as one, without a copy; the second one may grow."""
 
     def __init__(self, first: Rows, second: Rows) -> None:
@@ -93,8 +93,6 @@ class JoinedRows:
         """Return the first ``count`` vectors (all) as a list of matrices."""
         left = None if count is None else max(count - self._first.count, 0)
         return self._first.matrices(count) + self._second.matrices(left)
-
-    map_matrices = Rows.map_matrices
 
 
 def append_border(matrix: Tensor, border: Tensor) -> Tensor:
