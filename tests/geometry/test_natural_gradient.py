@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import llqr
+from allocations import peak_of_allocations
 from explicit import agree, gauss_newton, vector
 from llqr.curvature import curvature_samples
 from llqr.geometry.structures import ClosedForm, Structure, verify_structure
@@ -506,20 +507,6 @@ def test_numel_memory_and_summary(structure):
     assert geometry.memory()["refresh"] >= 25 * 57 * 4
     assert geometry.summary().splitlines()[-1] == f"57 parameters, {stored:,} scalars in U"
     assert f" {structure} " in geometry.summary()
-
-
-def peak_of_allocations(f):
-    """The most bytes that torch's allocator held during f, above those at its start."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        f()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    peak = held = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("sides", [(64, 96, 48, 48), (96, 96, 96)])

@@ -29,6 +29,7 @@ from .inner_solve import (
     FlatModel,
     InnerSolver,
     Learner,
+    RefreshMemory,
     SolverFactory,
     SolverName,
     SolverOptions,
@@ -382,33 +383,40 @@ class LLQR(StructuredGeometry):
 
     # -- memory --------------------------------------------------------------------------------
 
-    def memory(self) -> dict[str, int]:
-        """Return bytes in this process, before training: of U, of a refresh, of what it recycles.
+    def memory(self, products: int | None = None) -> dict[str, int]:
+        """Return bytes in this process: of U, of a refresh, of the directions that it keeps.
 
-        "preconditioner" is U. "refresh" is what a solve allocates beside the graph of its forward
-        (the largest, if every direction is kept); "basis" the part of it that grows with the
-        products used, a pair of vectors each, so that a refresh of k products takes
-        ``refresh - basis + k * basis / directions``; "directions" how many are kept at most. The
-        graph is about a training step's (``micro_batch`` bounds it).
+        "preconditioner" is U. "refresh" is the most that a refresh holds at a time beside U and the
+        graph of its forward; "basis" the part of it that grows with the products used, and
+        "directions" how many pairs of direction and product it is for. The graph takes more than a
+        training step's, as a refresh goes through it twice (``micro_batch`` bounds it).
+
+        It is counted by running the solve where tensors have no memory, so a model on the meta
+        device will do, of any size.
+
+        Args:
+            products: how many a refresh uses; by default the most it keeps.
         """
-        held = super().memory()
-        own = held["preconditioner"]
-        settings = self.settings
-        vector = self.layout.numel * self.layout.dtype.itemsize
-        directions = basis_capacity(self.layout, settings.steps)
-        basis = 2 * directions * vector if settings.tolerance else 0
-        # What the solves at several inner rates share, beside what each keeps on coefficients.
-        if settings.lr == "auto" and self.blocks.linear:
-            basis *= 2
-        # Nothing of U's size but the result if the solve runs on coefficients; else the new
-        # state, its gradient and its momentum. And six flat work vectors.
-        literal = not settings.tolerance or not settings.inner_solver.heavy_ball
-        copies = 3 if literal or not self.blocks.linear else 1
+        held, settings = super().memory(), self.settings
+        cut = any(len(self.layout.slices_of(name)) > 1 for name in self.parameters)
+        counted = RefreshMemory(
+            blocks=self.blocks,
+            solver=settings.inner_solver,
+            options=settings.learner_at(0).options,
+            tolerance=settings.tolerance,
+            own_units=settings.lr == "auto",
+            projects=settings.constraint == "positive",
+            # C d as tensors and flat, and d as tensors if they are put together.
+            product=2 + cut,
+            capacity=basis_capacity(self.layout, settings.steps),
+        )
+        directions = counted.directions if products is None else products
+        directions = min(directions, counted.directions)
         return {
             **held,
-            "refresh": copies * own + 6 * vector + basis,
-            "basis": basis,
-            "directions": directions if basis else 0,
+            "refresh": max(counted.peak(directions), self._judgement_bytes()),
+            "basis": counted.pairs(directions),
+            "directions": directions,
         }
 
 

@@ -428,6 +428,12 @@ class StructuredGeometry(Geometry):
         applied = [v for s in made for v in s.values() if id(v) not in stored]
         return {"preconditioner": _bytes_of(stored.values()), "applied": _bytes_of(applied)}
 
+    def _judgement_bytes(self) -> int:
+        """Return what a refresh takes at its end, to report how the new U acts."""
+        vector = self.layout.numel * self.layout.dtype.itemsize
+        # g, U g and their difference; two dozen vectors of some blocks, if those are estimated.
+        return 3 * vector + max((part.estimate_bytes() for part in self.blocks.parts), default=0)
+
     def summary(self) -> str:
         """Return a table: which parameter has which structure, blocks and stored scalars."""
         self._require_bound()

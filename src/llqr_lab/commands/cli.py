@@ -36,6 +36,10 @@ COMMANDS = {
         "llqr_lab.commands.study",
         "compare methods at equal steps, at equal seconds and to a target",
     ),
+    "plan": (
+        "llqr_lab.commands.plan",
+        "say what a geometry would cost on a network: memory, operations, messages",
+    ),
     "report": ("llqr_lab.commands.report", "show all finished runs in one HTML file"),
 }
 

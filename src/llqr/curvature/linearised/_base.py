@@ -41,7 +41,7 @@ class LinearisedOperation(ABC):
 
 def are_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether all are strided tensors of one dtype, which no autocast changes."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return False
     return all(
         t is None or (t.dtype == x.dtype and t.layout == torch.strided and not t.is_nested)

@@ -9,6 +9,7 @@ from ._flat_model import FlatModel as FlatModel
 from ._flat_model import pack_mean as pack_mean
 from ._learner import Learner as Learner
 from ._learner import Outcome as Outcome
+from ._memory import RefreshMemory as RefreshMemory
 from ._objective import Objective as Objective
 from ._solve import basis_capacity as basis_capacity
 from ._solvers import InnerSolver as InnerSolver

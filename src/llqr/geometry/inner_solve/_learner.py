@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -129,7 +130,8 @@ class Learner:
         if not agree_on(finite):
             return Outcome(None, before, NAN, "the inner solve left entries that are not finite")
         # J is judged on what would be stored: after the average and the projection.
-        new = self._decompose(blocks, lambda: self._constrain_and_average(blocks, start, solved))
+        new = self._decompose(blocks, partial(self._constrain_and_average, blocks, start, solved))
+        del solved  # not beside the product that follows
         if new is None:
             return Outcome(None, before, NAN, UNDECOMPOSED)
         after, rounding = (float(v) for v in objective.value_and_rounding(new))

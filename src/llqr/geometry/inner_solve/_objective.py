@@ -22,7 +22,7 @@ class Objective:
     Args:
         blocks: U.
         gradient: g, flat.
-        product: d -> C d.
+        product: d -> C d, a vector that may be changed.
         damping: lambda.
         is_spent: tells whether a solve should end where it would need another product.
     """
@@ -56,11 +56,12 @@ class Objective:
         u, image = self.control_and_image(states)
         # J = g'u + u'(C + damping)u / 2, equation (9) with delta-x eliminated.
         value = quadratic_value(u, self.gradient, image, self.blocks.space.dot)
-        r = self.gradient + image
-        # u = -U g, so that dJ/dstate is the gradient of <-r, U g>.
-        return value, self.blocks.pullback(states, self.gradient, -r)
+        # u = -U g, so that dJ/dstate is the gradient of <-r, U g>; in the memory of the image.
+        r = image.add_(self.gradient).neg_()
+        return value, self.blocks.pullback(states, self.gradient, r)
 
     def control_and_image(self, states: States) -> tuple[Tensor, Tensor]:
         """Return u = -U g and (C + damping) u."""
-        u = -self.blocks.apply(states, self.gradient)
-        return u, self.product(u) + self.damping * u
+        u = self.blocks.apply(states, self.gradient).neg_()
+        image = self.product(u)
+        return u, image.add_(u, alpha=self.damping) if self.damping else image

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..._devices import widen
+from ..._vectors import dots
 from ..structures import States
 from ._objective import Objective
 from ._recycled_product import RecycledProduct
@@ -69,7 +70,9 @@ def in_own_units(
     # |g|^2 and u'Cu may leave float32 where g-hat does not.
     g = objective.gradient / length
     u = -blocks.apply(states, g)
-    image = objective.product(u) + objective.damping * u
+    image = objective.product(u)
+    if objective.damping:
+        image.add_(u, alpha=objective.damping)
     along = float(dot(g, u))
     # The sign of the curvature is not its size: Newton's may be negative.
     kappa = abs(float(dot(u, image))) / along**2 if along else math.nan
@@ -77,13 +80,17 @@ def in_own_units(
         return None
 
     def scaled_product(d: Tensor) -> Tensor:
-        return (objective.product(d) + objective.damping * d) / kappa
+        # In the memory of the product, which is a new vector.
+        image = objective.product(d)
+        if objective.damping:
+            image.add_(d, alpha=objective.damping)
+        return image.div_(kappa)
 
     unit = length**2 / kappa
     if not tolerance:
         return OwnUnits(Objective(blocks, g, scaled_product, 0.0), unit)
     product = RecycledProduct(scaled_product, g, tolerance, capacity, dot)
-    product.remember(u, image / kappa)  # every solve begins with it
+    product.remember(u, image.div_(kappa))  # every solve begins with it
     return OwnUnits(Objective(blocks, g, product, 0.0, lambda: product.computed >= PRODUCTS), unit)
 
 
@@ -117,7 +124,9 @@ def inner_rates(
         {k: v - short * change[k] if k in change else v for k, v in state.items()}
         for state, change in zip(states, slope, strict=True)
     ]
-    v = (-blocks.apply(moved, objective.gradient) - u) / short
+    del slope
+    v = blocks.apply(moved, objective.gradient).add_(u).div_(-short)
+    del u, image, moved
     bend = abs(float(blocks.space.dot(v, objective.product(v) + objective.damping * v)))
     if not 0 < bend < math.inf:
         return []
@@ -131,5 +140,6 @@ def _square_norm(objective: Objective, states: States) -> float:
     total = widen(objective.gradient.new_zeros(()))
     for entries in states:
         for value in entries.values():
-            total += widen(value).square().sum()
+            flat = value.reshape(-1)
+            total += dots(flat, flat)
     return float(objective.blocks.space.sum_over_shards(total))

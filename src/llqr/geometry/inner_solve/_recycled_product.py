@@ -64,7 +64,8 @@ class RecycledProduct:
         dot: Callable[[Tensor, Tensor], Tensor] = dots,
     ) -> None:
         self._product, self._tolerance, self._dot = product, tolerance, dot
-        self._q, self._w = Rows(gradient, capacity), Rows(gradient, capacity)
+        #: The q_i, and the w_i.
+        self.directions, self.images = Rows(gradient, capacity), Rows(gradient, capacity)
         self._gradient, self._eps = gradient, torch.finfo(gradient.dtype).eps
         self._largest = 0.0
         #: How many real products were computed.
@@ -73,7 +74,8 @@ class RecycledProduct:
         self._gram = gradient.new_zeros(0, 0, device="cpu", dtype=torch.float64)
         self._newest = dot(gradient, gradient)[None]
         # Fresh memory for every answer would cost more than the arithmetic.
-        self._rest, self._known = (torch.empty_like(gradient) for _ in range(2))
+        self._known = torch.empty_like(gradient)
+        self._rest: Tensor | None = None
 
     def __call__(self, d: Tensor) -> Tensor:
         """Return C d, exactly if a real product was spent, else within the tolerance.
@@ -82,30 +84,31 @@ class RecycledProduct:
         """
         known = self._known.zero_()
         whole, c = self._dot(d, d), self._coefficients_in_basis(d)
-        self._w.subtract_combination(-c, known)
+        self.images.subtract_combination(-c, known)
         square, *host = self._read_from_device(whole, c)
         if not math.isfinite(square):  # nothing to be divided by, nor remembered
             return known.copy_(self._product(d))
         # From the coefficients alone first: most directions lie in the span by far.
         # What the vectors' rounding may hide in that difference counts as outside.
         outside = max(square - sum(x * x for x in host), 0.0) + 4 * self._eps * square
-        if self._q.count and math.sqrt(outside) <= self._allowed_outside(host):
+        if self.directions.count and math.sqrt(outside) <= self._allowed_outside(host):
             return known
-        r = self._rest.copy_(d)
-        self._q.subtract_combination(c, r)
+        r = self._rest = (torch.empty_like(d) if self._rest is None else self._rest).copy_(d)
+        self.directions.subtract_combination(c, r)
         # A second pass before a product is spent: in float32 one leaves the residual visibly
         # oblique to the basis, and what rounding left of the basis must not pass for something new.
         again = self._coefficients_in_basis(r)
-        self._q.subtract_combination(again, r)
-        self._w.subtract_combination(-again, known)
+        self.directions.subtract_combination(again, r)
+        self.images.subtract_combination(-again, known)
         outside, *host = self._read_from_device(self._dot(r, r), c + again)
         rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(square)
-        if rest <= rounding or (self._q.count and rest <= self._allowed_outside(host)):
+        if rest <= rounding or (self.directions.count and rest <= self._allowed_outside(host)):
             return known
         r.div_(rest)
         image = self._product(r)
         self.computed += 1
         self._append_direction(r, image)
+        self._rest = None  # its memory is the next product's
         return known.add_(image, alpha=rest)
 
     def remember(self, d: Tensor, image: Tensor) -> None:
@@ -113,11 +116,22 @@ class RecycledProduct:
         square = self._read_from_device(self._dot(d, d), self._coefficients_in_basis(d))[0]
         self._append_direction(d / math.sqrt(square), image / math.sqrt(square))
 
+    def append_image(self) -> None:
+        """Compute the product of the newest direction, which the caller wrote.
+
+        It has length one and is orthogonal to those before it.
+        """
+        image = self._product(self.directions.matrices()[-1][-1])
+        self.computed += 1
+        self._read_from_device(self._newest.new_zeros(()), self._newest[:0])
+        self._append_inner_products(image)
+        self.images.append_row().copy_(image)
+
     def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
-        if not self._q.count:
+        if not self.directions.count:
             return widen(v.new_zeros(0))
-        return self._q.map_matrices(lambda q: self._dot(q, v))
+        return self.directions.map_matrices(lambda q: self._dot(q, v))
 
     def _allowed_outside(self, c: Sequence[float]) -> float:
         """Return how long the part of d outside the span may be.
@@ -129,13 +143,20 @@ class RecycledProduct:
 
     def _append_direction(self, q: Tensor, image: Tensor) -> None:
         """Remember a direction with its image, while there is room."""
-        self._newest = self._dot(image, image)[None]
-        if self._q.full:
+        if self.directions.full:
+            self._newest = self._dot(image, image)[None]
             return
-        known = [self._w.map_matrices(lambda w: self._dot(w, image))] if self._w.count else []
-        self._newest = torch.cat([self._dot(self._gradient, image)[None], *known, self._newest])
-        self._q.append_row().copy_(q)
-        self._w.append_row().copy_(image)
+        self._append_inner_products(image)
+        self.directions.append_row().copy_(q)
+        self.images.append_row().copy_(image)
+
+    def _append_inner_products(self, image: Tensor) -> None:
+        """Compute those of an image with g, the images so far and itself; read with the next."""
+        w = self.images
+        known = [w.map_matrices(lambda rows: self._dot(rows, image))] if w.count else []
+        self._newest = torch.cat([
+            self._dot(self._gradient, image)[None], *known, self._dot(image, image)[None]
+        ])  # fmt: skip
 
     def _read_from_device(self, first: Tensor, others: Tensor) -> list[float]:
         """Return numbers of the device, and take in the newest inner products with them."""
@@ -143,7 +164,7 @@ class RecycledProduct:
         values = torch.cat([self._newest, first[None], others]).cpu()
         if new > len(self._gram):
             self._gram = append_border(self._gram, values[:new])
-        if new and self._q.count:
+        if new and self.directions.count:
             self._largest = max(self._largest, math.sqrt(float(values[new - 1])))
         self._newest = self._newest[:0]
         return values[new:].tolist()

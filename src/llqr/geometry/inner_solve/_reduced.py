@@ -29,8 +29,8 @@ from torch.nn.functional import pad
 from ..._vectors import quadratic_value
 from ..structures import States
 from ._objective import Objective
-from ._recycled_product import longest_negligible
-from ._rows import Rows, append_border
+from ._recycled_product import RecycledProduct, longest_negligible
+from ._rows import JoinedRows, Rows, append_border
 from ._solvers import InnerSolver, SolverOptions
 
 __all__ = ["solve_on_coefficients"]
@@ -53,7 +53,8 @@ def solve_on_coefficients(
     """Do what :func:`solve_literally` does, for linear structures, within a tolerance.
 
     Args:
-        objective: J; its product is the real one.
+        objective: J; its product is the real one, or one that several solves share, whose
+            directions and images are then those of the solve too.
         states: where the solve starts; not changed.
         solver: one with ``heavy_ball``.
         options: how to solve.
@@ -104,9 +105,18 @@ class _Stage:
         self.inner_momentum = solver.momentum_of(options)
         self.first: Tensor | None = None
         g = self.blocks.rotate(states, objective.gradient)
-        self.d0 = self.blocks.act_rotated(states, g).neg_()
-        self.F, self.Q = Rows(g, capacity + 2), Rows(g, capacity)
-        self.work = torch.empty_like(g)
+        self.g = g
+        self._work: Tensor | None = None
+        own = Rows(g, 1 if momentum is None else 2)
+        images, self.Q = Rows(g, capacity), Rows(g, capacity)
+        self.shared = self._find_shared()
+        if self.shared is not None:
+            # At the start, d = d_0: mostly no product, but what is known combined.
+            d = self.initial_control()
+            self.first = quadratic_value(d, g, objective.product(d), self.space.dot)
+            del d
+            images, self.Q = self.shared.images, self.shared.directions
+        self.own, self.images, self.F = own, images, JoinedRows(own, images)
         self.largest = self.rest = 0.0
         self.eps = torch.finfo(g.dtype).eps
         n = self.space.block_count
@@ -114,14 +124,33 @@ class _Stage:
         self.QY, self.FF = torch.zeros(n, 0, 0, **F64), torch.zeros(0, 0, **F64)
         self.qd = torch.zeros(0, **F64)
         self.x = self.m = torch.zeros(n, 0, **F64)
-        self.F.append_row().copy_(g)
-        self.g = self.F.matrices()[0][0]
-        self._extend_matrices()
+        self._extend_matrices(own.adopt(g), own.count)
         if momentum is not None:  # a vector of its own, which no residual contains
-            self.F.append_row().copy_(momentum)
-            self._extend_matrices()
+            f = own.append_row().copy_(momentum)
+            self._extend_matrices(f, own.count)
             self.m[:, -1] = 1
         self.exact = self.x  # the coefficients when d was last inside the basis
+        for i in range(self.Q.count):  # known already
+            self._append_pair(i)
+
+    def _find_shared(self) -> RecycledProduct | None:
+        """Return what keeps directions and images already, in the coordinates of this solve."""
+        product = self.objective.product
+        rotates = any(part.rotates for part in self.blocks.parts)
+        if rotates or self.objective.damping or not isinstance(product, RecycledProduct):
+            return None
+        return None if product.directions.full else product
+
+    @property
+    def work(self) -> Tensor:
+        """A vector to work in, which is let go of while a product takes its memory."""
+        if self._work is None:
+            self._work = torch.empty_like(self.g)
+        return self._work
+
+    def initial_control(self) -> Tensor:
+        """Return d_0 = -U g, in the coordinates of the solve."""
+        return self.blocks.act_rotated(self.start, self.g).neg_()
 
     def make_steps(self, steps: int) -> int:
         """Make up to ``steps`` inner steps; return how many are left when the basis is full."""
@@ -145,17 +174,18 @@ class _Stage:
     def append_known(self, u: Tensor, image: Tensor) -> None:
         """Begin with a direction whose image under C + damping is known."""
         self.first = quadratic_value(u, self.objective.gradient, image, self.space.dot)
+        if self.shared is not None:
+            return  # which knows it
         length = self.space.dot(u, u).sqrt().clamp(min=torch.finfo(u.dtype).tiny)
-        q, f = self.Q.append_row(), self.F.append_row()
+        q, f = self.Q.append_row(), self.images.append_row()
         torch.div(self.blocks.rotate(self.start, u), length, out=q)
         torch.div(self.blocks.rotate(self.start, image), length, out=f)
-        self._extend_matrices(q)
-        self.exact, self.rest = self.x, math.inf  # how far d_0 lies from it is not known yet
+        self._append_pair(self.Q.count - 1)
 
     def final_states(self) -> States:
         """Return the states that the coefficients stand for, and let go of the vectors."""
         change = self.blocks.pull_rotated(self.g, self._combine_images(self.x))
-        del self.F, self.Q, self.g, self.d0
+        del self.F, self.own, self.images, self.Q, self.g, self._work
         return [
             {**state, **{k: state[k] + v for k, v in entries.items()}}
             for state, entries in zip(self.start, change, strict=True)
@@ -202,9 +232,11 @@ class _Stage:
         """Write the part of d outside the basis into the work vector; return its length."""
         d = self._combine_images(self.x)
         self.blocks.kernel_product(self.g, d, d)
-        torch.sub(self.d0, d, out=d)
+        d0 = self.initial_control()
+        torch.sub(d0, d, out=d)
         # What d is computed from, and so what its rounding is a part of.
-        whole = torch.maximum(self.space.dot(d, d), self.space.dot(self.d0, self.d0))
+        whole = torch.maximum(self.space.dot(d, d), self.space.dot(d0, d0))
+        del d0
         # A second pass: in float32 one leaves the rest visibly oblique to the basis.
         for _ in range(2 if self.Q.count else 0):
             self.Q.subtract_combination(self.Q.map_matrices(lambda q: self.space.dot(q, d)), d)
@@ -218,35 +250,51 @@ class _Stage:
         """Extend the basis by the part of d outside it, which is in the work vector."""
         q = self.Q.append_row()
         torch.div(self.work, length or 1.0, out=q)
-        image = self.objective.product(self.blocks.rotate_back(self.start, q))
-        f = self.F.append_row()
-        torch.add(self.blocks.rotate(self.start, image), q, alpha=self.objective.damping, out=f)
-        if self.first is None:
-            # d_0 = length q, so its image is length F.
-            self.first = quadratic_value(self.d0, self.g, f, self.space.dot, length)
-        self._extend_matrices(q)
+        self._work = None
+        if self.shared is not None:
+            self.shared.append_image()
+        else:
+            image = self.objective.product(self.blocks.rotate_back(self.start, q))
+            f = self.images.append_row()
+            rotated = self.blocks.rotate(self.start, image)
+            torch.add(rotated, q, alpha=self.objective.damping, out=f)
+            if self.first is None:
+                # d_0 = length q, so its image is length F.
+                self.first = quadratic_value(
+                    self.initial_control(), self.g, f, self.space.dot, length
+                )
+            del image, rotated
+        self._append_pair(self.Q.count - 1)
         self.exact, self.rest = self.x, 0.0
 
-    def _extend_matrices(self, q: Tensor | None = None) -> None:
-        """Extend the host matrices by the newest F, and by q; one read from the device."""
+    def _append_pair(self, i: int) -> None:
+        """Extend the host matrices by the pair i of direction and image."""
+        q, f = self.Q.matrices(i + 1)[-1][-1], self.images.matrices(i + 1)[-1][-1]
+        self._extend_matrices(f, self.own.count + i + 1, q, i + 1)
+        # How far d_0 lies from the basis is not known yet.
+        self.exact, self.rest = self.x, math.inf
+
+    def _extend_matrices(
+        self, f: Tensor, count: int, q: Tensor | None = None, directions: int = 0
+    ) -> None:
+        """Extend the host matrices by F number ``count``, and by q; one read from the device."""
         F, Q, y = self.F, self.Q, self.work
         gram, dot, kernel_product = (
             self.space.dots_per_block,
             self.space.dot,
             self.blocks.kernel_product,
         )
-        f = F.matrices()[-1][-1]
-        new = {"FF": F.map_matrices(lambda rows: dot(rows, f))}
+        new = {"FF": F.map_matrices(lambda rows: dot(rows, f), count)}
         kernel_product(self.g, f, y)
-        new["GV"] = F.map_matrices(lambda rows: gram(rows, y))
-        if Q.count:
-            new["QY"] = Q.map_matrices(lambda rows: gram(rows, y))
+        new["GV"] = F.map_matrices(lambda rows: gram(rows, y), count)
+        if directions:
+            new["QY"] = Q.map_matrices(lambda rows: gram(rows, y), directions)
         kernel_product(self.g, y, y)
-        new["YY"] = F.map_matrices(lambda rows: gram(rows, y))
+        new["YY"] = F.map_matrices(lambda rows: gram(rows, y), count)
         if q is not None:
             kernel_product(self.g, q, y)
-            new["Yq"] = F.map_matrices(lambda rows: gram(rows, y))
-            new["qd"] = dot(q, self.d0)[None]
+            new["Yq"] = F.map_matrices(lambda rows: gram(rows, y), count)
+            new["qd"] = dot(q, self.initial_control())[None]
         host = _read_from_device(new)
         self.FF = append_border(self.FF, host["FF"])
         self.GV = append_border(self.GV, host["GV"])
@@ -255,7 +303,7 @@ class _Stage:
         larger = self.QY.new_zeros(blocks, rows + int(q is not None), columns + 1)
         larger[:, :rows, :columns] = self.QY  # pad() of torch 2.9 refuses what has no rows
         self.QY = larger
-        if Q.count:
+        if directions:
             self.QY[:, :, -1] = host["QY"]
         self.x, self.m = pad(self.x, (0, 1)), pad(self.m, (0, 1))
         if q is not None:

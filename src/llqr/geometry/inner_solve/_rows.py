@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Rows", "append_border"]
+__all__ = ["JoinedRows", "Rows", "append_border", "rows_allocated"]
 
-#: Vectors that memory is allocated for at a time.
-CHUNK = 4
+#: Vectors that memory is allocated for at first, and then at a time.
+FIRST, NEXT = 4, 2
 
 
 class Rows:
@@ -31,7 +31,8 @@ class Rows:
     def append_row(self) -> Tensor:
         """Add a vector and return it, uninitialised, to be written in place."""
         if not self._chunks or self._used == len(self._chunks[-1]):
-            size = min(CHUNK, self._capacity - self.count)
+            chunk = NEXT if self._chunks else FIRST
+            size = min(chunk, self._capacity - self.count)
             self._chunks.append(self._like.new_empty(size, self._like.numel()))
             self._used = 0
         # Views of the chunk: the vectors stay where they were written.
@@ -40,21 +41,30 @@ class Rows:
         self.count += 1
         return row
 
+    def adopt(self, vector: Tensor) -> Tensor:
+        """Add a vector as it lies, without a copy, and return it."""
+        self._chunks.append(vector[None])
+        self._used = 1
+        self.count += 1
+        return vector
+
     def matrices(self, count: int | None = None) -> list[Tensor]:
         """Return the first ``count`` vectors (all) as a list of matrices."""
-        left, found = self.count if count is None else count, []
+        left, found = self.count if count is None else min(count, self.count), []
         for chunk in self._chunks:
             if left > 0:
                 found.append(chunk[:left])
                 left -= len(found[-1])
         return found
 
-    def map_matrices(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Join what a function of a (k, P) matrix gives for all vectors, along the last dimension.
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], count: int | None = None
+    ) -> Tensor:
+        """Join what a function of a (k, P) matrix gives, along the last dimension.
 
-        There must be at least one vector.
+        For the first ``count`` vectors (all), of which there must be one.
         """
-        parts = [function(matrix) for matrix in self.matrices()]
+        parts = [function(matrix) for matrix in self.matrices(count)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def subtract_combination(self, c: Tensor, target: Tensor) -> None:
@@ -63,6 +73,26 @@ class Rows:
         for matrix in self.matrices(len(c)):  # (k, P)' @ (k,), one GEMV per chunk
             target.addmv_(matrix.mT, c[start : start + len(matrix)], alpha=-1)
             start += len(matrix)
+
+
+def rows_allocated(count: int, capacity: int) -> int:
+    """Return how many vectors :class:`Rows` has memory for when it holds ``count``."""
+    if not count:
+        return 0
+    more = -(-max(count - FIRST, 0) // NEXT) * NEXT
+    return min(FIRST + more, capacity)
+
+
+class JoinedRows(Rows):
+    """The vectors of two stacks as one, without a copy; the second one may grow."""
+
+    def __init__(self, first: Rows, second: Rows) -> None:
+        self._first, self._second = first, second
+
+    def matrices(self, count: int | None = None) -> list[Tensor]:
+        """Return the first ``count`` vectors (all) as a list of matrices."""
+        left = None if count is None else max(count - self._first.count, 0)
+        return self._first.matrices(count) + self._second.matrices(left)
 
 
 def append_border(matrix: Tensor, border: Tensor) -> Tensor:

@@ -128,6 +128,10 @@ class Structure(ABC):
             start += length
         return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
 
+    def estimate_bytes(self) -> int:
+        """Return what :meth:`extreme_eigenvalues` takes at a time for a report."""
+        return 0
+
     def inner_step(self, state: State, x: Tensor) -> InnerStep:
         """Return the steps of the inner solve from a state, for the gradient x."""
         return InnerStep(self, state, x)

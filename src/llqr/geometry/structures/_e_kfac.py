@@ -15,7 +15,12 @@ from torch import Tensor
 from ..layout._blocks import CutRule
 from ._application import Application, compress_factors, multiply_left, multiply_right
 from ._base import Bounds, State, Structure
-from ._eigenvalues import decompose_symmetric, extremes_of_operator, nearest_orthogonal
+from ._eigenvalues import (
+    LANCZOS_STEPS,
+    decompose_symmetric,
+    extremes_of_operator,
+    nearest_orthogonal,
+)
 from ._inner_step import InnerStep
 from ._low_rank import span_of_columns
 
@@ -26,6 +31,10 @@ __all__ = [
     "SquareEKfacGradientBases",
     "squared_overlaps",
 ]
+
+
+#: Entries of the blocks whose eigenvalues are estimated at a time.
+ESTIMATED_AT_ONCE = 2**20
 
 
 class EKfac(Structure):
@@ -122,7 +131,23 @@ class EKfac(Structure):
         )
         if skew < (1e-6 if exact else 1e-3):
             return s.amin((1, 2)), s.amax((1, 2))
-        return extremes_of_operator(lambda x: self.apply(state, x), s, exact)
+        # An estimate keeps two dozen vectors: of a few blocks at a time.
+        at_once = max(1, ESTIMATED_AT_ONCE // max(1, s[0].numel()))
+        ends = [
+            self._extremes_of_skewed({k: v[i : i + at_once] for k, v in state.items()}, exact)
+            for i in range(0, self.count, at_once)
+        ]
+        return torch.cat([low for low, _ in ends]), torch.cat([high for _, high in ends])
+
+    def estimate_bytes(self) -> int:
+        """Return the vectors of an estimate, of the blocks that are taken at a time."""
+        block = math.prod(self.group.matrix_shape)
+        at_once = min(self.count, max(1, ESTIMATED_AT_ONCE // max(1, block)))
+        return (LANCZOS_STEPS + 4) * at_once * block * self.group.dtype.itemsize
+
+    def _extremes_of_skewed(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
+        """Return the extreme eigenvalues of some of the blocks, from their action."""
+        return extremes_of_operator(lambda x: self.apply(state, x), state["S"], exact)
 
     def applied_form(self, state: State, application: Application) -> State:
         """Return the bases as I + L R': those that are learned stay near the identity for long."""

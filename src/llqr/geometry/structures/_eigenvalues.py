@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 EXACT_BELOW = 64
+LANCZOS_STEPS = 24
 NEWTON_STEPS = 8
 
 
@@ -218,29 +219,32 @@ def extremes_of_kronecker(
 
 
 def _estimate_by_lanczos(
-    apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = 24
+    apply: Callable[[Tensor], Tensor], like: Tensor, steps: int = LANCZOS_STEPS
 ) -> tuple[Tensor, Tensor]:
     """Estimate extreme eigenvalues by Lanczos with full reorthogonalisation (batched)."""
     noise = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(like.shape, generator=noise, dtype=torch.float32, device="cpu").to(like)
-    basis = [start / start.norm(dim=1, keepdim=True)]
-    images = [apply(basis[0])]
-    tiny = torch.finfo(like.dtype).tiny
-    for _ in range(min(steps, like.shape[1]) - 1):
-        v = images[-1]
+    count = min(steps, like.shape[1])
+    q = start.div_(start.norm(dim=1, keepdim=True))
+    tiny, eps = torch.finfo(like.dtype).tiny, torch.finfo(like.dtype).eps
+    # U q_j is a combination of q_0 .. q_(j+1): the coefficients are all that is kept of it.
+    small = like.new_zeros(len(like), count, count)
+    basis, dead = [q], torch.zeros_like(small[:, 0], dtype=torch.bool)
+    for j in range(count):
+        v = apply(basis[-1])
+        small[:, : j + 1, j] = torch.stack([(q * v).sum(1) for q in basis], 1)
+        if j == count - 1:
+            break
+        length = v.norm(dim=1)
         for _ in range(2):
             for q in basis:
                 v = v - (q * v).sum(1, keepdim=True) * q
-        norm = v.norm(dim=1, keepdim=True)
+        norm = v.norm(dim=1)
         # A block whose Krylov space is exhausted adds zero vectors; they are dropped below.
-        alive = norm > 100 * torch.finfo(like.dtype).eps * images[-1].norm(dim=1, keepdim=True)
-        basis.append(torch.where(alive, v / norm.clamp(min=tiny), torch.zeros_like(v)))
-        images.append(apply(basis[-1]))
-    q = torch.stack(basis, 1)  # (b, k, n)
-    small = q @ torch.stack(images, 1).mT
-    dead = q.norm(dim=2) < 0.5
+        alive = norm > 100 * eps * length
+        small[:, j + 1, j], dead[:, j + 1] = norm * alive, ~alive
+        basis.append(v.div_(norm.clamp(min=tiny)[:, None]).mul_(alive[:, None]))
     small = 0.5 * (small + small.mT)
     # Give an exhausted direction the value of the first one, which is inside the interval.
-    filler = small[:, :1, 0] * dead
-    values = _eigenvalues_of(small + torch.diag_embed(filler))
+    values = _eigenvalues_of(small + torch.diag_embed(small[:, :1, 0] * dead))
     return values[:, 0], values[:, -1]

@@ -1,0 +1,1 @@
+"""What a geometry would cost on a network of any size: bytes, operations, messages, on paper."""

@@ -1,0 +1,198 @@
+"""From counts to bytes per device, messages, seconds and overhead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .counts import Counts, Network, Work
+
+__all__ = ["BASES", "Plan", "Rates", "Setting", "make_plan", "measure_rates"]
+
+#: Tensors like the parameters, in float32, that a base optimizer keeps.
+BASES = {"sgd": 0, "momentum": 1, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        flops: floating-point operations in products and convolutions.
+        memory: bytes that elementwise operations read and write.
+        network: bytes that a process sends to others.
+    """
+
+    flops: float
+    memory: float
+    network: float = 25e9
+
+    def seconds(self, work: Work) -> float:
+        """Return how long some work takes."""
+        return work.flops / self.flops + work.moved / self.memory
+
+
+def measure_rates(device: str = "cpu", network: float = 25e9) -> Rates:
+    """Measure products of matrices and elementwise sums here."""
+    n = 768
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    x, y = torch.randn(2**22, device=device), torch.randn(2**22, device=device)
+    product = _fastest(lambda: torch.mm(a, b), device)
+    stream = _fastest(lambda: torch.add(x, y), device)
+    return Rates(2 * n**3 / product, 3 * x.numel() * 4 / stream, network)
+
+
+def _fastest(compute: Callable[[], object], device: str, times: int = 5) -> float:
+    def wait() -> None:
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+
+    # Others on the machine disturb the time of a processor less than that of the wall.
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    now = time.process_time if alone else time.perf_counter
+    compute()
+    found = []
+    for _ in range(times):
+        wait()
+        began = now()
+        compute()
+        wait()
+        found.append(now() - began)
+    return min(found)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a training is spread and run.
+
+    Attributes:
+        world: devices.
+        fsdp: whether parameters, gradients and the base's state are cut over them (FSDP2).
+        shard: whether U is cut over them (always with ``fsdp``).
+        base: a key of ``BASES``.
+        passes: of a step: 2 with a perturbation that takes its own.
+        every: steps from a refresh to the next.
+    """
+
+    world: int = 1
+    fsdp: bool = False
+    shard: bool = False
+    base: str = "momentum"
+    passes: int = 2
+    every: float = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a geometry takes per device, in bytes, operations, bytes sent and seconds."""
+
+    name: str
+    parameters: int
+    gradients: int
+    base: int
+    preconditioner: int
+    activations: int
+    step: int
+    refresh_graph: int
+    refresh_vectors: int
+    refresh: int
+    step_flops: float
+    apply_flops: float
+    refresh_flops: float
+    step_sent: float
+    refresh_sent: float
+    step_seconds: float
+    apply_seconds: float
+    refresh_seconds: float
+    overhead: float
+
+    @property
+    def peak(self) -> int:
+        """The most bytes a device needs."""
+        return max(self.step, self.refresh)
+
+    def plain_row(self) -> dict[str, Any]:
+        """Return all numbers, for JSON."""
+        return {**asdict(self), "peak": self.peak}
+
+
+def make_plan(network: Network, counts: Counts, setting: Setting, rates: Rates) -> Plan:
+    """Put the counts together for a number of devices."""
+    n = setting.world
+    cut = n if setting.fsdp else 1
+    shards = n if setting.fsdp or setting.shard else 1
+    gradients = network.step.held
+    base = BASES[setting.base] * 4 * network.parameters // cut
+    weights = network.parameter_bytes // cut
+    stored = counts.stored // shards
+    # What is gathered to run one layer at a time is small beside the activations.
+    running = max(network.forward.peak, network.step.peak - gradients + gradients // cut)
+    step = weights + running + base + stored
+    if setting.passes > 1:  # those of the first pass wait for the second
+        step += gradients // cut
+    # The vectors count g, and both ends of a product; what else a product takes comes to the graph.
+    graph = network.linearisation.held - gradients
+    graph += max(network.product.peak - 3 * gradients, 0)
+    vectors = counts.whole + (counts.vectors - counts.whole) // shards
+    # A refresh holds whole parameters also if training does not.
+    refresh = weights + base + stored + max(graph, 0) + vectors
+    refresh += network.parameter_bytes if setting.fsdp else 0
+    step_sent, refresh_sent = _bytes_sent(network, counts, setting)
+    seconds = {
+        "step": setting.passes * rates.seconds(network.step),
+        "apply": rates.seconds(counts.apply * (1 / shards)),
+        "refresh": rates.seconds(counts.refresh),
+    }
+    plain = seconds["step"] + _sent_by_base(network, setting) / rates.network
+    extra = seconds["apply"] + (step_sent - _sent_by_base(network, setting)) / rates.network
+    extra += (seconds["refresh"] + refresh_sent / rates.network) / setting.every
+    return Plan(
+        counts.name,
+        weights,
+        gradients // cut,
+        base,
+        stored,
+        network.forward.held,
+        step,
+        max(graph, 0),
+        vectors,
+        refresh,
+        setting.passes * network.step.flops,
+        counts.apply.flops / shards,
+        counts.refresh.flops,
+        step_sent,
+        refresh_sent,
+        plain,
+        seconds["apply"],
+        seconds["refresh"],
+        extra / plain,
+    )
+
+
+def _sent_by_base(network: Network, setting: Setting) -> float:
+    """Return the bytes that a process sends in a step without a geometry."""
+    n, gradient = setting.world, network.step.held
+    others = (n - 1) / n
+    # DistributedDataParallel: one all-reduce. FSDP2: two gathers of weights, one scatter.
+    per_pass = (3 if setting.fsdp else 2) * others * gradient
+    return setting.passes * per_pass
+
+
+def _bytes_sent(network: Network, counts: Counts, setting: Setting) -> tuple[float, float]:
+    """Return the bytes that a process sends in a step and in a refresh."""
+    n, vector = setting.world, 4.0 * network.parameters
+    others = (n - 1) / n
+    sharded = setting.fsdp or setting.shard
+    step = _sent_by_base(network, setting)
+    if sharded:  # U g of each shard to all; with FSDP2 first the gradient, to where its block lies
+        step += (2 if setting.fsdp else 1) * others * vector
+    refresh = counts.messages * 2 * others * vector
+    if sharded:  # directions are put together
+        refresh += counts.products * others * vector
+    if setting.fsdp:
+        refresh += others * network.parameter_bytes
+    return step, refresh

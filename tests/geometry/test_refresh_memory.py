@@ -1,0 +1,91 @@
+"""geometry.memory() against torch's allocator, and what ten refreshes leave behind."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import llqr
+from allocations import peak_of_allocations
+from llqr._allocations import Allocations
+from tiny import Problem
+
+SIDES = (256, 320, 256, 128)
+
+
+def wide_net(sides=SIDES, device="cpu"):
+    """0.2 million parameters: their vectors outweigh the graph of two samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sides))).to(device)
+    return Problem(model, torch.randn(2, sides[0]), torch.randint(sides[-1], (2,)))
+
+
+#: Few inner steps: they hold what many hold.
+CASES = [
+    (llqr.LLQR, "diagonal", {}),
+    (llqr.LLQR, "diag-kfac", {}),
+    (llqr.LLQR, "kfac", {}),
+    (llqr.LLQR, "e-kfac", {}),
+    (llqr.LLQR, "e-kfac", {"bases": "gradient", "renew_every": 1}),
+    (llqr.LLQR, "diagonal", {"lr": 1e-3}),
+    (llqr.LLQR, "kfac", {"lr": 1e-3}),
+    (llqr.LLQR, "kfac", {"solver": "adam"}),
+    (llqr.LLQR.paper, "diagonal", {}),
+    (llqr.LLQR.paper, "kfac", {}),
+    (llqr.LLQR.paper, "e-kfac", {}),
+]
+SLOW = [
+    (llqr.LLQR, "scalar", {}),
+    (llqr.LLQR, "kfac", {"block_size": 100}),
+    (llqr.LLQR, "e-kfac", {"constraint": "square"}),
+    (llqr.LLQR, "dense", {"block_size": 16}),
+    (llqr.LLQR, "diagonal", {"curvature": "newton"}),
+    (llqr.LLQR.paper, "e-kfac", {"curvature": "newton"}),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, structure, settings", CASES + [pytest.param(*c, marks=pytest.mark.slow) for c in SLOW]
+)
+def test_memory_of_a_refresh_is_what_it_allocates(kind, structure, settings):
+    problem, geometry = wide_net(), kind(structure, **{"steps": 5, **settings})
+    geometry.bind(problem.model)
+    geometry.refresh([problem])
+    reports = []
+    measured = peak_of_allocations(lambda: reports.append(geometry.refresh([problem], step=1)))
+    told = geometry.memory(products=reports[0].products)["refresh"]
+    assert told == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", [llqr.LLQR, llqr.LLQR.paper, llqr.NaturalGradient])
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_memory_is_told_without_memory(kind, structure):
+    """A model on the meta device has the numbers of a real one."""
+    told = []
+    for device in ("cpu", "meta"):
+        geometry = kind(structure)
+        geometry.bind(wide_net((64, 48, 32), device).model)
+        told.append(geometry.memory())
+    assert told[0] == told[1] and told[0]["refresh"] > told[0]["preconditioner"]
+
+
+def test_more_products_take_more_memory():
+    geometry = llqr.LLQR("kfac", lr=1e-3)
+    geometry.bind(wide_net((64, 48, 32)).model)
+    few, many, most = (geometry.memory(products=n) for n in (2, 20, None))
+    assert few["refresh"] < many["refresh"] < most["refresh"]
+    assert (few["directions"], many["directions"], most["directions"]) == (2, 20, 50)
+
+
+@pytest.mark.parametrize("kind", [llqr.LLQR, llqr.NaturalGradient])
+def test_ten_refreshes_leave_what_one_left(kind):
+    problem, geometry = wide_net((64, 48, 32)), kind()
+    geometry.bind(problem.model)
+    held = []
+    with Allocations() as made:
+        for step in range(10):
+            geometry.refresh([problem], step=step)
+            held.append(made.held)
+    # The tensors that live: the new U, and nothing more each time.
+    assert max(held) <= geometry.memory()["preconditioner"] + 1000

@@ -1,0 +1,156 @@
+"""``llqr plan`` against what training a small network takes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import llqr
+from allocations import peak_of_allocations
+from llqr_lab.cli import main
+from llqr_lab.plan.cost import Rates, Setting, make_plan
+from llqr_lab.plan.counts import count_geometry, count_network
+from llqr_lab.plan.workload import PlanError, load_workload
+
+RATES = Rates(1e11, 1e10, 1e9)
+
+
+def three_layers(width=64):
+    return nn.Sequential(
+        nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 8)
+    )
+
+
+def planned(structure="diagonal", kind=llqr.LLQR, setting=None, products=5, **options):
+    workload = load_workload(f"{__name__}:three_layers", 512, (32,), options)
+    network = count_network(workload)
+    counts = count_geometry(structure, kind(structure), workload, network, products)
+    return network, counts, make_plan(network, counts, setting or Setting(passes=1), RATES)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
+
+
+def _this_module():
+    import types
+
+    module = types.ModuleType(__name__)
+    module.three_layers = three_layers
+    return module
+
+
+def real_problem():
+    torch.manual_seed(0)
+    model, x, y = three_layers(), torch.randn(512, 32), torch.randint(8, (512,))
+
+    def forward():
+        z = model(x)
+        return nn.functional.cross_entropy(z, y), z
+
+    return model, forward
+
+
+def test_operations_of_a_step_are_counted_by_hand():
+    network, _, plan = planned()
+    # Forward, and two products of the same size backward; none for the gradient of the images.
+    a, b, c = 32 * 64, 64 * 64, 64 * 8
+    assert network.step.flops == 2 * 512 * (3 * (a + b + c) - a)
+    assert network.parameters == a + b + c + 64 + 64 + 8
+    assert plan.parameters == plan.base == plan.gradients == 4 * network.parameters
+
+
+def test_memory_of_a_step_is_what_the_allocator_gives():
+    network, _, _ = planned()
+    model, forward = real_problem()
+    forward()[0].backward()
+    model.zero_grad()
+    measured = peak_of_allocations(lambda: forward()[0].backward())
+    assert network.step.peak == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kfac"])
+def test_memory_of_a_refresh_is_what_the_allocator_gives(structure):
+    model, forward = real_problem()
+    geometry = llqr.LLQR(structure)
+    geometry.bind(model)
+    geometry.refresh([forward])
+    reports = []
+    measured = peak_of_allocations(lambda: reports.append(geometry.refresh([forward], step=1)))
+    _, counts, plan = planned(structure, products=reports[0].products)
+    told = plan.refresh_graph + plan.refresh_vectors
+    assert told == pytest.approx(measured, rel=0.15)
+
+
+def test_devices_share_what_is_cut():
+    one = planned("kfac")[2]
+    for fsdp in (True, False):
+        plan = planned("kfac", setting=Setting(world=8, fsdp=fsdp, shard=True, passes=1))[2]
+        assert plan.preconditioner == one.preconditioner // 8
+        assert plan.base == (one.base // 8 if fsdp else one.base)
+        assert plan.refresh_vectors < one.refresh_vectors
+        assert plan.step_sent > 0 and one.step_sent == 0
+    # An all-reduce sends 2 (N - 1) / N of the gradient.
+    plain = planned("kfac", setting=Setting(world=8, passes=1))[2]
+    assert plain.step_sent == pytest.approx(2 * 7 / 8 * plain.gradients)
+
+
+def test_overhead_falls_with_the_cadence_and_counts_in_steps():
+    network, counts, often = planned("kfac", setting=Setting(every=10))
+    seldom = make_plan(network, counts, Setting(every=1000), RATES)
+    apply = often.apply_seconds / often.step_seconds
+    refresh = often.refresh_seconds / often.step_seconds
+    assert often.overhead == pytest.approx(apply + refresh / 10)
+    assert seldom.overhead == pytest.approx(apply + refresh / 1000)
+    twice = make_plan(network, counts, Setting(every=10), replace(RATES, flops=2e11, memory=2e10))
+    assert twice.overhead == pytest.approx(often.overhead)
+
+
+def test_natural_gradient_is_planned_by_its_samples():
+    _, counts, _ = planned("e-kfac", llqr.NaturalGradient)
+    assert counts.products == 8 and counts.refresh.flops > 8 * counts.apply.flops
+
+
+def test_the_command_prints_a_table_and_json(capsys):
+    words = ["plan", "resnet18", "--set", "width=8", "--set", "blocks=(1,1)", "--set", "classes=10"]
+    words += ["--input", "3x32x32", "--batch", "4", "--structure", "diagonal", "kfac"]
+    words += ["--flops", "1e11", "--memory-rate", "1e10", "--budget", "0.001"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "overhead %" in out and "no" in out and "diagonal" in out
+    assert main([*words, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in content["plans"]] == ["diagonal", "kfac"]
+    assert content["plans"][0]["peak"] > 0 and content["rates"]["flops"] == 1e11
+
+
+@pytest.mark.parametrize(
+    "spec, part",
+    [
+        ("resnet", "package.module:factory"),
+        ("no_such_package:make", "cannot import no_such_package"),
+        ("json:no_such_function", "no 'no_such_function'"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(spec, part, capsys):
+    with pytest.raises(PlanError, match=part):
+        load_workload(spec, 1, (4,), {})
+    assert main(["plan", spec]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_configuration_of_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "config.json"
+    fields = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    path.write_text(json.dumps({"model_type": "llama", "intermediate_size": 32, **fields}))
+    workload = load_workload(f"transformers/{path}", 2, (8,), {"num_hidden_layers": 1})
+    network = count_network(workload)
+    one_layer = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16
+    assert network.parameters == one_layer + 2 * 50 * 16 + 16
+    assert network.product.flops > network.step.flops / 3
