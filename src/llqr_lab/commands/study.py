@@ -105,4 +105,5 @@ def _keep_results(results: dict[str, object]) -> list[Path]:
     everything = json.loads(kept.read_text()) if kept.exists() else {}
     write_results(kept, {**everything, str(results["study"]): results})
     pictures = draw_study(results, page.parent / "images")
-    return [kept, write_page(page, kept), *pictures]
+    pages = [write_page(path, kept) for path in (page, Path("README.md"))]
+    return [kept, *pages, *pictures]

@@ -12,9 +12,12 @@ from typing import Any
 from .plan import STUDIES, two_by_twos
 from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
 
-__all__ = ["chance_of_a_win", "section", "write_page"]
+__all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 
 READING_TITLES = {"seconds": "equal seconds", "steps": "equal steps"}
+
+#: What the README shows of the proof.
+IN_SHORT = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g (interval=5)")
 Results = Mapping[str, Any]
 
 
@@ -23,15 +26,22 @@ def marks(study: str) -> tuple[str, str]:
     return f"<!-- llqr study {study} -->", f"<!-- end of llqr study {study} -->"
 
 
-def write_page(page: Path, results: Path, images: Sequence[str] = ()) -> Path:
+def _between(text: str, marked: str, inside: str) -> str:
+    """Return a text with something else between two of its comments, if it has them."""
+    begin, end = marks(marked)
+    if begin not in text:
+        return text
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{inside}\n\n{end}{rest.split(end)[1]}"
+
+
+def write_page(page: Path, results: Path) -> Path:
     """Put the tables of all kept studies into the page; the rest of the page stays."""
     text = page.read_text()
     kept = json.loads(results.read_text()) if results.exists() else {}
     for study in STUDIES:
-        begin, end = marks(study)
-        if begin in text:
-            before, rest = text.split(begin)
-            text = f"{before}{begin}\n\n{section(kept.get(study))}\n\n{end}{rest.split(end)[1]}"
+        text = _between(text, study, section(kept.get(study)))
+    text = _between(text, "proof, in short", in_short(kept.get("proof")))
     page.write_text(text)
     return page
 
@@ -51,6 +61,24 @@ def section(results: Results | None) -> str:
         blocks += [f"### {name}: {problem['title']}", _problem_table(results, problem)]
         blocks.append(f"![{name}](images/study-{results['study']}-{name}.svg)")
     return "\n\n".join(blocks)
+
+
+def in_short(results: Results | None) -> str:
+    """Return the results of a few methods at equal seconds."""
+    if not results or not results["problems"]:
+        return "The study has not been run yet."
+    problems = results["problems"]
+    rows = [
+        [
+            method,
+            *(_mean_and_deviation(p["methods"][method], "seconds", 2) for p in problems.values()),
+        ]
+        for method in IN_SHORT
+    ]
+    units = ("%" if p["metric"] == "accuracy" else "loss" for p in problems.values())
+    return _table(
+        ["method", *(f"{n}, {unit}" for n, unit in zip(problems, units, strict=True))], rows
+    )
 
 
 def _conditions(results: Results) -> str:

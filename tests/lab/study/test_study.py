@@ -10,7 +10,7 @@ import torch
 from llqr_lab.cli import main
 from llqr_lab.study.data import Examples
 from llqr_lab.study.methods import METHODS, Method
-from llqr_lab.study.page import marks, section
+from llqr_lab.study.page import in_short, marks, section
 from llqr_lab.study.plan import STUDIES
 from llqr_lab.study.problems import PROBLEMS
 from llqr_lab.study.training import Device, Run, Training, train
@@ -23,13 +23,18 @@ def run_of(method="SGDM", steps=4, part="test", **settings):
     return Run("cnn", method, {"lr": 0.1, "rho": 0.05} | settings, 0, steps, part)
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_the_page_equals_the_results(study):
-    page = (ROOT / "docs" / "study.md").read_text()
-    results = ROOT / "benchmarks" / "results" / "study.json"
-    kept = json.loads(results.read_text()) if results.exists() else {}
-    begin, end = marks(study)
-    assert page.split(begin)[1].split(end)[0].strip() == section(kept.get(study))
+@pytest.mark.parametrize(
+    ("page", "marked", "study", "shown"),
+    [
+        *(("docs/study.md", study, study, section) for study in STUDIES),
+        ("README.md", "proof, in short", "proof", in_short),
+    ],
+)
+def test_the_pages_equal_the_results(page, marked, study, shown):
+    kept = json.loads((ROOT / "benchmarks" / "results" / "study.json").read_text())
+    begin, end = marks(marked)
+    text = (ROOT / page).read_text()
+    assert text.split(begin)[1].split(end)[0].strip() == shown(kept.get(study))
 
 
 def test_smoke_runs_resumes_and_collects(tmp_path, capsys):
