@@ -11,12 +11,14 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("
 
 
 def run_cell(source, scope):
-    """Run a cell as a notebook does; return the value of its last line, if that is an expression."""
+    """Run a cell as a notebook does; return what its last line comes to, if anything."""
     *body, last = ast.parse(source).body
     if not isinstance(last, ast.Expr):
         body, last = [*body, last], None
     exec(compile(ast.Module(body, []), "cell", "exec"), scope)
-    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
+    return (
+        None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), scope)
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
