@@ -21,7 +21,7 @@ def backward(model):
 
 
 def theirs(model, radii, adaptive):
-    """One step: eps = rho T^2 g / |T g|, T = |w| for all or 1; then SGD along the second gradient."""
+    """One step: eps = rho T^2 g / |T g| with T = |w| or 1, then SGD along the second gradient."""
     held = list(model.parameters())
     backward(model)
     before = [p.detach().clone() for p in held]
