@@ -1,5 +1,7 @@
 """The documentation: its code runs, its table is measured, its API page is complete."""
 
+import ast
+import importlib.util
 import inspect
 import os
 import re
@@ -28,12 +30,14 @@ WITH_CODE = [page for page in PAGES if code_of(page)]
 
 def test_the_pages_with_code():
     assert WITH_CODE == [
+        "coming-from.md",
         "extending.md",
         "frameworks.md",
         "how-to-choose.md",
         "index.md",
         "method.md",
         "sharpness.md",
+        "troubleshooting.md",
     ]
 
 
@@ -53,6 +57,70 @@ def test_code_of_a_page_runs_in_order(page, capsys):
         forget_accelerator()
     with torch.random.fork_rng():
         exec(compile("\n".join(code_of(page)), page, "exec"), {"__name__": "page"})
+
+
+def pages_checker():
+    path = ROOT / ".ci" / "check_pages.py"
+    spec = importlib.util.spec_from_file_location("check_pages", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "line, fault",
+    [
+        ('<script src="https://cdn.example/a.js"></script>', "loaded from elsewhere"),
+        ('<script src="//cdn.example/a.js"></script>', "loaded from elsewhere"),
+        ('<link rel="stylesheet" href="http://x.example/a.css">', "loaded from elsewhere"),
+        ('<img srcset="a.png 1x, https://x.example/b.png 2x">', "loaded from elsewhere"),
+        ("<style>@font-face{src:url(https://x.example/f.woff2)}</style>", "loaded from elsewhere"),
+        ("<style>@import 'https://x.example/a.css';</style>", "loaded from elsewhere"),
+        ('<img src="missing.png">', "is not there"),
+        ('<a href="https://x.example">a link</a><link rel="canonical" href="https://x">', None),
+        ('<img src="a.png?v=1"><img src="data:image/png;base64,AA==">', None),
+    ],
+)
+def test_what_a_page_loads_from_elsewhere_is_found(tmp_path, line, fault):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "page.html").write_text(f"<html><body>{line}</body></html>")
+    found = list(pages_checker().faults(tmp_path))
+    assert len(found) == (fault is not None) and all(text.endswith(fault) for text in found)
+
+
+def test_formulas_are_typeset_by_files_of_these_pages():
+    """The built pages are checked where they are built (.ci/run); here what they are made of."""
+    config = (ROOT / "mkdocs.yml").read_text()
+    assets = re.findall(r"^  - ((?:katex|javascripts|stylesheets)/\S+)$", config, re.MULTILINE)
+    assert len(assets) == 4 and all((DOCS / asset).is_file() for asset in assets)
+    assert "://" not in config and (DOCS / "katex" / "LICENSE").is_file()
+    style = DOCS / "katex" / "katex.min.css"
+    fonts = pages_checker().loaded_by(style)
+    assert set(fonts) == {f"fonts/{p.name}" for p in (DOCS / "katex" / "fonts").iterdir()}
+
+
+def texts_of_the_library():
+    """Every string in the source, as one text each; what is formatted into it becomes a NUL."""
+    for file in (ROOT / "src" / "llqr").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "\0" for p in node.values]
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_messages_of_the_library():
+    page = (DOCS / "troubleshooting.md").read_text()
+    reasons = re.search(r"^\| reason .*?(?=\n\n)", page, re.MULTILINE | re.DOTALL)[0]
+    quoted = re.findall(r"^```text\n(.*)\n```$", page, re.MULTILINE)
+    quoted += re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (`.*?) \|", reasons, re.MULTILINE)))
+    quoted += ["the gradients of this step differ between the ... processes"]
+    assert len(quoted) > 15
+    texts = list(texts_of_the_library())
+    for message in quoted:
+        pieces = [piece.strip() for piece in message.split("...") if piece.strip(" ;")]
+        assert any(all(piece in text for piece in pieces) for text in texts), message
 
 
 def public_names(module):

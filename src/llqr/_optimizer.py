@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
+from ._html import html_of_numbers
 from ._joined_bases import join_bases
 from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
@@ -331,6 +332,17 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             lines.append(f"transport: {self.transport}, graft: {self.graft}")
         body = "".join(f"\n{line}" for line in [*lines, repr(self.base)])
         return f"{type(self).__name__} ({body}\n)"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "geometry": repr(self.geometry),
+            "perturbation": repr(self.perturbation),
+            "transport, graft": f"{self.transport}, {self.graft}",
+            "base": repr(self.base),
+            "steps": f"{self._progress.step:,} ({self.skipped_steps} skipped)",
+            "last refresh": self.last_report.headline() if self.last_report else "none yet",
+        }
+        return html_of_numbers(type(self).__name__, rows)
 
     # -- the step ------------------------------------------------------------------------------
 

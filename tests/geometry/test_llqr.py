@@ -215,10 +215,33 @@ def test_paper_settings():
     assert changed.settings.lr == 1e-3 and changed.structure == "e-kfac"
 
 
-def test_repr_names_everything():
-    text = repr(llqr.LLQR("kfac", curvature="newton", lr=0.5))
-    assert text.startswith("LLQR('kfac', curvature=Newton(), ") and "lr=0.5" in text
-    assert eval(text, vars(llqr)).settings
+def schedule(step):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    "geometry, text",
+    [
+        (llqr.LLQR(), "LLQR('diagonal')"),
+        (llqr.LLQR("kfac", curvature="newton", lr=0.5), "LLQR('kfac', curvature=Newton(), lr=0.5)"),
+        (llqr.LLQR(lr=schedule), "LLQR('diagonal', lr=schedule)"),
+        (
+            llqr.LLQR.paper(),
+            "LLQR('e-kfac', every=500, block_size=None, batch_norm='running', lr=0.001, "
+            "scale='sum', constraint='none', tolerance=0)",
+        ),
+        (llqr.NaturalGradient(), "NaturalGradient('e-kfac')"),
+        (
+            llqr.NaturalGradient("kfac", samples=4, every=10, block_size=None),
+            "NaturalGradient('kfac', every=10, block_size=None, samples=4)",
+        ),
+    ],
+)
+def test_repr_shows_what_differs_from_the_defaults(geometry, text):
+    assert repr(geometry) == text
+    made = eval(text, vars(llqr) | {"schedule": schedule})
+    assert made.settings == geometry.settings
+    assert type(made.curvature) is type(geometry.curvature)
 
 
 # -- forwards --------------------------------------------------------------------------------------

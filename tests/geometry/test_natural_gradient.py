@@ -521,14 +521,6 @@ def test_memory_of_a_refresh_is_what_it_allocates(structure, sides):
     assert geometry.memory()["refresh"] == pytest.approx(measured, rel=0.15)
 
 
-def test_repr_shows_what_differs_from_the_defaults():
-    assert repr(llqr.NaturalGradient()) == "NaturalGradient('e-kfac', curvature=Fisher())"
-    changed = llqr.NaturalGradient("kfac", samples=4, every=10, block_size=None)
-    assert repr(changed) == (
-        "NaturalGradient('kfac', curvature=Fisher(), every=10, block_size=None, samples=4)"
-    )
-
-
 @pytest.mark.parametrize(
     "settings, parts",
     [

@@ -1,5 +1,6 @@
 """Hugging Face Trainer against the loop by hand, on a small model made from a configuration."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -93,6 +94,27 @@ def trained(tmp_path, model, accumulate=1, clip=0.0, epochs=2, structure="diagon
     )
     trainer.train()
     return trainer, optimizer
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, None),
+        ({"learning_rate": 0.1, "weight_decay": 0.01}, None),  # as the base has them
+        ({"learning_rate": 3e-4}, "TrainingArguments: learning_rate=0.0003, but .* has 0.1; the"),
+        (
+            {"learning_rate": 3e-4, "weight_decay": 0.2},
+            "learning_rate=0.0003, .* and weight_decay=0.2, but the base optimizer has 0.01; ",
+        ),
+    ],
+)
+def test_arguments_that_do_not_reach_a_finished_optimizer(tmp_path, recwarn, options, said):
+    model = causal()
+    optimizer = llqr.Optimizer(base_of(model), model)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **options)
+    Trainer(model=model, args=arguments, optimizers=(optimizer, None))
+    found = [str(w.message) for w in recwarn if "TrainingArguments" in str(w.message)]
+    assert len(found) == (said is not None) and all(re.search(said, text) for text in found)
 
 
 def batches():

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number
+from .._html import format_table
 from .._optimizer import Optimizer
 from .._vectors import Tensors
 from ..curvature import quadratic_model
 from ..distributed._sharded import whole_parameters
 from ..geometry import LLQR, Geometry, NormStatistics, RefreshReport
-from ..geometry._base import format_table
 from ..geometry._report import INACTIVE
 from ..geometry.inner_solve import FlatModel
 from ..geometry.structures import States

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_number, value_at_step
+from .._html import format_table
 from .._module_state import Buffers
 from .._optimizer import Optimizer
 from .._probing import Probing
 from .._progress import Progress as Counters
 from .._vectors import dots
-from ..geometry._base import format_table
 from ..perturbations import SAM, Perturbation
 from ..sharpness._data import Data, Forwards, Progress, measuring
 from ..sharpness._mean_loss import MeanLoss

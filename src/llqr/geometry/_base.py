@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .._html import format_table
 from .._vectors import Tensors
 from ..distributed import Ranks
 from ._report import RefreshReport
@@ -167,10 +168,3 @@ class Geometry:
 def shape_text(parameter: Tensor) -> str:
     """Return a shape as people write it: "64x3x3"."""
     return "x".join(map(str, parameter.shape)) or "scalar"
-
-
-def format_table(rows: Sequence[Sequence[str]], last_line: str) -> str:
-    """Return rows in aligned columns, and a line below them."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*(line.rstrip() for line in lines), last_line])

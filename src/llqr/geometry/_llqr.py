@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from ..curvature import (
     quadratic_model,
 )
 from ._base import NormStatistics
-from ._metric_settings import SATURATED, Application, Learned, MetricSettings
+from ._metric_settings import SATURATED, Application, Learned, MetricSettings, describe_metric
 from ._refresh_progress import RefreshProgress
 from ._schedules import EMA, EVERY_GROWING, INNER_LR
 from ._structured import StructuredGeometry
@@ -278,9 +278,7 @@ class LLQR(StructuredGeometry):
         return cls(structure, curvature=curvature, **{**settings, **changes})
 
     def __repr__(self) -> str:
-        names = [f.name for f in fields(self.settings)]
-        shown = ", ".join(f"{name}={getattr(self.settings, name)!r}" for name in names)
-        return f"LLQR({self.structure!r}, curvature={self.curvature!r}, {shown})"
+        return describe_metric("LLQR", self.structure, self.curvature, self.settings)
 
     def bind(self, model: nn.Module, parameters: Any = None) -> None:
         """Lay out the parameters in blocks; new ones start at the identity."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
 from .._checks import Schedule, check_choice, check_flags, check_integer
+from ..curvature import Curvature, Fisher
 from ._base import NormStatistics
 from ._schedules import EVERY
 from .structures import States
 from .structures._application import Application
 
-__all__ = ["SATURATED", "Application", "Learned", "MetricSettings"]
+__all__ = ["SATURATED", "Application", "Learned", "MetricSettings", "describe_metric"]
 
 #: Why a refresh is refused that no setting can help.
 SATURATED = (
@@ -59,6 +60,22 @@ class MetricSettings:
         check_flags(shard=self.shard)
         check_choice("application", self.application, Application)
         check_choice("batch_norm", self.batch_norm, NormStatistics)
+
+
+def describe_metric(metric: str, structure: object, curvature: Curvature, settings: Any) -> str:
+    """Return the call that makes a metric: its structure, and what differs from the defaults."""
+    changed = {} if type(curvature) is Fisher else {"curvature": curvature}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if value != f.default:
+            changed[f.name] = value
+    arguments = [_shown(structure), *(f"{name}={_shown(v)}" for name, v in changed.items())]
+    return f"{metric}({', '.join(arguments)})"
+
+
+def _shown(value: object) -> str:
+    # Functions and classes by their names: an address in memory tells nobody anything.
+    return str(getattr(value, "__name__", None) or repr(value))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -23,7 +23,7 @@ from ..curvature import (
     quadratic_model,
 )
 from ._base import NormStatistics
-from ._metric_settings import SATURATED, Application, Learned, MetricSettings
+from ._metric_settings import SATURATED, Application, Learned, MetricSettings, describe_metric
 from ._samples_by_part import are_finite, are_squarable, own_samples, peak_bytes, samples_by_part
 from ._schedules import EMA, EVERY_GROWING_SPARSELY
 from ._structured import StructuredGeometry
@@ -222,15 +222,7 @@ class NaturalGradient(StructuredGeometry):
             self.find_kind("", torch.empty(0))  # refuse now what has no closed form
 
     def __repr__(self) -> str:
-        settings = self.settings
-        changed = [
-            f", {f.name}={getattr(settings, f.name)!r}"
-            for f in fields(settings)
-            if getattr(settings, f.name) != f.default
-        ]
-        return (
-            f"NaturalGradient({self.structure!r}, curvature={self.curvature!r}{''.join(changed)})"
-        )
+        return describe_metric("NaturalGradient", self.structure, self.curvature, self.settings)
 
     def find_kind(self, name: str, parameter: Tensor) -> type[Structure]:
         """Return the closed form of a parameter's structure."""

@@ -6,10 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from .._html import html_of_numbers
+
 __all__ = ["INACTIVE", "RefreshError", "RefreshHistory", "RefreshReport"]
 
 #: |Ug - g| / |g| below which training with U is hardly told from training without.
 INACTIVE = 0.015
+#: Names that stand behind their number.
+COUNTED = {"products", "samples", "s"}
 
 
 class RefreshError(RuntimeError):
@@ -71,11 +75,21 @@ class RefreshReport:
     def __str__(self) -> str:
         return f"{self.headline()}\n{' '.join(self._explain())}"
 
+    def _repr_html_(self) -> str:
+        return html_of_numbers(self._verdict(), self._numbers(), *self._explain())
+
     def headline(self) -> str:
         """Return the verdict and the numbers, in one line."""
+        # A count stands before its noun: "12 products", but "cos 0.9".
+        numbers = ", ".join(
+            f"{text} {name}" if name in COUNTED else f"{name} {text}"
+            for name, text in self._numbers().items()
+        )
+        return self._verdict() + (f": {numbers}" if numbers else "")
+
+    def _verdict(self) -> str:
         verdict = "accepted" if self.accepted else f"refused ({self.reason})"
-        numbers = ", ".join(self._list_numbers())
-        return f"refresh at step {self.step} {verdict}" + (f": {numbers}" if numbers else "")
+        return f"refresh at step {self.step} {verdict}"
 
     def _explain(self) -> list[str]:
         """Return sentences: what the numbers mean, and what to do."""
@@ -97,23 +111,27 @@ class RefreshReport:
             said.append("A step along -Ug lowers the loss in the model.")
         return said
 
-    def _list_numbers(self) -> list[str]:
-        # What decides whether a number is shown, and the text with it.
+    def _numbers(self) -> dict[str, str]:
+        """Return the numbers that there are, as text, by name."""
+        # What decides whether a number is shown, its name, and its text.
         shown = [
-            (self.J_before, f"J {_short(self.J_before, 4)} -> {_short(self.J_after, 4)}"),
-            (self.ratio, f"|Ug|/|g| {_short(self.ratio)}"),
-            (self.change, f"|Ug-g|/|g| {_short(self.change)}"),
-            (self.cosine, f"cos {_short(self.cosine)}"),
+            (self.J_before, "J", f"{_short(self.J_before, 4)} -> {_short(self.J_after, 4)}"),
+            (self.ratio, "|Ug|/|g|", _short(self.ratio)),
+            (self.change, "|Ug-g|/|g|", _short(self.change)),
+            (self.cosine, "cos", _short(self.cosine)),
             (
                 self.eigenvalue_min,
-                f"eigenvalues {_short(self.eigenvalue_min)} .. {_short(self.eigenvalue_max)}",
+                "eigenvalues",
+                f"{_short(self.eigenvalue_min)} .. {_short(self.eigenvalue_max)}",
             ),
-            (self.products, f"{self.products} products"),
-            (self.samples, f"{self.samples} samples"),
-            (self.seconds, f"{self.seconds or 0.0:.2f} s"),
+            (self.products, "products", str(self.products)),
+            (self.samples, "samples", str(self.samples)),
+            (self.seconds, "s", f"{self.seconds or 0.0:.2f}"),
         ]
         # The quotients of a gradient that is zero are nan.
-        return [text for value, text in shown if value is not None and not math.isnan(value)]
+        return {
+            name: text for value, name, text in shown if value is not None and not math.isnan(value)
+        }
 
 
 def _short(value: float | None, digits: int = 3) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._html import format_table
 from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
-from ._base import Geometry, NormStatistics, format_table, shape_text
+from ._base import Geometry, NormStatistics, shape_text
 from ._metric_settings import Learned, MetricSettings
 from ._refresh_progress import ProgressCallback
 from ._report import INACTIVE, RefreshError, RefreshHistory, RefreshReport

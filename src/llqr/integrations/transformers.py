@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .._optimizer import Optimizer
 from ._logs import log_refreshes as _log_refreshes
 from ._micro_batches import MicroBatches, find_optimizer
 from ._once import silenced
@@ -33,12 +36,24 @@ class TwoPasses(Trainer):  # type: ignore[misc]
     With ``gradient_accumulation_steps`` the step is that of the joined batch. Gradient clipping
     acts on the gradients of the second pass, in which ``self.log`` does nothing. A refresh takes
     the loss and the logits, from a model output, a dict or a tuple.
+
+    The Trainer uses ``learning_rate``, ``weight_decay``, ``optim`` and ``adam_*`` of its arguments
+    only for an optimizer that it makes itself. With a finished one the base's own count, and a
+    warning names what was set in vain; the schedule (``lr_scheduler_type``, ``warmup_steps``) acts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as the Trainer does."""
         super().__init__(*args, **kwargs)
         self._micro_batches = MicroBatches()
+        if isinstance(self.optimizer, Optimizer):
+            unused = _unused_arguments(self.args, self.optimizer)
+            if unused:
+                warnings.warn(
+                    f"TrainingArguments: {' and '.join(unused)}; the Trainer does not use these "
+                    "with a finished optimizer: set them in the base optimizer",
+                    stacklevel=2,
+                )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run a micro-batch and, at the last one of a step, all of them again at theta + eps."""
@@ -87,6 +102,29 @@ def log_refreshes(trainer: Any, *, prefix: str = "llqr/") -> RemovableHandle:
     """
     log = trainer.log  # the method itself: the name is silenced while a refresh runs
     return _log_refreshes(trainer.optimizer, lambda numbers, step: log(numbers), prefix=prefix)
+
+
+#: What the Trainer would give an optimizer of its own: {argument: key of a parameter group}.
+_GROUP_KEYS = {"learning_rate": "lr", "weight_decay": "weight_decay"}
+
+
+def _unused_arguments(arguments: Any, optimizer: Optimizer) -> list[str]:
+    """Return what was set by hand and is the value of no parameter group, in words."""
+    defaults = {f.name: f.default for f in fields(arguments)}
+    unused = []
+    for name, key in _GROUP_KEYS.items():
+        asked = getattr(arguments, name)
+        # A scheduler may have changed lr already.
+        used = {
+            value
+            for group in optimizer.param_groups
+            for value in (group.get(key), group.get(f"initial_{key}"))
+            if value is not None
+        }
+        if asked != defaults[name] and asked not in used:
+            has = ", ".join(f"{value:g}" for value in sorted(used)) or f"no {key}"
+            unused.append(f"{name}={asked:g}, but the base optimizer has {has}")
+    return unused
 
 
 def _logits_of(outputs: Any) -> Any:
