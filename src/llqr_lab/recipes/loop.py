@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import llqr
 
-from ..common.output import step_bar, without_nan
+from ..common.output import show_refreshes, step_bar, without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
@@ -142,12 +142,7 @@ class Training:
                 f"llqr.every = {self.config.llqr.every} leaves one refresh in {self.steps:,} "
                 "steps: U is learned at the first weights only; take a smaller llqr.every"
             )
-
-        def show(done: int, total: int, seconds: float) -> None:
-            text = f"refresh: product {done} of at most {total}, {seconds:.0f} s"
-            bar.set_postfix_str(text, refresh=True)
-
-        geometry.on_progress = show
+        show_refreshes(bar, geometry)
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()
