@@ -13,12 +13,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..common.drawing import save_figure
 from ..common.refreshes import INACTIVE
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, SCALES
 from . import about
 from .figures import Figure
-from .make import COLLECTED_FIGURES, table_of, write_figure
+from .make import COLLECTED_FIGURES, table_of
 from .others import PAPER, other_experiments, other_rows
 from .render import head_lines, minus_text, missing_commands, own_text
 from .runs import Found, Run
@@ -148,7 +149,8 @@ def table_section(table: Table) -> Section:
 def figure_section(figure: Figure) -> Section:
     """Return a figure, drawn into the page."""
     with tempfile.TemporaryDirectory() as folder:
-        path, *_ = write_figure(figure, Path(folder))
+        path = Path(folder, "figure.png")
+        save_figure(figure.paint(), path, figure.caption(), formats=("png",), dpi=110)
         png = base64.b64encode(path.read_bytes()).decode("ascii")
     exponents = " and ".join(map(str, figure.facts.get("paper_exponents", ())))
     return {
