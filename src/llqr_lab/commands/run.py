@@ -13,6 +13,7 @@ from ..data.errors import DataError
 from ..recipes.config import CONF, RECIPES
 from ..recipes.effects import refuse_unknown_keys
 from ..recipes.run import perform_run
+from ..recipes.trackers import require_tracker
 from ..recipes.workers import leave_together
 
 __all__ = ["add_arguments", "main"]
@@ -78,6 +79,10 @@ def main(arguments: argparse.Namespace) -> int:
     overrides.sort(key=lambda word: word.startswith("-") or "=" not in word)
     try:
         refuse_unknown_keys(arguments.recipe, overrides)
+        for word in overrides:
+            if word.startswith("tracker="):
+                for name in word.removeprefix("tracker=").split(","):
+                    require_tracker(name)
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2

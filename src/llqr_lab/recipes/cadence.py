@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
+
 from ..common.output import show_refreshes, step_bar
 from .build import network_of, optimizer_of
 from .digest import describe_data

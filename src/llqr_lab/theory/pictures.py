@@ -68,7 +68,7 @@ def picture_figure3(toy: Toy) -> Any:
             label = f"{method}: none arrives, path {float(lengths.max()):.3f} at most"
             scatter.plot([], [], mark, color=colour, label=label)
     straight = toy.well.bottom - INSIDE
-    scatter.axhline(straight, color="black", lw=1, ls="--", label=f"straight line {straight:.2f}")
+    scatter.axhline(straight, color="black", lw=1, ls="--", label=f"shortest path: {straight:.2f}")
     scatter.set(
         xlabel="optimizer steps until $r < 1$",
         ylabel="path length until then",
@@ -153,11 +153,14 @@ def draw_profile(axes: Any, well: SharpWell) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw_places(axes: Any, well: SharpWell) -> None:
+def draw_places(axes: Any, well: SharpWell, named: bool = False) -> None:
     """Draw the bottom of the sharp well, its barrier and the valley as heights of r."""
-    axes.axhline(well.bottom, color="black", lw=0.8, label="_bottom")
-    axes.axhline(well.barrier, color="black", lw=0.8, ls=":", label="_barrier")
-    axes.axhspan(0, INSIDE, color="#cccccc", alpha=0.5, label="_arrived")
+    # Below the paths: those of GD and LLQR lie on the bottom.
+    under = {"color": "black", "lw": 0.8, "zorder": 0.5}
+    axes.axhline(well.bottom, **under, label="bottom of the sharp well" if named else None)
+    axes.axhline(well.barrier, **under, ls=":", label="its barrier" if named else None)
+    arrived = "arrived: $r < 1$" if named else None
+    axes.axhspan(0, INSIDE, color="#cccccc", alpha=0.5, zorder=0.4, label=arrived)
 
 
 def draw_plane(axes: Any, toy: Toy, ray: slice) -> None:
@@ -169,7 +172,9 @@ def draw_plane(axes: Any, toy: Toy, ray: slice) -> None:
     axes.plot(*starts.unbind(-1), ".", color="black", ms=1.5)
     axes.plot(*starts[ray].unbind(-1), ".", color="#d55e00", ms=4)
     axes.set(aspect="equal", xticks=[], yticks=[])
-    axes.set_title("from above: the well is a ring;\ndots: starts (orange: the thin lines)", fontsize=8)
+    axes.set_title(
+        "from above: the well is a ring;\ndots: starts (orange: the thin lines)", fontsize=8
+    )
 
 
 def draw_radius(axes: Any, toy: Toy, paths: dict[str, Tensor]) -> None:
@@ -178,9 +183,7 @@ def draw_radius(axes: Any, toy: Toy, paths: dict[str, Tensor]) -> None:
         for i, r in enumerate(several.norm(dim=-1)):
             label = method if i == 0 else None
             axes.plot(r, STYLES[method], color=COLOURS[method], lw=1.5, alpha=0.8, label=label)
-    axes.axhline(toy.well.bottom, color="black", lw=0.8, label="bottom of the sharp well")
-    axes.axhline(toy.well.barrier, color="black", lw=0.8, ls=":", label="its barrier")
-    axes.axhspan(0, INSIDE, color="#cccccc", alpha=0.5, label="arrived: $r < 1$")
+    draw_places(axes, toy.well, named=True)
     axes.set(ylim=(0, 5.4), xlim=(0, len(r) - 1), xlabel="optimizer step")
     axes.set_ylabel("distance from the minimum, $r$")
     axes.legend(fontsize=8, loc="center right")
