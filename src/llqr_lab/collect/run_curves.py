@@ -1,4 +1,4 @@
-"""Small curves of each run for the report, as points of inline SVG: training, and refreshes of U."""
+"""Small curves of each run for the report, as points of inline SVG: training and refreshes."""
 
 from __future__ import annotations
 

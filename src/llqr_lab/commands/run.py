@@ -40,7 +40,8 @@ examples:
 keys: model, method, dataset, seed, scale (paper, small, smoke), data, out, device, noise, force,
 tracker (tensorboard, wandb, trackio, mlflow, none) and those of the groups train, base, llqr,
 probe, optimizer, refresh, network, input, report, with the values of docs/protocols.md unless you
-give others. wandb, trackio and mlflow are installed with pip, each under its own name. Slurm needs the extra 'slurm'.
+give others. wandb, trackio and mlflow are installed with pip, each under its own name.
+Slurm needs the extra 'slurm'.
 """
 
 

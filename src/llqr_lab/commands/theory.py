@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"{len(found)} checks: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     out = arguments.out
     caption = (
-        "Dots are measured, lines are formulas: where they agree, the statement of the paper holds. "
+        "Dots are measured, lines are formulas. "
         "(14), (16): ρ = 0.1, average curvature 0.25. Corollary B.2: 200 random curvatures at "
         "matched contraction; the crosses are what the printed formula gives. Proposition B.3: an "
         "unstable well (ηλ = 2.2) against a flat one. Proposition B.1: logistic regression, "

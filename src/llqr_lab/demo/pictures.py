@@ -53,7 +53,8 @@ def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> list[
     axes.set_ylabel("test accuracy, clean labels (%)")
     seeds = len(next(iter(methods.values()))["test_accuracy"])
     axes.set_title(
-        f"Digits, 40 % of the training labels wrong: mean of {seeds} seeds; bars: their range at the end"
+        f"Digits, 40 % of the training labels wrong: mean of {seeds} seeds; "
+        "bars: their range at the end"
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right center", title="after the last epoch")

@@ -12,7 +12,7 @@ import torch
 
 from llqr import sharpness
 
-from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure
+from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure, save_figure
 from ..common.output import progress_bar
 from ..recipes.records import kept_networks
 from ..recipes.trained import load_trained, training_data

@@ -104,9 +104,9 @@ def caption_of(about: dict) -> str:
 def caption_figure2(about: dict) -> str:
     """Say what was run for Figure 2."""
     return (
-        f"Bold: median over {about['starts']} starts in the sharp well (24 angles x 7 radii), thin: "
-        "the 7 radii of one angle; no noise. Arrived (grey): r < 1; mean ± standard deviation of the "
-        "steps. GD and LLQR lie on each other. "
+        f"Bold: median over {about['starts']} starts in the sharp well (24 angles x 7 radii), "
+        "thin: the 7 radii of one angle; no noise. Arrived (grey): r < 1; mean ± standard "
+        "deviation of the steps. GD and LLQR lie on each other. "
     ) + caption_of(about)
 
 
