@@ -20,6 +20,7 @@ __all__ = [
     "assumed_values",
     "changed_values",
     "count_environments",
+    "describe_refusals",
     "describe_skipped_steps",
     "refresh_rows",
     "reports_of",
@@ -70,6 +71,19 @@ def describe_skipped_steps(runs: Sequence[Run]) -> list[str]:
         for run in runs
         if run["skipped_steps"]
     ]
+
+
+def describe_refusals(runs: Sequence[Run]) -> list[str]:
+    """Say in which cells refreshes were refused, or U hardly acts."""
+    said = []
+    for row in refresh_rows(runs):
+        cell = f"{row['dataset']}, {row['network']}, {row['method']}"
+        accepted, count = map(int, row["accepted"].split(" of "))
+        if accepted < count:
+            said.append(f"{cell}: {count - accepted} of {count} refreshes were refused.")
+        if row["U"] != "acts":
+            said.append(f"{cell}: U is inactive, so the method is nearly the one without U.")
+    return said
 
 
 def count_environments(runs: Sequence[Run]) -> list[dict[str, Any]]:

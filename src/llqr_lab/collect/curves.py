@@ -14,6 +14,7 @@ from ..protocols import EXPERIMENTS
 from .cadence import describe_machines
 from .cells import Chosen, choose_runs, choose_scale, notes_on_choices, used_runs
 from .figures import Figure
+from .likeness import differences_between
 from .runs import Cell, Found
 from .tables import notes_of
 
@@ -85,6 +86,7 @@ def collect_curves(
         *notes_of(scale, used, TABLES[table]["seeds"]),
         "Lines are means over seeds, bands one standard deviation.",
         *describe_machines(used),
+        *notes_on_unlike(chosen),
         *notes_on_choices(chosen.values()),
         *notes,
         *found.notes,
@@ -104,6 +106,17 @@ def collect_curves(
     )
 
 
+def notes_on_unlike(chosen: Mapping[str, Chosen]) -> list[str]:
+    """Say which curves differ from the first in more than their method: they do not compare."""
+    examples = {m: c.example for m, c in chosen.items() if c.example is not None}
+    notes = []
+    for method, run in list(examples.items())[1:]:
+        first, against = next(iter(examples.items()))
+        if unlike := differences_between(against, run):
+            notes.append(f"UNLIKE RUNS: {first} and {method} differ in {', '.join(unlike)}.")
+    return notes
+
+
 def collect_figure1(found: Found, asked: str | None = None) -> Figure:
     """Show ImageNet's error by epoch, and its test loss by time."""
     return collect_curves(
@@ -113,8 +126,10 @@ def collect_figure1(found: Found, asked: str | None = None) -> Figure:
         asked,
         {"error": top1_error, "test_loss": lambda e: e.get("test_loss")},
         (
-            Panel("epoch", "error", "top-1 error", "test error (%)"),
-            Panel("elapsed_seconds", "test_loss", "test loss by time", "test loss"),
+            Panel("epoch", "error", "top-1 error (lower is better)", "test error (%)"),
+            Panel(
+                "elapsed_seconds", "test_loss", "test loss by time (lower is better)", "test loss"
+            ),
         ),
     )
 
@@ -132,8 +147,13 @@ def collect_figure4(found: Found, asked: str | None = None) -> Figure:
             "validation_loss": lambda e: e.get("validation_loss"),
         },
         (
-            Panel("epoch", "bleu", "validation BLEU", "BLEU"),
-            Panel("epoch", "token_error", "validation token error", "token error (%)"),
+            Panel("epoch", "bleu", "validation BLEU (higher is better)", "BLEU"),
+            Panel(
+                "epoch",
+                "token_error",
+                "validation token error (lower is better)",
+                "token error (%)",
+            ),
         ),
     )
 
@@ -162,9 +182,7 @@ def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any
             y = [r[panel.y] for r in mine]
             std = [r[f"{panel.y}_std"] for r in mine]
             several = all(s is not None for s in std)
-            label = (
-                f"{method}  {y[-1]:.3g}" if panel.y.endswith("loss") else f"{method}  {y[-1]:.1f}"
-            )
+            label = f"{method}  {y[-1]:.2f}"
             lines.append(line_of(method, x, y, label, std if several else None))
         draw_lines(axes, lines)
         _zoom_to_ends(axes, lines)
@@ -179,7 +197,12 @@ def paint_curves(rows: list[dict[str, Any]], panels: tuple[Panel, Panel]) -> Any
 
 def _zoom_to_ends(axes: Any, lines: Sequence[Line]) -> None:
     """Let the first fifth of training leave the picture, so that the ends can be told apart."""
-    kept = [y for line in lines for y in line.y[math.ceil(len(line.y) / 5) - 1 :]]
+    kept = []
+    for line in lines:
+        first = math.ceil(len(line.y) / 5) - 1
+        std = line.std or [0.0] * len(line.y)
+        for y, spread in list(zip(line.y, std, strict=True))[first:]:
+            kept += [y - spread, y + spread]  # with the whole band
     if kept:
         margin = 0.06 * (max(kept) - min(kept)) or 1.0
         axes.set_ylim(min(kept) - margin, max(kept) + margin)

@@ -49,10 +49,10 @@ def write_table(table: Table, out: Path) -> list[Path]:
 
 
 def write_figure(figure: Figure, out: Path) -> list[Path]:
-    """Write a figure as PNG, its numbers as CSV, and everything as JSON."""
+    """Write a figure as PNG, SVG and PDF, its numbers as CSV, and everything as JSON."""
     name = f"figure{figure.number}"
     return [
-        save_figure(figure.paint(), out / f"{name}.png", figure.caption()),
+        *save_figure(figure.paint(), out / f"{name}.png", figure.caption()),
         write_csv(out / f"{name}.csv", figure.rows),
         write_json(out / f"{name}.json", figure.content()),
     ]

@@ -13,19 +13,23 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..common.drawing import save_figure
 from ..common.refreshes import INACTIVE
 from ..paper import TABLES
 from ..protocols import EXPERIMENTS, SCALES
 from . import about
 from .figures import Figure
-from .make import COLLECTED_FIGURES, table_of, write_figure
+from .make import COLLECTED_FIGURES, table_of
 from .others import PAPER, other_experiments, other_rows
 from .render import head_lines, minus_text, missing_commands, own_text
+from .run_curves import curves_by_cell
 from .runs import Found, Run
 from .tables import Table, data_of
 
 __all__ = ["make_report"]
 
+# Notes that say how to read a table or a figure, and warn of nothing.
+REMARKS = ("Note on the paper:", "Lines are means", "Measured on", "Interval", "The first refresh")
 Section = dict[str, Any]  # "kind" names the template, "title" the heading
 
 
@@ -55,25 +59,33 @@ def make_report(found: Found, asked: str | None = None) -> str | None:
     left_out = len(papers) - len(runs)
     return render_page(
         title="Runs beside the paper's numbers",
-        warning=None if scale == "paper" else scale_warning(scale, tables),
         opening=(
             f"{len(used)} finished runs of the paper's tables and figures at scale {scale}, and "
             f"{sum(map(len, own.values()))} of other experiments, below {found.root}. "
             f"{sum(t.missing_cells for t in tables)} cells of these tables have no run and are "
             "marked missing; nothing is filled in for them."
         ),
-        notes=[
-            *found.notes,
-            *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
-            *about.describe_skipped_steps(everything),
-            *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
-        ],
-        unfinished=found.unfinished,
         sections=[
+            warnings_section(
+                None if scale == "paper" else scale_warning(scale, tables),
+                [
+                    *found.notes,
+                    *[f"{left_out} runs of other scales are not shown."] * bool(left_out),
+                    *about.describe_skipped_steps(everything),
+                    *about.describe_refusals(everything),
+                    *[f"{len(runs) - len(used)} runs stand in no table."] * (len(used) < len(runs)),
+                ],
+                [
+                    *((f"Table {t.number}", t.notes) for t in tables),
+                    *((f"Figure {f.number}", f.notes) for f in figures),
+                ],
+                found.unfinished,
+            ),
             *map(table_section, tables),
             *map(figure_section, figures),
             *(own_section(recipe, several) for recipe, several in own.items()),
             *refreshes_section(everything),
+            *curves_section(everything),
             values_section(everything),
             machines_section(everything),
         ],
@@ -124,10 +136,43 @@ def scale_warning(scale: str, tables: Sequence[Table]) -> str:
     )
 
 
+def warnings_section(
+    first: str | None,
+    of_all: Sequence[str],
+    of_parts: Sequence[tuple[str, Sequence[str]]],
+    unfinished: Sequence[Path],
+) -> Section:
+    """Return what has to be known before the numbers are read, each thing once, with its places.
+
+    Args:
+        first: of the scale.
+        of_all: what holds of the whole report.
+        of_parts: a table or a figure, and its notes.
+        unfinished: folders of runs that are not used.
+    """
+    places: dict[str, list[str]] = {said: [] for said in of_all}
+    for name, notes in of_parts:
+        for note in notes:
+            if not note.startswith(REMARKS):
+                places.setdefault(note, []).append(name)
+    return {
+        "kind": "warnings",
+        "title": "Warnings",
+        "first": first,
+        "said": list(places.items()),
+        "unfinished": unfinished,
+    }
+
+
+def curves_section(runs: Sequence[Run]) -> Iterator[Section]:
+    """Draw the training and the refreshes of each run."""
+    if cells := curves_by_cell(runs):
+        yield {"kind": "curves", "title": "Curves of each run", "cells": cells}
+
+
 def table_section(table: Table) -> Section:
     """Return a table in the paper's layout, with its notes and the commands for what is missing."""
     status, reading, *notes = head_lines(table)
-    warning = notes.pop(0) if table.scale != "paper" else None
     groups = groupby(column["group"] for column in table.columns)
     return {
         "kind": "table",
@@ -137,9 +182,8 @@ def table_section(table: Table) -> Section:
         "columns": table.columns,
         "rows": table.rows,
         "status": status,
-        "warning": warning,
         "reading": reading,
-        "notes": notes,
+        "notes": [note for note in notes if note.startswith(REMARKS)],
         "has_last": any(cell.get("last") for row in table.rows for cell in row["cells"]),
         "commands": list(missing_commands(table)),
     }
@@ -148,7 +192,8 @@ def table_section(table: Table) -> Section:
 def figure_section(figure: Figure) -> Section:
     """Return a figure, drawn into the page."""
     with tempfile.TemporaryDirectory() as folder:
-        path, *_ = write_figure(figure, Path(folder))
+        path = Path(folder, "figure.png")
+        save_figure(figure.paint(), path, figure.caption(), formats=("png",), dpi=110)
         png = base64.b64encode(path.read_bytes()).decode("ascii")
     exponents = " and ".join(map(str, figure.facts.get("paper_exponents", ())))
     return {

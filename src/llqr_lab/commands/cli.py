@@ -52,6 +52,7 @@ EXTRAS = {
     "translation": ("tokenizers", "sacrebleu"),
     "slurm": ("hydra_plugins", "submitit"),
 }
+TRACKERS = ("wandb", "trackio", "mlflow")  # of no extra: who uses one has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
-        if extra is None:
+        if extra is None and package not in TRACKERS:
             raise
-        print(f"llqr: {package} is not installed; pip install 'llqr[{extra}]'", file=sys.stderr)
+        remedy = package if extra is None else f"'llqr[{extra}]'"
+        print(f"llqr: {package} is not installed; pip install {remedy}", file=sys.stderr)
         return 2
     return status
 

@@ -18,7 +18,7 @@ RECIPES = {"1": "table5", "4": "table6", "5": "table10", "6": "figure6"}
 EXAMPLES = """\
 examples:
   llqr figure 2                                  computed, without runs
-  llqr figure 4 --runs outputs --out results     reads below outputs, writes results/figure4.png
+  llqr figure 4 --runs outputs --out results     reads below outputs, writes results/figure4.*
 """
 
 

@@ -13,13 +13,15 @@ from ..data.errors import DataError
 from ..recipes.config import CONF, RECIPES
 from ..recipes.effects import refuse_unknown_keys
 from ..recipes.run import perform_run
+from ..recipes.trackers import require_tracker
 from ..recipes.workers import leave_together
 
 __all__ = ["add_arguments", "main"]
 
 ABOUT = """\
 Makes one run of a table or figure of the paper and writes it below the folder out: its settings,
-metrics.jsonl (one line per measurement), TensorBoard's events, and result.json when it is finished.
+metrics.jsonl (one line per measurement), and result.json when it is finished. Its curves go to
+TensorBoard (tracker=wandb, trackio, mlflow or none: elsewhere).
 `llqr table N` and `llqr figure N` collect finished runs. To resume a run that was killed, give the
 same command again: it goes on from its last checkpoint and ends with the same weights.
 """
@@ -30,13 +32,16 @@ examples:
   llqr run table1 model=resnet18 method=llqr-sam seed=0 data=/data/cifar10
   llqr run table1 --multirun method=sgdm,sam,llqr-sam seed=0,1,2 data=/data/cifar10
   llqr run table2 method=sam probe.rho=0.1 base.weight_decay=1e-3 data=/data/cifar100
+  llqr run table1 method=llqr-sam scale=small tracker=wandb   its curves in Weights & Biases
   llqr run table1 method=llqr-sam --cfg job --resolve   show every value, and run nothing
   torchrun --nproc-per-node 4 -m llqr_lab.cli run table5 method=llqr-f-sam data=/data/imagenet
   llqr run table1 --multirun seed=0,1,2,3,4 data=/data/cifar10 hydra/launcher=submitit_slurm
 
-keys: model, method, dataset, seed, scale (paper, small, smoke), data, out, device, noise, force and
-those of the groups train, base, llqr, probe, optimizer, refresh, network, input, report, with the
-values of docs/protocols.md unless you give others. Slurm needs the extra 'slurm'.
+keys: model, method, dataset, seed, scale (paper, small, smoke), data, out, device, noise, force,
+tracker (tensorboard, wandb, trackio, mlflow, none) and those of the groups train, base, llqr,
+probe, optimizer, refresh, network, input, report, with the values of docs/protocols.md unless you
+give others. wandb, trackio and mlflow are installed with pip, each under its own name.
+Slurm needs the extra 'slurm'.
 """
 
 
@@ -75,6 +80,10 @@ def main(arguments: argparse.Namespace) -> int:
     overrides.sort(key=lambda word: word.startswith("-") or "=" not in word)
     try:
         refuse_unknown_keys(arguments.recipe, overrides)
+        for word in overrides:
+            if word.startswith("tracker="):
+                for name in word.removeprefix("tracker=").split(","):
+                    require_tracker(name)
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "main"]
 
 EXAMPLES = """\
 example:
-  llqr theory --out results                      writes results/theory.csv, .json and .png
+  llqr theory --out results                      writes results/theory.csv, .json, .png, .svg, .pdf
 """
 
 
@@ -34,13 +34,14 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"{len(found)} checks: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
     out = arguments.out
     caption = (
-        "Marks are measured, lines are formulas. Two-cycle: rho = 0.1, average curvature 0.25. "
-        "Corollary B.2: 200 random curvatures at matched contraction. B.3: an unstable well "
-        "(eta lambda = 2.2) against a flat one. B.1: logistic regression, alpha and rho ~ "
-        "1/sqrt(T)."
+        "Dots are measured, lines are formulas. "
+        "(14), (16): ρ = 0.1, average curvature 0.25. Corollary B.2: 200 random curvatures at "
+        "matched contraction; the crosses are what the printed formula gives. Proposition B.3: an "
+        "unstable well (ηλ = 2.2) against a flat one. Proposition B.1: logistic regression, "
+        "α and ρ fall as 1/√T; the line shows only the slope."
     )
     written = [
-        save_figure(picture_findings([f for f in found if f.curve]), out / "theory.png", caption),
+        *save_figure(picture_findings([f for f in found if f.curve]), out / "theory.png", caption),
         write_csv(out / "theory.csv", [f.plain_row() for f in found]),
         write_json(out / "theory.json", [{**vars(f), "verdict": f.verdict} for f in found]),
     ]

@@ -26,6 +26,7 @@ COLOURS = {
     "LLQR+F-SAM (Newton)": "#d55e00",
     "LLQR^Delta+SAM": "#cc79a7",
 }
+FORMATS = ("png", "svg", "pdf")
 T = TypeVar("T")
 GAP = 0.065  # between two labels, as a share of the axes' height
 
@@ -40,16 +41,34 @@ def new_figure(grid: tuple[int, int], size: tuple[float, float], **ratios: Any) 
     return pyplot.subplots(*grid, figsize=size, layout="constrained", **ratios)
 
 
-def save_figure(figure: Any, path: Path, caption: str) -> Path:
-    """Write a figure with its caption below it; return the path."""
+def save_figure(
+    figure: Any, path: Path, caption: str = "", formats: Sequence[str] = FORMATS, dpi: int = 200
+) -> list[Path]:
+    """Write a figure with its caption below it, once per format; return the files.
+
+    Args:
+        figure: matplotlib's; it is closed.
+        path: of the first file; the others differ in their suffix.
+        caption: what has to be known to read the figure.
+        formats: suffixes.
+        dpi: of the pixels, where there are some.
+    """
+    import matplotlib
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    width = int(14.5 * figure.get_size_inches()[0])
-    figure.supxlabel(textwrap.fill(caption, width), fontsize=8.5, x=0.01, ha="left")
-    figure.savefig(path, dpi=110)
+    if caption:
+        width = int(14.5 * figure.get_size_inches()[0])
+        figure.supxlabel(textwrap.fill(caption, width), fontsize=8.5, x=0.01, ha="left")
+    # No dates and no random names: the same numbers give the same files.
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    written = [path.with_suffix(f".{name}") for name in formats]
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        for file, name in zip(written, formats, strict=True):
+            figure.savefig(file, dpi=dpi, metadata=undated.get(name))
+            figure.set_layout_engine("none")  # the first one has placed everything
     pyplot.close(figure)
-    return path
+    return written
 
 
 class Line(NamedTuple):

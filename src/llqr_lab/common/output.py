@@ -20,6 +20,7 @@ __all__ = [
     "difference_text",
     "plus_minus",
     "progress_bar",
+    "show_refreshes",
     "step_bar",
     "table_lines",
     "without_nan",
@@ -62,6 +63,17 @@ def step_bar(total: int, done: int, what: str, *, silent: bool = False) -> tqdm:
     options = {} if bar is tqdm else {"mininterval": LineBar.seconds, "ascii": True, "ncols": 100}
     shown = {"desc": what, "unit": "step", "leave": False, "disable": silent}
     return bar(total=total, initial=done, **shown, **options)
+
+
+def show_refreshes(bar: tqdm, geometry: Any) -> None:
+    """Show on a bar how far a long refresh is; geometry is None if nothing is learned."""
+
+    def show(done: int, total: int, seconds: float) -> None:
+        text = f"refresh: product {done} of at most {total}, {seconds:.0f} s"
+        bar.set_postfix_str(text, refresh=True)
+
+    if geometry is not None and not bar.disable:
+        geometry.on_progress = show
 
 
 def write_csv(path: Path, rows: Rows) -> Path:

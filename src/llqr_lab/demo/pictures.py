@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..common.drawing import save_figure
+
 __all__ = ["draw_accuracy", "draw_spectrum"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -23,44 +25,50 @@ COLOURS = {
 LAYERS = {"conv1": "#0072b2", "conv2": "#e69f00", "conv3": "#009e73", "head": "#cc79a7"}
 
 
-def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
-    """Draw test accuracy over epochs: the mean over seeds, and the range of seeds as a band."""
+def draw_accuracy(methods: Mapping[str, Mapping[str, Any]], path: Path) -> list[Path]:
+    """Draw test accuracy over epochs, and the range of seeds after the last one as a bar."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     lowest, highest = [], []
-    for name, method in methods.items():
+    for place, (name, method) in enumerate(methods.items()):
         by_epoch = list(zip(*method["test_accuracy_by_epoch"], strict=True))
         epochs = range(1, len(by_epoch) + 1)
         means = [statistics.fmean(values) for values in by_epoch]
         label = f"{name}  {means[-1]:.1f} %"
         style = "-" if "LLQR" in name else "--"
         axes.plot(epochs, means, style, color=COLOURS[name], label=label)
-        low, high = [min(v) for v in by_epoch], [max(v) for v in by_epoch]
-        axes.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
-        lowest.append(means[len(means) // 3])
-        highest.append(max(high))
+        # Seven bands on each other say nothing; bars stand beside each other.
+        low, high = min(by_epoch[-1]), max(by_epoch[-1])
+        beside = len(by_epoch) * (1.02 + 0.013 * place)
+        axes.plot([beside] * 2, [low, high], color=COLOURS[name], lw=2, alpha=0.8)
+        axes.plot(beside, means[-1], "o", color=COLOURS[name], ms=4)
+        lowest += [means[len(means) // 3], low]
+        highest += [*means, high]
     # The first epochs leave the picture, so that the last ones can be told apart.
-    axes.set_ylim(max(0.0, min(lowest) - 5), max(highest) + 1)
+    axes.set_ylim(max(0.0, min(lowest) - 1), max(highest) + 1)
+    axes.set_xlim(left=1)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy, clean labels (%)")
     seeds = len(next(iter(methods.values()))["test_accuracy"])
-    axes.set_title(f"Digits, 40 % of the training labels wrong; mean and range of {seeds} seeds")
+    axes.set_title(
+        f"Digits, 40 % of the training labels wrong: mean of {seeds} seeds; "
+        "bars: their range at the end"
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right center", title="after the last epoch")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
-def draw_spectrum(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+def draw_spectrum(methods: Mapping[str, Mapping[str, Any]], path: Path) -> list[Path]:
     """Draw the extreme eigenvalues of each layer's block of U over the refreshes of one seed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
     learned = {name: m for name, m in methods.items() if m["refreshes"] is not None}
-    figure = Figure(figsize=(4 * len(learned) + 1, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4 * len(learned) + 1, 4), layout="constrained")
     panels = figure.subplots(1, len(learned), sharey=True, squeeze=False)[0]
     for axes, (name, method) in zip(panels, learned.items(), strict=True):
         steps = [report["step"] for report in method["reports"][0]]
@@ -81,11 +89,10 @@ def draw_spectrum(methods: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
         axes.grid(alpha=0.3)
     low, high = panels[0].get_ylim()
     panels[0].set_ylim(min(low, 0.5), max(high, 2.0))  # a U near the identity shall look so
-    panels[0].set_ylabel("smallest and largest eigenvalue of U")
+    panels[0].set_ylabel("smallest and largest eigenvalue of $U$")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside right center",
         title="layer\n(norms not shown)",
     )
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)

@@ -11,14 +11,13 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import llqr
 
+from ..common.output import show_refreshes, step_bar
 from .build import network_of, optimizer_of
 from .digest import describe_data
 from .draws import generator_for
-from .progress import show_refreshes
 from .workers import Workers
 
 __all__ = ["KEYS", "measure_cadence"]
@@ -78,26 +77,23 @@ def measure_cadence(
     optimizer.zero_grad()
     workers.synchronize()
     steps = -(-config.train.images // config.train.batch)
-    bar = tqdm(
-        range(config.train.epochs * steps),
-        desc=config.model,
-        disable=None if workers.is_first else True,
-        leave=False,
-    )
-    show_refreshes(optimizer.geometry, bar, print if workers.is_first else None)
+    total = config.train.epochs * steps
     times: list[float] = []
     refreshes: list[float] = []
-    # Each time ends with a wait for the device, whose work is asynchronous.
-    for _ in bar:
-        if optimizer.refresh_due:
+    with step_bar(total, 0, config.model, silent=not workers.is_first) as bar:
+        show_refreshes(bar, optimizer.geometry)
+        # Each time ends with a wait for the device, whose work is asynchronous.
+        for _ in range(total):
+            if optimizer.refresh_due:
+                began = time.perf_counter()
+                optimizer.refresh(forward_refresh)
+                workers.synchronize()
+                refreshes.append(time.perf_counter() - began)
             began = time.perf_counter()
-            optimizer.refresh(forward_refresh)
+            optimizer.minimize(forward_step)
             workers.synchronize()
-            refreshes.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        optimizer.minimize(forward_step)
-        workers.synchronize()
-        times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - began)
+            bar.update()
     return _summarise_times(config, times, refreshes, steps) | {
         "refreshes": [],
         "skipped_steps": optimizer.skipped_steps,

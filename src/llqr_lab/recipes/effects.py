@@ -20,7 +20,7 @@ __all__ = ["keys_with_effect", "refuse_keys_without_effect", "refuse_unknown_key
 
 # What a run is, where it is written and computed: of every run.
 ALWAYS = {"recipe", "dataset", "model", "method", "seed", "scale", "out", "device", "threads"}
-ALWAYS |= {"tensorboard", "force"}
+ALWAYS |= {"tracker", "force"}
 # Of a run that trains, whatever its data.
 TRAINING = {"checkpoint_every", "keep_every", "log_every", "train.epochs", "train.schedule"}
 TRAINING |= {"train.clip_norm", "train.precision", "train.compile"}

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 import llqr
 
-from ..common.output import step_bar, without_nan
+from ..common.output import show_refreshes, step_bar, without_nan
 from .build import optimizer_of, schedule_of
 from .config import flat_settings
 from .draws import seed_of
-from .progress import show_refreshes
 from .records import Records
 from .task import Forward, Task
 from .workers import Workers
@@ -148,8 +147,7 @@ class Training:
     def _show_refreshes(self, bar: tqdm) -> None:
         """Show how far a long refresh is, and say if the whole run has only one."""
         geometry = self.optimizer.geometry
-        first = self.workers.is_first and self.records.folder is not None
-        show_refreshes(geometry, bar, self._say_step if first else None)
+        show_refreshes(bar, geometry)
         if bar.disable or geometry is None:
             return
         if self.step == 0 and geometry.refreshes_in(self.steps) < 2:
@@ -157,9 +155,6 @@ class Training:
                 f"llqr.every = {self.config.llqr.every} leaves one refresh in {self.steps:,} "
                 "steps: U is learned at the first weights only; take a smaller llqr.every"
             )
-
-    def _say_step(self, text: str) -> None:
-        print(f"step {self.step} of {self.steps}: {text}", flush=True)
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.task.network.train()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..common.output import RESULT_FORMAT, without_nan, write_json, write_whole
+from .trackers import Tracker, begin_tracker
 
 __all__ = ["Records", "kept_networks"]
 
@@ -19,20 +20,19 @@ class Records:
     """The folder of a run; with several processes only the first one writes.
 
     Args:
-        folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt``, TensorBoard's events and,
-            when the run is finished, ``network.pt`` and ``result.json``. None: nothing is written
-            or read.
+        folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.pt`` and, when the run is
+            finished, ``network.pt`` and ``result.json``. None: nothing is written or read.
         writes: whether this process writes.
-        tensorboard: whether TensorBoard's events are written.
+        tracker: where the measurements are shown as well, one of ``trackers.TRACKERS``.
     """
 
     def __init__(
-        self, folder: Path | None = None, *, writes: bool = True, tensorboard: bool = False
+        self, folder: Path | None = None, *, writes: bool = True, tracker: str = "none"
     ) -> None:
         """Make the folder."""
-        self.folder, self.tensorboard = folder, tensorboard
+        self.folder, self.tracker = folder, tracker
         self.lines = 0
-        self._events: Any = None
+        self._tracker: Tracker | None = None
         self._written = folder if writes else None
         if self._written is not None:
             self._written.mkdir(parents=True, exist_ok=True)
@@ -53,23 +53,19 @@ class Records:
         kept = metrics.read_text().splitlines(keepends=True)[:lines] if lines else []
         write_whole(metrics, "".join(kept))
         self.lines = len(kept)
-        if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._tracker = begin_tracker(self.tracker, folder, config, step)
 
     def write_measurement(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Add a measurement: a line of metrics.jsonl, and a point of TensorBoard's curves."""
+        """Add a measurement: a line of metrics.jsonl, and points of the tracker's curves."""
         if (folder := self._written) is None:
             return
         line = json.dumps({"kind": kind, "step": step, **without_nan(values)}, allow_nan=False)
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self.lines += 1
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._tracker is not None:
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float))}
+            self._tracker.log({f"{kind}/{name}": value for name, value in numbers.items()}, step)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint; an old one stays whole until the new one is."""
@@ -101,8 +97,8 @@ class Records:
 
     def close(self) -> None:
         """Close what is open."""
-        if self._events is not None:
-            self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from .loop import Training
 from .records import Records, kept_networks
 from .task import Task
 from .text import Translation
+from .trackers import require_tracker
 from .workers import Workers
 
 __all__ = [
@@ -67,8 +68,9 @@ def perform_run(config: DictConfig) -> None:
     config = resolve_config(config)
     about = describe_run(config)
     refuse_keys_without_effect(config, task_keys(about))
+    require_tracker(config.tracker)
     folder = folder_of(about, config.out)
-    records = Records(folder, writes=workers.is_first, tensorboard=config.tensorboard)
+    records = Records(folder, writes=workers.is_first, tracker=config.tracker)
     if (found := records.result) is not None and not config.force:
         if found["settings"] != about["settings"]:
             raise ValueError(
@@ -138,7 +140,10 @@ def measure_run(
         warnings.filterwarnings("ignore", "a step was skipped")
         if about["recipe"] in TIMINGS:
             records.begin_files(about)
-            return measure_cadence(config, workers, on_refresh)
+            measured = measure_cadence(config, workers, on_refresh)
+            timing = measured["timing"]
+            records.write_measurement("timing", timing["steps"], timing)
+            return measured
         training = Training(config, make_task(config, workers, about), workers, records)
         if on_refresh is not None:
             training.optimizer.register_refresh_hook(on_refresh)

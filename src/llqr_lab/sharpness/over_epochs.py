@@ -12,11 +12,11 @@ import torch
 
 from llqr import sharpness
 
-from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure
+from ..common.drawing import Line, draw_lines, label_lines, line_of, new_figure, save_figure
 from ..common.output import progress_bar
 from ..recipes.records import kept_networks
 from ..recipes.trained import load_trained, training_data
-from .pictures import data_of, save_both
+from .pictures import data_of
 
 __all__ = ["Course", "draw_courses", "measure_course", "refuse_unequal"]
 
@@ -108,7 +108,7 @@ def draw_courses(courses: Sequence[Course], out: Path) -> list[Path]:
         f"{about['model']} on {about['dataset']}{noise}. "
         f"{data_of(courses[0].batches, courses[0].examples)}{band}{spread.replace('%', ' %')}"
     )
-    return save_both(figure, out / "eigenvalues_over_epochs.png", caption)
+    return save_figure(figure, out / "eigenvalues_over_epochs.png", caption)
 
 
 def _set_logarithmic(axes: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ __all__ = [
     "draw_eigenvalues",
     "draw_landscape",
     "draw_line",
-    "save_both",
 ]
 
 BLUE = "#0072b2"
@@ -42,7 +40,7 @@ def draw_eigenvalues(found: sharpness.Eigenvalues, out: Path) -> list[Path]:
     bars = "" if errors is None else " Bars are standard errors between the batches"
     residual = float(found.residuals.max())
     caption = f"{_data_of(found)}{bars}; residuals are at most {residual:.1g}."
-    return save_both(figure, out / "eigenvalues.png", caption)
+    return save_figure(figure, out / "eigenvalues.png", caption)
 
 
 def draw_density(found: sharpness.Density, out: Path) -> list[Path]:
@@ -65,7 +63,7 @@ def draw_density(found: sharpness.Density, out: Path) -> list[Path]:
         f"{found.nodes.shape[1]} steps, smoothed by {found.width:.2g}; the band is the standard "
         "error between the probes."
     )
-    return save_both(figure, out / "density.png", caption)
+    return save_figure(figure, out / "density.png", caption)
 
 
 def draw_landscape(found: sharpness.Landscape, out: Path) -> list[Path]:
@@ -89,7 +87,7 @@ def draw_landscape(found: sharpness.Landscape, out: Path) -> list[Path]:
         f"{_data_of(found)} d₁ and d₂ are random, with the filter norms of the weights: 1 is as "
         f"far as the filters are long. + is the network.{_error_of(found)}"
     )
-    return save_both(figure, out / "landscape.png", caption)
+    return save_figure(figure, out / "landscape.png", caption)
 
 
 def draw_line(
@@ -120,7 +118,7 @@ def draw_line(
         f"{_data_of(found)} v₁ is the eigenvector of λ₁, of norm 1; s is the slope at the weights. "
         f"Dotted: the radius {rho:g} of the worst case.{_error_of(found, ' (band)')}"
     )
-    return save_both(figure, out / "line.png", caption)
+    return save_figure(figure, out / "line.png", caption)
 
 
 def _error_of(found: sharpness.Landscape, where: str = "") -> str:
@@ -140,10 +138,3 @@ def data_of(batches: int, examples: int | None) -> str:
     """Return on what was measured, as a sentence of a caption."""
     rows = "" if examples is None else f" ({examples:,} examples)"
     return f"On {batches} training {'batch' if batches == 1 else 'batches'}{rows}, evaluation mode."
-
-
-def save_both(figure: Any, path: Path, caption: str) -> list[Path]:
-    """Write PNG and SVG."""
-    written = save_figure(figure, path, caption)
-    figure.savefig(path.with_suffix(".svg"))
-    return [written, path.with_suffix(".svg")]

@@ -31,7 +31,7 @@ def make_figure2(out: Path) -> list[Path]:
         for t, value in enumerate(medians[m])
     ]
     return [
-        save_figure(picture_figure2(toy), out / "figure2.png", caption_figure2(toy.about)),
+        *save_figure(picture_figure2(toy), out / "figure2.png", caption_figure2(toy.about)),
         write_csv(out / "figure2.csv", curves),
         write_json(out / "figure2.json", {"constants": toy.about, "summary": summary}),
     ]
@@ -50,7 +50,7 @@ def make_figure3(out: Path) -> list[Path]:
         )
     ]
     return [
-        save_figure(picture_figure3(toy), out / "figure3.png", caption_figure3(toy.about)),
+        *save_figure(picture_figure3(toy), out / "figure3.png", caption_figure3(toy.about)),
         write_csv(out / "figure3.csv", ends),
         write_json(out / "figure3.json", {"constants": toy.about, "summary": summary}),
     ]
@@ -77,7 +77,7 @@ def make_escape_map(out: Path) -> list[Path]:
         "and LLQR never reach r < 1, SAM and LLQR+SAM do from every start."
     )
     return [
-        save_figure(picture_window(window), out / "figure-escape-map.png", caption),
+        *save_figure(picture_window(window), out / "figure-escape-map.png", caption),
         write_csv(out / "figure-escape-map.csv", rows),
         write_json(out / "figure-escape-map.json", rows),
     ]
@@ -103,7 +103,11 @@ def caption_of(about: dict) -> str:
 
 def caption_figure2(about: dict) -> str:
     """Say what was run for Figure 2."""
-    return caption_of(about) + f"{about['starts']} starts: 24 angles x 7 radii, no noise."
+    return (
+        f"Bold: median over {about['starts']} starts in the sharp well (24 angles x 7 radii), "
+        "thin: the 7 radii of one angle; no noise. Arrived (grey): r < 1; mean ± standard "
+        "deviation of the steps. GD and LLQR lie on each other. "
+    ) + caption_of(about)
 
 
 def caption_figure3(about: dict) -> str:

@@ -26,6 +26,8 @@ class Finding:
         note: the limit or the correction, in a sentence or two.
         curve: series of equal length for a picture; the first is drawn along x, the ones whose
             name begins with "measured" as marks, others as lines.
+        drawn: the same words as a picture has them, with maths as maths: ``title``, ``y``, and
+            the names of the series.
     """
 
     source: str
@@ -35,6 +37,7 @@ class Finding:
     measured: dict[str, int | float] = field(default_factory=dict)
     note: str = ""
     curve: dict[str, list[float]] = field(default_factory=dict)
+    drawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:

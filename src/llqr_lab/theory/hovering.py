@@ -83,6 +83,14 @@ def two_cycle() -> Finding:
             "two-cycle (16)": exact.tolist(),
             "envelope (17)": hovering_envelope(RHO, AVERAGE * one).tolist(),
         },
+        {
+            "title": r"how far LLQR+SAM swings about a minimum, "
+            r"$\limsup |z| = \eta\rho\mu \,/\, ((2 - \eta\mu)\sqrt{\bar\lambda})$",
+            "y": "amplitude $|z|$",
+            "eta mu": r"$\eta\mu$",
+            "two-cycle (16)": r"two-cycle (16): $\eta\rho\mu/((2-\eta\mu)\sqrt{\bar\lambda})$",
+            "envelope (17)": r"envelope (17): $\rho/\sqrt{\bar\lambda}$",
+        },
     )
 
 

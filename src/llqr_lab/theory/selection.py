@@ -76,6 +76,14 @@ def check_scaling() -> Finding:
             "measured share of the sharp well": shares,
             "6 sigma^2 log(1/sigma)": [6 * s**2 * float(np.log(1 / s)) for s in SIGMAS],
         },
+        {
+            "title": r"with less noise, sharp wells are left: $O(\sigma^2 \log(R/\sigma))$ "
+            "of the time is spent there",
+            "y": "share of the time",
+            "noise sigma": r"noise $\sigma$",
+            "measured share of the sharp well": "measured, in the sharp well",
+            "6 sigma^2 log(1/sigma)": r"$6\,\sigma^2 \log(1/\sigma)$",
+        },
     )
 
 

@@ -182,6 +182,14 @@ def check_transfer(horizons: tuple[int, ...] = HORIZONS) -> list[Finding]:
                     rates["U_t"][0] * (horizons[0] / t) ** 0.5 for t in horizons
                 ],
             },
+            {
+                "title": r"longer runs end flatter: the mean of $g^\top U_t\, g$ is $O(T^{-1/2})$",
+                "y": "mean over the run",
+                "steps T": "steps $T$",
+                "measured mean of g'U_t g": r"measured, $g^\top U_t\, g$",
+                "measured mean of |g|^2": r"measured, $|g|^2$",
+                "T^(-1/2), through the first": r"$T^{-1/2}$, through the first",
+            },
         ),
         Finding(
             "Proposition B.1",

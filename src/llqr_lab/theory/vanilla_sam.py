@@ -98,6 +98,15 @@ def check_corollary() -> Finding:
             "1/sqrt(avg)": (average[order] ** -0.5).tolist(),
             "as printed, 1/sqrt(lambda_eps)": (sharp[order] ** -0.5).tolist(),
         },
+        {
+            "title": r"LLQR+SAM swings further than SAM by $1/\sqrt{\bar\lambda}$, "
+            r"not $1/\sqrt{\lambda_\epsilon}$ as printed",
+            "y": "amplitude of LLQR+SAM / of SAM",
+            "average curvature": r"average curvature $\bar\lambda$",
+            "measured ratio LLQR+SAM / SAM": "measured ratio",
+            "1/sqrt(avg)": r"$1/\sqrt{\bar\lambda}$",
+            "as printed, 1/sqrt(lambda_eps)": r"as printed, $1/\sqrt{\lambda_\epsilon}$",
+        },
     )
 
 

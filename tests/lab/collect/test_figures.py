@@ -81,6 +81,21 @@ def test_figure_4_leaves_a_gap_where_a_seed_has_no_number(tmp_path):
     figure.paint()
 
 
+@pytest.mark.parametrize("collect, where", [
+    (collect_figure1, ("table5", "ImageNet", "resnet50", "F-SAM", 0, 70.0)),
+    (collect_figure4, ("table6", "IWSLT14", "transformer-iwslt", "SAM", 0, 30.0)),
+])  # fmt: skip
+def test_unlike_runs_are_not_drawn_together_without_a_note(collect, where, tmp_path):
+    recipe, dataset, model, method, *_ = where
+    base = {"table5": "SGDM", "table6": "AdamW"}[recipe]
+    run(tmp_path, "base", recipe, dataset, model, base, 0, 30.0)
+    run(tmp_path, "like", *where)
+    assert "UNLIKE" not in collect(find_runs(tmp_path)).caption()
+    run(tmp_path, "unlike", *where[:3], f"LLQR+{method} (NGD)", 0, 1.0, changes={"train.epochs": 3})
+    said = collect(find_runs(tmp_path)).caption()
+    assert f"UNLIKE RUNS: {base} and LLQR+{method} (NGD) differ in train.epochs: " in said
+
+
 @pytest.mark.parametrize("exponent", [1.0, 1.275, 2.0])
 def test_the_fit_finds_the_exponent_of_a_power_law(exponent, tmp_path):
     for model, size in SIZES.items():
@@ -150,7 +165,9 @@ def test_the_command_draws_and_writes(number, several, tmp_path, capsys):
         timing(runs, f"{i}-0", model, "SAM", None, 4.0)
     assert main(["figure", number, "--runs", str(runs), "--out", str(out), "--scale", "paper"]) == 0
     said = capsys.readouterr().out
-    assert (out / f"figure{number}.png").stat().st_size > 10_000
+    for suffix, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        content = (out / f"figure{number}.{suffix}").read_bytes()
+        assert content.startswith(start) and len(content) > 4_000
     content = json.loads((out / f"figure{number}.json").read_text())
     assert content["scale"] == "paper" and content["rows"] and content["missing"]
     with (out / f"figure{number}.csv").open() as file:

@@ -7,6 +7,8 @@ import pytest
 
 from lab.collect.made_up import refresh, run, timing
 from llqr_lab.cli import main
+from llqr_lab.collect.run_curves import panels_of
+from llqr_lab.collect.runs import find_runs
 
 VOID = {"meta", "img", "br"}
 
@@ -70,7 +72,7 @@ def test_the_report_is_one_well_formed_file_without_anything_external(runs):
     assert len(loaded) == 3 and all(v.startswith("data:image/png;base64,") for v in loaded)
     linked = [value for _, name, value in page.attributes if name == "href"]
     names = [f"#{value}" for _, name, value in page.attributes if name == "id"]
-    assert linked == names and len(set(names)) == len(names) == 4 + 3 + 3
+    assert linked == names and len(set(names)) == len(names) == 1 + 4 + 3 + 4
     assert not re.search(r"https?://|@import|url\(", source)
     assert "prefers-color-scheme: dark" in source
 
@@ -110,6 +112,31 @@ def test_the_report_says_what_the_runs_are(runs):
     assert "table1, CIFAR-10, resnet18, SGDM" in text and "0.123" in text
     assert "base.weight_decay" in text and "the paper gives only the grid and the rule" in text
     assert "do not compare" not in text
+
+
+def test_warnings_stand_in_one_place_and_once(runs):
+    source, _ = made(runs)
+    start, end = source.index('id="warnings"'), source.index('id="table-1')
+    assert source.count("Seeds per cell:") == source[start:end].count("Seeds per cell:") > 0
+    assert "CIFAR-10, resnet18, LLQR (Newton): U is inactive" in source[start:end]
+    assert "unfinished runs" in source[start:end] and "* settings were changed" in source[start:end]
+
+
+def test_each_run_has_its_curves(tmp_path):
+    reports = [refresh(0), refresh(10, change=0.05, accepted=False), refresh(20, change=None)]
+    where = ("table1", "CIFAR-10", "resnet18", "LLQR (NGD)", 0, 95.0)
+    run(tmp_path / "runs", "a", *where, refreshes=reports)
+    (found,) = find_runs(tmp_path / "runs").runs
+    loss, accuracy, change, eigenvalues = panels_of(found)
+    # losses 2, 1.5, 1; accuracies 93, 95, 94
+    assert loss["lines"] == [[(0, 0), (100, 45), (200, 90)]]
+    assert accuracy["lines"] == [[(0, 90), (100, 0), (200, 45)]]
+    assert (loss["low"], loss["high"], loss["left"], loss["right"]) == (1.0, 2.0, 1, 3)
+    assert change["lines"] == [[(0, 0), (200, 90)]] and change["note"] == "1 of 3 refused"
+    assert change["level"] == pytest.approx(90 * (1 - 0.05 / 0.45))
+    assert len(eigenvalues["lines"]) == 2 and eigenvalues["level"] == pytest.approx(45)
+    source, page = made(tmp_path)
+    assert page.tags.count("svg") == 4 and "seed 0" in page.texts
 
 
 def test_refused_refreshes_and_skipped_steps_are_counted(tmp_path):

@@ -31,11 +31,8 @@ def demo(tmp_path_factory):
 
 def test_it_says_where_its_files_are(demo):
     out, text = demo
-    assert sorted(path.name for path in out.iterdir()) == [
-        "accuracy.png",
-        "results.json",
-        "spectrum.png",
-    ]
+    pictures = [f"{n}.{kind}" for n in ("accuracy", "spectrum") for kind in ("pdf", "png", "svg")]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*pictures, "results.json"])
     assert f"written to {out}" in text
     assert "these numbers mean little" in text
     assert "docs/how-to-choose.md" in text

@@ -86,7 +86,7 @@ def test_the_history_has_what_the_demo_shows():
 def test_the_recipe_makes_the_demos_run(tmp_path, monkeypatch):
     """With the settings of the search, which the protocol has, and the same numbers."""
     monkeypatch.chdir(tmp_path)
-    options = ["scale=small", "train.epochs=2", "seed=1", "tensorboard=false", "out=o"]
+    options = ["scale=small", "train.epochs=2", "seed=1", "tracker=none", "out=o"]
     assert main(["run", "demo", "method=llqr-f-sam", *options]) == 0
     result = json.loads(next(tmp_path.rglob("result.json")).read_text())
     settings = json.loads(SETTINGS_FILE.read_text())["methods"]["LLQR+FriendlySAM"]["settings"]

@@ -47,7 +47,7 @@ def equal(a, b):
 def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
     from llqr_lab.recipes import loop
 
-    settings = [recipe, f"method={method}", "scale=smoke", "tensorboard=false", "log_every=1"]
+    settings = [recipe, f"method={method}", "scale=smoke", "tracker=none", "log_every=1"]
     settings += ["keep_every=1"]
     monkeypatch.chdir(tmp_path)
     assert main(["run", *settings, "out=whole"]) == 0
@@ -103,7 +103,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(tmp_path, monkeypatch,
     from llqr_lab.recipes import config, loop
 
     monkeypatch.chdir(tmp_path)
-    settings = ["table1", "method=sam", "scale=smoke", "tensorboard=false"]
+    settings = ["table1", "method=sam", "scale=smoke", "tracker=none"]
 
     def stopping(self, bar):
         self.records.save_checkpoint(self.checkpoint_state())

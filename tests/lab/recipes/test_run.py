@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(recipe, *overrides, scale="smoke"):
-        status = main(["run", recipe, f"scale={scale}", "tensorboard=false", "out=o", *overrides])
+        status = main(["run", recipe, f"scale={scale}", "tracker=none", "out=o", *overrides])
         return status, [json.loads(p.read_text()) for p in sorted(tmp_path.rglob("result.json"))]
 
     return run

@@ -30,7 +30,7 @@ def test_draws_differ_by_seed_purpose_and_moment():
 def test_two_processes_train_as_one(tmp_path):
     """A network without batch statistics, where the mean over processes is that of the batch."""
     settings = ["run", "table6", "method=llqr-sam", "scale=smoke", "network.dropout=0"]
-    settings += ["tensorboard=false", "llqr.structure=diagonal"]
+    settings += ["tracker=none", "llqr.structure=diagonal"]
     results = []
     for count in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -70,7 +70,7 @@ def test_measuring_a_run(folder, monkeypatch, capsys):
     assert main(["sharpness", str(folder), *words]) == 0
     out = folder / "sharpness"
     names = ["density", "eigenvalues", "landscape", "line"]
-    pictures = [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    pictures = [f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")]
     assert sorted(p.name for p in out.iterdir()) == sorted([*pictures, "sharpness.json"])
     content = json.loads((out / "sharpness.json").read_text())
     assert content["model"] == "resnet18" and content["eigenvalues"]["batches"] == 2
@@ -116,7 +116,7 @@ def test_the_largest_eigenvalue_over_the_epochs(tmp_path, capsys):
     words = ["--over-epochs", "--batches", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main(["sharpness", *map(str, runs), *words]) == 0
     assert "SAM, seed 1:\n  epoch 1: largest eigenvalue" in capsys.readouterr().out
-    pictures = [f"eigenvalues_over_epochs.{kind}" for kind in ("json", "png", "svg")]
+    pictures = [f"eigenvalues_over_epochs.{kind}" for kind in ("json", "pdf", "png", "svg")]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == pictures
     content = json.loads((tmp_path / "out" / pictures[0]).read_text())
     courses = [Course(**run) for run in content["runs"]]
