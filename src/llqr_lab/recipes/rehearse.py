@@ -80,7 +80,7 @@ class Cell:
     def config(self, data: str | None, sizes: Sizes) -> DictConfig:
         """Return the recipe's configuration with what is smaller here."""
         words = [f"dataset={slug(self.dataset)}", f"model={self.network}"]
-        words += [f"method={slug(self.method)}", "device=cpu", "workers=0", "tensorboard=false"]
+        words += [f"method={slug(self.method)}", "device=cpu", "workers=0", "tracker=none"]
         words += [f"data={data}"] if data else []
         words += ["noise=0.2"] if self.recipe == "table8" else []
         own = compose_config(self.recipe, words)
