@@ -47,6 +47,7 @@ EXTRAS = {
     ),
     "translation": ("tokenizers", "sacrebleu"),
     "slurm": ("hydra_plugins", "submitit"),
+    "vision": ("timm", "torchvision"),
 }
 
 

@@ -27,6 +27,7 @@ from llqr_lab.recipes.workers import Workers
 # What a run is called, where it is written, and how often: tested with the runs themselves.
 BESIDE = {"recipe", "dataset", "model", "method", "scale", "out", "device", "threads", "force"}
 BESIDE |= {"tensorboard", "checkpoint_every", "keep_every", "log_every", "data", "read"}
+BESIDE |= {f"input.{key}" for key in ("rand_augment", "mixup", "cutmix")}  # in test_packaged.py
 BESIDE |= {"network.small"}  # of the networks' own tests: those of the paper are large
 OTHER = {
     "seed": [1],
