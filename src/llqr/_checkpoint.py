@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._joined_bases import JoinedBases
+from ._joined_bases import BASE, JoinedBases
 from ._parameters import NamedParameters, check_group_options
 from ._progress import Progress
 from ._refresher import Refresher
@@ -28,6 +28,8 @@ __all__ = ["Checkpoint"]
 PREFIX = "llqr."
 #: Where the whole state dict of a base is, if it has another form than torch's.
 OWN_FORM = f"{PREFIX}base"
+#: The names of a group's parameters, one per line, if several optimizers step the model.
+NAMES = f"{PREFIX}names"
 VERSION = 1
 #: {parameter name: {key: tensor}}
 PartState = dict[str, dict[str, Tensor]]
@@ -91,6 +93,9 @@ class Checkpoint:
         counters.update(_report_entries(self._refresher.last_report))
         for group in groups:
             group.update({PREFIX + k: v for k, v in counters.items()})
+        if isinstance(base, JoinedBases):
+            for group, names in zip(groups, self._names_of_groups(), strict=True):
+                group[NAMES] = "\n".join(names)
         return {**whole, "state": state, "param_groups": groups}
 
     def _add_parts(self, state: dict[Any, Any], ids: Mapping[str, Any]) -> None:
@@ -138,6 +143,7 @@ class Checkpoint:
         if isinstance(base, JoinedBases):
             base.check_saved_groups(given["param_groups"])
         names = {i: n for n, i in self._state_keys(given["param_groups"]).items()}
+        self._refuse_names_of_another_base(given["param_groups"])
         ours, state = _split_state(given["state"], names)
         counters = {
             k[len(PREFIX) :]: v
@@ -245,6 +251,30 @@ class Checkpoint:
                         "processes and the same `sync` as saved it"
                     )
         return {n: {k: v[ranks.rank] for k, v in e.items()} for n, e in state.items()}
+
+    def _names_of_groups(self) -> list[list[str]]:
+        """Return the names of the parameters of each group."""
+        names = {id(p): name for name, p in self._parameters.named.items()}
+        return [[names[id(p)] for p in g["params"]] for g in self._parameters.base.param_groups]
+
+    def _refuse_names_of_another_base(self, groups: list[dict[str, Any]]) -> None:
+        """Raise if a group was saved with a parameter that another optimizer of the list steps.
+
+        Two optimizers of one kind with groups of one size are told apart by nothing else.
+        """
+        base = self._parameters.base
+        if not isinstance(base, JoinedBases):
+            return
+        bases = [group[BASE] for group in base.param_groups]
+        owners = {n: bases[i] for n, i in self._parameters.group_of.items()}
+        for number, (group, here) in enumerate(zip(groups, bases, strict=True)):
+            for name in group.get(NAMES, "").split("\n"):
+                if owners.get(name, here) != here:
+                    raise ValueError(
+                        f"state_dict: group {number} has the state of {name!r}, which optimizer "
+                        f"{owners[name]} of the list steps here, not optimizer {here}; give the "
+                        "optimizers in the order of the run that saved it"
+                    )
 
     def _state_keys(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
         """Map names to the keys that a state dict uses, through the order in the groups."""

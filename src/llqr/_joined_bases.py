@@ -18,8 +18,9 @@ from ._wrapper import (
     save_with_hooks,
     step_base,
 )
+from .distributed._refused import refuse_deepspeed_optimizer
 
-__all__ = ["JoinedBases", "defaults_of_group", "join_bases"]
+__all__ = ["BASE", "JoinedBases", "defaults_of_group", "join_bases"]
 
 #: The entry of a parameter group that says which optimizer steps it: its place in the list.
 BASE = "base"
@@ -37,6 +38,7 @@ def join_bases(base: Any) -> torch.optim.Optimizer:
 
 def check_base(base: Any, where: str, expected: str = "optimizer") -> None:
     """Refuse what is no optimizer, or not one that is supported."""
+    refuse_deepspeed_optimizer(base, where)
     kind = type(base).__name__
     if not isinstance(base, torch.optim.Optimizer) or isinstance(base, OptimizerWrapper):
         raise TypeError(f"{where}: expected a torch.optim {expected}, got {kind}")

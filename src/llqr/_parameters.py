@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed._sharded import check_sharding, is_sharded
+from .distributed._refused import check_sharding, hint_of_deepspeed, refuse_wrappers
+from .distributed._sharded import is_sharded
 from .geometry.layout import layers_of, unwrap_model
 
 __all__ = ["NamedParameters", "check_group_options"]
@@ -57,6 +58,7 @@ class NamedParameters:
     def read_groups(self) -> None:
         """Take over the groups and the model as they are now; if refused, nothing changes."""
         base, inner = self.base, unwrap_model(self.model)
+        refuse_wrappers(inner)
         check_group_options(base.param_groups)
         groups: dict[int, int] = {}
         twice: dict[int, int] = {}
@@ -156,6 +158,7 @@ class NamedParameters:
                 f"base: a parameter of shape {tuple(stranger.shape)} in group {index} is not a "
                 f"parameter of the model; {remedy}"
             )
+        text += hint_of_deepspeed()
         if stranger.is_meta:
             text += (
                 "; the parameter is on the meta device: to_empty() and load_state_dict(assign=True)"

@@ -33,6 +33,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import checkpoint
 
 import llqr
@@ -438,11 +443,22 @@ def check_what_is_refused():
     mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
     hybrid = problem()
     fully_shard(hybrid.model, mesh=mesh)
-    with raises(ValueError, "mesh of 2 dimensions"):
+    with raises(ValueError, "mesh of 2 dimensions", "HSDP", "fully_shard with a mesh of one"):
         llqr.Optimizer(torch.optim.SGD(hybrid.model.parameters(), lr=0.1), hybrid.model)
+    line = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        split = problem()
+        parallelize_module(split.model, line, {"mid": style})
+        with raises(ValueError, "'mid.weight'", "tensor parallelism", "use fully_shard"):
+            llqr.Optimizer(torch.optim.SGD(split.model.parameters(), lr=0.1), split.model)
+    both = problem()
+    parallelize_module(both.model, mesh["b"], {"mid": ColwiseParallel()})
+    fully_shard(both.model, mesh=mesh["a"])
+    with raises(ValueError, "mesh of 2 dimensions", "tensor and data"):
+        llqr.Optimizer(torch.optim.SGD(both.model.parameters(), lr=0.1), both.model)
     columns = nn.Linear(4, 4, bias=False)
     fully_shard(columns, shard_placement_fn=lambda p: Shard(1))
-    with raises(ValueError, "placed"):
+    with raises(ValueError, "placed", "shard_placement_fn"):
         llqr.Optimizer(torch.optim.SGD(columns.parameters(), lr=0.1), columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

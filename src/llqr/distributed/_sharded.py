@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .._devices import widest_dtype
 
 __all__ = [
-    "check_sharding",
     "fsdp_modules",
     "is_sharded",
     "local",
@@ -92,35 +91,6 @@ def reshard(model: nn.Module) -> None:
     """Drop gathered weights, which may be older than the sharded ones."""
     for module in fsdp_modules(model):
         module.reshard()
-
-
-def check_sharding(model: nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Refuse what is sharded in another way than by ``fully_shard`` over one mesh dimension."""
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise ValueError(
-            "model: FullyShardedDataParallel flattens the parameters, so that layers are lost; "
-            "use torch.distributed.fsdp.fully_shard"
-        )
-    sharded = {n: p for n, p in parameters.items() if is_sharded(p)}
-    for name, p in sharded.items():
-        placed = [str(placement) for placement in p.placements]
-        if p.device_mesh.ndim != 1 or placed not in (["S(0)"], ["Shard(dim=0)"]):
-            raise ValueError(
-                f"model: parameter {name!r} is a DTensor placed {p.placements} on a mesh of "
-                f"{p.device_mesh.ndim} dimensions; only the rows of fully_shard over one mesh "
-                "dimension are supported"
-            )
-    if sharded and not fsdp_modules(model):
-        raise ValueError(
-            f"model: parameter {next(iter(sharded))!r} is a DTensor, but fully_shard was not "
-            "called on the model; other parallel styles are not supported"
-        )
-    if sharded and len(sharded) < len(parameters):
-        name = next(n for n in parameters if n not in sharded)
-        raise ValueError(
-            f"model: parameter {name!r} is not sharded, but others are; call fully_shard on the "
-            "whole model too"
-        )
 
 
 @contextmanager

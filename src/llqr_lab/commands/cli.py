@@ -51,6 +51,7 @@ EXTRAS = {
     ),
     "translation": ("tokenizers", "sacrebleu"),
     "slurm": ("hydra_plugins", "submitit"),
+    "vision": ("timm", "torchvision"),
 }
 TRACKERS = ("wandb", "trackio", "mlflow")  # of no extra: who uses one has it
 

@@ -38,5 +38,7 @@ def main(arguments: argparse.Namespace) -> int:
         "\n`llqr run --help` explains; scale=small runs a recipe in minutes, on data that come with"
         "\nthe package. Figure 1 is drawn from table 5's runs, figure 4 from table 6's, figure 5"
         "\nfrom table 10's; `llqr table 9` and `llqr figure 2`, `3` need no runs."
+        "\nRecipes of pictures also take model=timm/NAME and model=torchvision/NAME, if these are"
+        "\ninstalled (pip install 'llqr[vision]')."
     )
     return 0

@@ -33,6 +33,7 @@ examples:
   llqr run table1 --multirun method=sgdm,sam,llqr-sam seed=0,1,2 data=/data/cifar10
   llqr run table2 method=sam probe.rho=0.1 base.weight_decay=1e-3 data=/data/cifar100
   llqr run table1 method=llqr-sam scale=small tracker=wandb   its curves in Weights & Biases
+  llqr run table2 model=timm/convnext_tiny method=llqr-sam input.mixup=0.2 data=/data/cifar100
   llqr run table1 method=llqr-sam --cfg job --resolve   show every value, and run nothing
   torchrun --nproc-per-node 4 -m llqr_lab.cli run table5 method=llqr-f-sam data=/data/imagenet
   llqr run table1 --multirun seed=0,1,2,3,4 data=/data/cifar10 hydra/launcher=submitit_slurm
@@ -41,7 +42,8 @@ keys: model, method, dataset, seed, scale (paper, small, smoke), data, out, devi
 tracker (tensorboard, wandb, trackio, mlflow, none) and those of the groups train, base, llqr,
 probe, optimizer, refresh, network, input, report, with the values of docs/protocols.md unless you
 give others. wandb, trackio and mlflow are installed with pip, each under its own name.
-Slurm needs the extra 'slurm'.
+Slurm needs the extra 'slurm'; model=timm/NAME, model=torchvision/NAME, input.rand_augment,
+input.mixup and input.cutmix need the extra 'vision'.
 """
 
 

@@ -6,7 +6,7 @@ the same numbers whatever else a method draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @dataclass(frozen=True)
 class Augment:
-    """Crop, flip, normalise, Cutout, in this order.
+    """Crop, flip, policy, normalise, Cutout, in this order.
 
     Attributes:
         mean: of each channel, of values in [0, 1].
@@ -84,6 +84,7 @@ class Augment:
         padding: of the random crop; 0 leaves it out.
         flip: whether to mirror.
         hole: side of the Cutout square; 0 leaves it out.
+        policy: what else is done to the bytes, such as RandAugment.
 
     Example:
         >>> import torch
@@ -98,6 +99,7 @@ class Augment:
     padding: int = 4
     flip: bool = True
     hole: int = 0
+    policy: Callable[[Tensor, Generator], Tensor] | None = None
 
     def __call__(self, pixels: Tensor, generator: Generator) -> Tensor:
         """Return the batch to train on, float32."""
@@ -105,6 +107,8 @@ class Augment:
             pixels = random_crop(pixels, self.padding, generator)
         if self.flip:
             pixels = random_flip(pixels, generator)
+        if self.policy is not None:
+            pixels = self.policy(pixels, generator)
         x = normalise(pixels, self.mean, self.std)
         return cutout(x, self.hole, generator) if self.hole else x
 

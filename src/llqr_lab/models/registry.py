@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..common.vision import is_packaged
+from .packaged import build_packaged, require_packaged
 from .pyramidnet import pyramidnet
 from .resnet import resnet18, resnet50
 from .small_cnn import small_cnn
@@ -55,13 +57,15 @@ def build_network(name: str, classes: int, *, small: bool = False, **settings: A
     """Build a network.
 
     Args:
-        name: a key of ``MODELS``.
+        name: a key of ``MODELS``, or ``timm/NAME`` or ``torchvision/NAME`` of these packages.
         classes: number of classes, or size of the target vocabulary.
-        small: start from the settings of ``SMALL`` in place of the paper's.
+        small: start from the settings of ``SMALL`` in place of the paper's; networks of packages
+            have one size.
         **settings: what differs from those, as the network's own function takes it.
 
     Raises:
         ValueError: there is no network of that name.
+        ModuleNotFoundError: its package is not installed.
 
     Example:
         >>> import torch
@@ -69,6 +73,8 @@ def build_network(name: str, classes: int, *, small: bool = False, **settings: A
         >>> model(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
+    if is_packaged(name):
+        return build_packaged(name, classes, **settings)
     if name not in MODELS:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name](classes, **{**(SMALL[name] if small else {}), **settings})
@@ -81,6 +87,9 @@ def settings_of(name: str) -> set[str]:
         >>> sorted(settings_of("wrn-28-10"))
         ['channels', 'classes', 'depth', 'widen']
     """
+    if is_packaged(name):
+        require_packaged(name)
+        return {"classes", "channels", "image"}
     builder = MODELS[name]
     # The builders of these hand settings on to a class.
     whole = {"vit": VisionTransformer, "tra": Translator}.get(name[:3])

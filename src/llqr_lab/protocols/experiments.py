@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from ..common.vision import is_packaged
 from .demo import DEMO, DEMO_KEYS, DEMO_METHODS
 from .own import FASHION, HELP_TEXTS, tuned_settings
 from .scales import SCALES, SMALL_CADENCE, SMALL_IMAGES, SMALL_TEXT, SMOKE
@@ -69,6 +70,15 @@ class Experiment:
     groups: Sequence[Group]
     own: Sequence[Setting] = field(default=())
     small: Group = SMALL_IMAGES
+
+    def takes_model(self, name: str) -> bool:
+        """Tell whether a network is one of its own, or classifies pictures in another package."""
+        return name in self.models or (is_packaged(name) and self.takes_pictures)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether its networks classify pictures."""
+        return "transformer-iwslt" not in self.models
 
 
 EXPERIMENTS = {
@@ -242,7 +252,7 @@ def resolve_settings(
     Args:
         name: of the experiment.
         dataset: one of its data sets.
-        model: one of its models.
+        model: one of its models, or of another package: it gets what holds for all.
         method: one of its methods.
         scale: "paper"; "small", on data at hand and in minutes; "smoke", in seconds.
 
@@ -259,7 +269,7 @@ def resolve_settings(
     experiment = EXPERIMENTS[name]
     for argument, value, allowed in (
         ("dataset", dataset, experiment.datasets),
-        ("model", model, experiment.models),
+        ("model", model, [model] if experiment.takes_model(model) else experiment.models),
         ("method", method, experiment.methods),
         ("scale", scale, SCALES),
     ):
@@ -277,6 +287,9 @@ def resolve_settings(
     # Only what the run has anyway: a smoke run of images gets no setting of translation.
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}
     chosen |= smoke
+    if is_packaged(model):  # a network of another package has its own sizes
+        sizes = {k for k in chosen if k.startswith("model.")} - {"model.image", "model.classes"}
+        chosen = {k: s for k, s in chosen.items() if k not in sizes}
     return {
         key: replace(s, value=chosen[s.follows].value) if s.follows else s
         for key, s in chosen.items()

@@ -11,7 +11,8 @@ from hydra import compose as _compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from ..protocols import EXPERIMENTS, METHODS, resolve_settings, slug
+from ..common.vision import is_packaged
+from ..protocols import EXPERIMENTS, METHODS, Experiment, resolve_settings, slug
 
 __all__ = [
     "CONF",
@@ -51,6 +52,22 @@ def _match_name(what: str, text: str, names: Any) -> str:
     raise ValueError(f"{what}: expected one of {', '.join(map(slug, names))}, got {text!r}")
 
 
+def _match_model(text: str, experiment: Experiment) -> str:
+    if experiment.takes_model(text):
+        return text
+    if is_packaged(text):
+        raise ValueError(
+            f"model: {text} classifies pictures, which is not the task here; expected one of "
+            f"{', '.join(experiment.models)}"
+        )
+    try:
+        return _match_name("model", text, experiment.models)
+    except ValueError as error:
+        if not experiment.takes_pictures:
+            raise
+        raise ValueError(f"{error} (or timm/NAME, torchvision/NAME)") from None
+
+
 def chosen_names(config: DictConfig) -> dict[str, str]:
     """Return the recipe's name and the run's dataset, model, method and scale.
 
@@ -61,7 +78,7 @@ def chosen_names(config: DictConfig) -> dict[str, str]:
     return {
         "name": config.recipe,
         "dataset": _match_name("dataset", config.dataset, experiment.datasets),
-        "model": _match_name("model", config.model, experiment.models),
+        "model": _match_model(config.model, experiment),
         "method": _match_name("method", config.method, experiment.methods),
         "scale": config.scale,
     }
@@ -199,7 +216,7 @@ def changed_keys(config: DictConfig) -> list[str]:
     protocol, settings = _resolved(**chosen_names(config)), flat_settings(config)
     found = []
     for key, value in settings.items():
-        usual = expected[typed.get(key, key)]
+        usual = expected.get(typed.get(key, key))  # None: a key that was added, +network.KEY
         if key in protocol and protocol[key].follows:
             usual = settings[protocol[key].follows]
         if key == "noise" or (key == "read" and usual is None):

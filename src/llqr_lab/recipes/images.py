@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common.vision import is_packaged
 from ..data.augment import Augment
 from ..data.cifar import cifar10, cifar100
 from ..data.digits import digit_images
@@ -21,6 +22,7 @@ from ..data.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from ..data.images import Images, Split
 from ..data.noise import flip_labels
 from ..data.tiny_imagenet import tiny_imagenet
+from ..data.torchvision_transforms import Mixing, RandAugment
 from .build import network_of
 from .config import source_of
 from .digest import describe_data
@@ -107,13 +109,19 @@ class Classification:
     keys = frozenset(
         {"noise", "read", "data", "train.batch", "train.label_smoothing", "refresh.batch"}
         | {f"input.{key}" for key in ("limit", "holdout", "padding", "flip", "cutout_side")}
+        | {f"input.{key}" for key in ("rand_augment", "mixup", "cutmix")}
     )
 
     def __init__(self, config: DictConfig, workers: Workers) -> None:
         """Load the data and build the network."""
         self.config, self.workers = config, workers
         self.load()
-        self.network = network_of(config, workers.device, self.classes, channels=self.channels)
+        given = config.input
+        self.mix = Mixing(self.classes, mixup=given.mixup or 0, cutmix=given.cutmix or 0)
+        sizes = {"channels": self.channels}
+        if is_packaged(config.model):  # ours say it themselves
+            sizes["image"] = self.side
+        self.network = network_of(config, workers.device, self.classes, **sizes)
         batch = config.train.batch
         self.steps = -(-self.count // batch)
         if 0 < self.count % batch < workers.size:
@@ -139,9 +147,11 @@ class Classification:
         self.augment = self.augmentation(*split.train.channel_statistics())
 
     def augmentation(self, mean: Sequence[float], std: Sequence[float]) -> Augment:
-        """Return the crop, flip and Cutout that the configuration says."""
+        """Return what the configuration says is done to each picture."""
         given = self.config.input
-        return Augment(mean, std, given.padding or 0, bool(given.flip), given.cutout_side or 0)
+        policy = RandAugment(given.rand_augment) if given.rand_augment is not None else None
+        hole = given.cutout_side or 0
+        return Augment(mean, std, given.padding or 0, bool(given.flip), hole, policy)
 
     def index_batches(self, epoch: int, first: int) -> Iterator[Sequence[int]]:
         """Yield this process's indices of every batch."""
@@ -176,11 +186,11 @@ class Classification:
         pixels, labels = batch
         moment = (step, self.workers.rank)
         draws = generator_for(self.config.seed, purpose, *moment, device=pixels.device)
-        x = self.augment(pixels, draws)
+        x, targets = self.mix(self.augment(pixels, draws), labels, draws)
 
         def forward() -> tuple[Tensor, Tensor]:
             logits = model(x)
-            return self.loss(logits, labels), logits
+            return self.loss(logits, targets), logits
 
         return forward
 

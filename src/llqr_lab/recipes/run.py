@@ -48,7 +48,8 @@ RefreshHook = Callable[[llqr.Optimizer, llqr.RefreshReport], None]
 
 def folder_of(about: dict[str, Any], out: str) -> Path:
     """Return the folder of a run: its name says what it is, and differs for other settings."""
-    names = (slug(about[k]) for k in ("dataset", "model", "method"))
+    # One folder each, also for timm/NAME.
+    names = (slug(about[k]).replace("/", "-") for k in ("dataset", "model", "method"))
     name = f"seed{about['seed']}"
     if about["noise"]:
         name = f"noise{about['noise']:g}-{name}"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from ..common.vision import is_packaged
 from ..protocols import slug
 from .config import GROUPS, compose_config, resolve_config
 from .run import make_task
@@ -37,8 +38,10 @@ def config_of_run(about: dict[str, Any], data: str | None, device: str) -> DictC
     for key, value in about["settings"].items():
         word, _, name = key.partition(".")
         # Settings of earlier versions that had no effect are gone.
-        if name and name in config[groups[word]]:
-            config[groups[word]][name] = value
+        added = word == "model" and is_packaged(about["model"])  # +network.KEY
+        if name and (added or name in config[groups[word]]):
+            with open_dict(config):
+                config[groups[word]][name] = value
     config.read, config.data, config.device = about["settings"]["read"], data, device
     return config
 

@@ -20,6 +20,7 @@ from llqr_lab.common.output import LineBar, step_bar
         ("matplotlib.pyplot", "lab"),
         ("sacrebleu", "translation"),
         ("hydra_plugins.x", "slurm"),
+        ("torchvision.transforms", "vision"),
     ],
 )
 def test_a_missing_extra_is_one_line_with_the_command(monkeypatch, capsys, module, extra):

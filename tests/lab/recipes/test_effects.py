@@ -27,6 +27,7 @@ from llqr_lab.recipes.workers import Workers
 # What a run is called, where it is written, and how often: tested with the runs themselves.
 BESIDE = {"recipe", "dataset", "model", "method", "scale", "out", "device", "threads", "force"}
 BESIDE |= {"tracker", "checkpoint_every", "keep_every", "log_every", "data", "read"}
+BESIDE |= {f"input.{key}" for key in ("rand_augment", "mixup", "cutmix")}  # in test_packaged.py
 BESIDE |= {"network.small"}  # of the networks' own tests: those of the paper are large
 OTHER = {
     "seed": [1],
@@ -319,7 +320,11 @@ def test_what_replaces_a_class_is_checked_against_it():
     [
         ("table1", ["method=sgdm", "probe.rho=0.3"], "probe.rho: .* method=sgdm has no pert"),
         ("table1", ["method=sam", "llqr.every=7"], "llqr.every: .* method=sam learns no U"),
-        ("table1", ["method=sam", "input.bpe=7"], "input.bpe: .*of input it has input.cutout_side"),
+        (
+            "table1",
+            ["method=sam", "input.bpe=7"],
+            "input.bpe: .*of input it has input.cutmix, input.cutout",
+        ),
         ("table1", ["scale=small", "data=/x"], "data: .*nothing in table1 on digits reads it"),
         ("table6", ["method=adamw", "noise=0.2"], "noise: .*keys without a group: .*read"),
         ("table6", ["method=adamw", "input.holdout=5"], "input.holdout: .*input.bpe, input.limit"),
