@@ -8,6 +8,7 @@ With ``--resident`` the peak that the operating system saw in a process of its o
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from torch import nn
 
 import llqr
 from llqr_lab.models.resnet import resnet18
-from llqr_lab.plan.cost import Plan, Rates, Setting, make_plan, measure_rates
+from llqr_lab.plan.cost import Plan, Setting, make_plan
 from llqr_lab.plan.counts import Network, count_geometry, count_network
+from llqr_lab.plan.rates import Rates, measure_rates
 from llqr_lab.plan.workload import Workload
 
 NETS = ("mlp", "resnet18", "gpt")
@@ -46,7 +48,7 @@ def build(name: str, device: str) -> Classifier:
             x, y = torch.zeros(256, 512), torch.zeros(256, dtype=torch.long)
         elif name == "resnet18":
             model = resnet18(10)
-            x, y = torch.zeros(16, 3, 32, 32), torch.zeros(16, dtype=torch.long)
+            x, y = torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
         else:
             model = GPT(2000, 128, 256, 4, 4)
             x = torch.zeros(8, 128, dtype=torch.long)
@@ -75,13 +77,13 @@ def peak_of(call: Callable[[], Any]) -> int:
 
 
 def seconds(call: Callable[[], Any], times: int) -> float:
-    """Return the least of some times of a call, in seconds of this processor."""
+    """Return the median of some times of a call, in seconds of this processor."""
     found = []
     for _ in range(times):
         began = time.process_time()
         call()
         found.append(time.process_time() - began)
-    return min(found)
+    return statistics.median(found)
 
 
 def rows_of(name: str, options: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
@@ -91,13 +93,15 @@ def rows_of(name: str, options: argparse.Namespace, rates: Rates) -> list[dict[s
     network = count_network(workload)
     p.step()
     p.model.zero_grad()
-    step = seconds(p.step, options.repeats)
+    step = seconds(p.step, 5 * options.repeats)
     p.model.zero_grad()
     rows = [
         row(name, "step", network.step.peak, peak_of(p.step), rates.seconds(network.step), step)
     ]
     p.model.zero_grad()
     for title in options.geometries:
+        if name != "mlp" and title.startswith("paper"):
+            continue  # matrices of thousands of rows, 50 times: hours
         rows.append(refresh_row(name, title, p, workload, network, rates, options))
         print(rows[-1], flush=True)
     return rows
@@ -118,11 +122,13 @@ def refresh_row(
     geometry.refresh([p])
     reports: list[llqr.RefreshReport] = []
     measured = peak_of(lambda: reports.append(geometry.refresh([p], step=1)))
-    took = seconds(lambda: reports.append(geometry.refresh([p], step=2)), 1)
+    took = seconds(lambda: reports.append(geometry.refresh([p], step=2)), options.repeats)
     products = [report.products or 0 for report in reports]
     plans = [plan_with(title, workload, network, rates, n) for n in products]
     told = plans[0].refresh_graph + plans[0].refresh_vectors
-    made = row(name, title, told, measured, plans[1].refresh_seconds, took)
+    told_s = statistics.median(plan.refresh_seconds for plan in plans[1:])
+    made = row(name, title, told, measured, told_s, took)
+    made["products"] = products[-1]
     if options.resident:
         made["resident MiB"] = peak_memory(__file__, "--child", name, title)
         made["told in all"] = plans[0].refresh / MIB

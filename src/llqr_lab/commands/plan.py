@@ -7,6 +7,7 @@ import ast
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ import torch
 import llqr
 
 from ..common.output import table_lines
-from ..plan.cost import BASES, Plan, Rates, Setting, make_plan, measure_rates
+from ..plan.cost import BASES, Plan, Setting, make_plan
 from ..plan.counts import count_geometry, count_network
+from ..plan.rates import Rates, measure_rates
 from ..plan.workload import PlanError, load_workload
 
 __all__ = ["add_arguments", "main"]
@@ -91,6 +93,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--flops", type=float, metavar="RATE", help="operations per second (default: measured)")
     add("--memory-rate", type=float, metavar="RATE", help="bytes per second (default: measured)")
     add("--network-rate", type=float, default=25e9, metavar="RATE", help="bytes per second sent")
+    add(
+        "--float32",
+        type=float,
+        default=1.0,
+        metavar="PART",
+        help="of --flops that U's products reach, which are in float32 (default: %(default)s)",
+    )
+    add(
+        "--call-time",
+        type=float,
+        metavar="S",
+        help="seconds of a call (default: measured; with given rates 5e-6)",
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
 
@@ -153,10 +168,15 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rat
 
 
 def _rates(arguments: argparse.Namespace) -> Rates:
-    if arguments.flops and arguments.memory_rate:
-        return Rates(arguments.flops, arguments.memory_rate, arguments.network_rate)
-    here = measure_rates(network=arguments.network_rate)
-    return Rates(arguments.flops or here.flops, arguments.memory_rate or here.memory, here.network)
+    """Return the rates that were given, and those of this machine for the others."""
+    a = arguments
+    if a.flops and a.memory_rate:
+        rates = Rates(a.flops, a.memory_rate)
+    else:
+        here = measure_rates()
+        rates = replace(here, flops=a.flops or here.flops, memory=a.memory_rate or here.memory)
+    call = rates.call if a.call_time is None else a.call_time
+    return replace(rates, network=a.network_rate, float32=a.float32, call=call)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:

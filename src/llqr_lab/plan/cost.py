@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+from .counts import Counts, Network
+from .rates import Rates
 
-from .counts import Counts, Network, Work
-
-__all__ = ["BASES", "Plan", "Rates", "Setting", "make_plan", "measure_rates"]
+__all__ = ["BASES", "Plan", "Setting", "make_plan"]
 
 #: Tensors like the parameters, in float32, that a base optimizer keeps.
 BASES = {"sgd": 0, "momentum": 1, "adamw": 2}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a device does in a second.
-
-    Attributes:
-        flops: floating-point operations in products and convolutions.
-        memory: bytes that elementwise operations read and write.
-        network: bytes that a process sends to others.
-    """
-
-    flops: float
-    memory: float
-    network: float = 25e9
-
-    def seconds(self, work: Work) -> float:
-        """Return how long some work takes."""
-        return work.flops / self.flops + work.moved / self.memory
-
-
-def measure_rates(device: str = "cpu", network: float = 25e9) -> Rates:
-    """Measure products of matrices and elementwise sums here."""
-    n = 768
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    x, y = torch.randn(2**22, device=device), torch.randn(2**22, device=device)
-    product = _fastest(lambda: torch.mm(a, b), device)
-    stream = _fastest(lambda: torch.add(x, y), device)
-    return Rates(2 * n**3 / product, 3 * x.numel() * 4 / stream, network)
-
-
-def _fastest(compute: Callable[[], object], device: str, times: int = 5) -> float:
-    def wait() -> None:
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-
-    # Others on the machine disturb the time of a processor less than that of the wall.
-    alone = device == "cpu" and torch.get_num_threads() == 1
-    now = time.process_time if alone else time.perf_counter
-    compute()
-    found = []
-    for _ in range(times):
-        wait()
-        began = now()
-        compute()
-        wait()
-        found.append(now() - began)
-    return min(found)
 
 
 @dataclass(frozen=True)
@@ -142,10 +91,11 @@ def make_plan(network: Network, counts: Counts, setting: Setting, rates: Rates) 
     refresh = weights + base + stored + max(graph, 0) + vectors
     refresh += network.parameter_bytes if setting.fsdp else 0
     step_sent, refresh_sent = _bytes_sent(network, counts, setting)
+    algebra = rates.of_algebra
     seconds = {
         "step": setting.passes * rates.seconds(network.step),
-        "apply": rates.seconds(counts.apply * (1 / shards)),
-        "refresh": rates.seconds(counts.refresh),
+        "apply": algebra.seconds(counts.apply * (1 / shards)),
+        "refresh": rates.seconds(counts.passes) + algebra.seconds(counts.algebra * (1 / shards)),
     }
     plain = seconds["step"] + _sent_by_base(network, setting) / rates.network
     extra = seconds["apply"] + (step_sent - _sent_by_base(network, setting)) / rates.network
@@ -161,9 +111,9 @@ def make_plan(network: Network, counts: Counts, setting: Setting, rates: Rates) 
         max(graph, 0),
         vectors,
         refresh,
-        setting.passes * network.step.flops,
-        counts.apply.flops / shards,
-        counts.refresh.flops,
+        setting.passes * network.step.operations,
+        counts.apply.operations / shards,
+        counts.passes.operations + counts.algebra.operations / shards,
         step_sent,
         refresh_sent,
         plain,

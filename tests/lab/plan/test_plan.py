@@ -10,8 +10,10 @@ from torch import nn
 import llqr
 from allocations import peak_of_allocations
 from llqr_lab.cli import main
-from llqr_lab.plan.cost import Rates, Setting, make_plan
+from llqr_lab.plan.cost import Setting, make_plan
 from llqr_lab.plan.counts import count_geometry, count_network
+from llqr_lab.plan.rates import Rates
+from llqr_lab.plan.work import Work
 from llqr_lab.plan.workload import PlanError, load_workload
 
 RATES = Rates(1e11, 1e10, 1e9)
@@ -107,13 +109,21 @@ def test_overhead_falls_with_the_cadence_and_counts_in_steps():
     refresh = often.refresh_seconds / often.step_seconds
     assert often.overhead == pytest.approx(apply + refresh / 10)
     assert seldom.overhead == pytest.approx(apply + refresh / 1000)
-    twice = make_plan(network, counts, Setting(every=10), replace(RATES, flops=2e11, memory=2e10))
+    fast = replace(RATES, flops=2e11, memory=2e10, call=RATES.call / 2)
+    twice = make_plan(network, counts, Setting(every=10), fast)
     assert twice.overhead == pytest.approx(often.overhead)
+
+
+def test_seconds_are_those_of_operations_traffic_and_calls():
+    rates = Rates(1e9, 1e8, call=1e-3, convolution=0.5, factorisation=0.1, float32=0.25)
+    work = Work(flops=1e9, convolved=1e9, factored=1e8, moved=2e8, calls=500)
+    assert rates.seconds(work) == pytest.approx(1 + 2 + 1 + 2 + 0.5)
+    assert rates.of_algebra.seconds(work) == pytest.approx(4 + 8 + 4 + 2 + 0.5)
 
 
 def test_natural_gradient_is_planned_by_its_samples():
     _, counts, _ = planned("e-kfac", llqr.NaturalGradient)
-    assert counts.products == 8 and counts.refresh.flops > 8 * counts.apply.flops
+    assert counts.products == 8 and counts.algebra.flops > 8 * counts.apply.flops
 
 
 def test_the_command_prints_a_table_and_json(capsys):
