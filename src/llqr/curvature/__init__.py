@@ -13,6 +13,7 @@ from ._quadratic_model import QuadraticModel as QuadraticModel
 from ._quadratic_model import check_scale as check_scale
 from ._quadratic_model import normalised_weights as normalised_weights
 from ._quadratic_model import quadratic_model as quadratic_model
+from ._rehearsal import RehearsedModel as RehearsedModel
 from ._samples import CurvatureSamples as CurvatureSamples
 from ._samples import curvature_samples as curvature_samples
 from ._synchronised import is_synchronised as is_synchronised

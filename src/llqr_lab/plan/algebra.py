@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 
 import llqr
-from llqr.geometry.inner_solve._buffered import solve_in_buffers
-from llqr.geometry.inner_solve._objective import Objective
+from llqr.geometry.inner_solve import Objective, solve_in_buffers
 from llqr.geometry.structures import State
 
 from .work import Work, measure_work

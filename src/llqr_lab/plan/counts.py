@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import llqr
-from llqr.curvature._rehearsal import RehearsedModel
+from llqr.curvature import RehearsedModel
 
 from .algebra import moments_work, solve_work
 from .work import Work, measure_work

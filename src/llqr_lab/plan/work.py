@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from llqr._allocations import Allocations
+from llqr.geometry.inner_solve import Allocations
 
 __all__ = ["Work", "measure_work"]
 

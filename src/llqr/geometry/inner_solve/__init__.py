@@ -5,6 +5,8 @@ runs on coefficients if U is linear in its state, and recycled products answer a
 earlier ones. Vectors here are flat; nothing knows a module, a parameter or a process.
 """
 
+from ..._allocations import Allocations as Allocations
+from ._buffered import solve_in_buffers as solve_in_buffers
 from ._flat_model import FlatModel as FlatModel
 from ._flat_model import pack_mean as pack_mean
 from ._learner import Learner as Learner
