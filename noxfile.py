@@ -28,13 +28,13 @@ VERSIONS = {
 OLDEST = next(iter(VERSIONS))
 #: What the tests of the core import; the lab's and the frameworks' tests skip what is missing.
 TOOLS = ("numpy", "pytest", "pytest-xdist", "hypothesis")
-#: What depends most on torch: curvature products, structures, probes, steps and checkpoints.
+#: What depends most on torch: curvature products, replaced operations, and steps.
 SMALL = (
     "tests/test_import.py",
     "tests/test_contract.py",
+    "tests/curvature/expansions/test_ways.py",
+    "tests/curvature/linearised/test_batch_norm.py",
     "tests/test_optimizer.py",
-    "tests/test_checkpoint.py",
-    "tests/test_reductions.py",
 )
 
 
