@@ -3,6 +3,7 @@
 import ast
 import inspect
 import logging
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_functions_take_their_arguments_by_these_names(function, names):
 
 def test_the_version_is_that_of_the_package():
     assert llqr.__version__ == version("llqr")
+
+
+def test_the_release_is_described():
+    """The changelog and the citation are of this version."""
+    root = SOURCE.parents[1]
+    newest = re.findall(r"^## \[(\d\S*)\] - (\S+)$", (root / "CHANGELOG.md").read_text(), re.M)[0]
+    citation = (root / "CITATION.cff").read_text()
+    cited = re.findall(r'^(?:version|date-released): "?([^"\n]+)', citation, re.M)
+    assert newest == tuple(cited) and cited[0] == llqr.__version__
+
+
+def test_every_supported_torch_has_a_session():
+    """One for each minor version, from the oldest that the package accepts."""
+    root = SOURCE.parents[1]
+    least = re.search(r'"torch>=2\.(\d+)"', (root / "pyproject.toml").read_text())[1]
+    text = (root / "noxfile.py").read_text()
+    minors = [int(n) for n in re.findall(r'^    "2\.(\d+)\.\d+": "3\.\d+",$', text, re.M)]
+    assert minors == list(range(int(least), minors[-1] + 1)) and minors[-1] >= 14
 
 
 def test_it_logs_and_never_prints(capsys, caplog):

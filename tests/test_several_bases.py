@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import llqr
 from byhand import sam_step
 from situations.test_bases import Counting, Lookahead
+from tables import muon as muon_of
 from tiny import (
     F64,
     SCALED_WAYS,
@@ -46,11 +47,11 @@ def rest(model):
 
 
 def muon_and_adamw(model, **form):
-    return [optim.Muon(matrices(model), lr=0.02), optim.AdamW(rest(model), lr=0.01, **form)]
+    return [muon_of(matrices(model), lr=0.02), optim.AdamW(rest(model), lr=0.01, **form)]
 
 
 def muon_and_sgd(model, **form):
-    return [optim.Muon(matrices(model), lr=0.02), optim.SGD(rest(model), 0.1, 0.9, **form)]
+    return [muon_of(matrices(model), lr=0.02), optim.SGD(rest(model), 0.1, 0.9, **form)]
 
 
 PAIRS = {"Muon, AdamW": muon_and_adamw, "Muon, SGD": muon_and_sgd}
@@ -205,7 +206,7 @@ def test_a_group_joins_the_optimizer_it_names(through):
     problem = mlp()
     first, second = problem.model[0], problem.model[2]
     bases = [
-        optim.Muon([first.weight], lr=0.02),
+        muon_of([first.weight], lr=0.02),
         optim.AdamW([first.bias, second.bias], lr=0.01),
     ]
     optimizer = llqr.Optimizer(bases, problem.model, geometry=llqr_of("kfac"))
@@ -248,7 +249,7 @@ def test_a_group_joins_the_optimizer_it_names(through):
 )
 def test_a_bad_group_is_refused_and_nothing_changes(group, said):
     problem = mlp()
-    bases = [optim.Muon(matrices(problem.model)), optim.AdamW([problem.model[0].bias])]
+    bases = [muon_of(matrices(problem.model)), optim.AdamW([problem.model[0].bias])]
     optimizer = llqr.Optimizer(bases, problem.model, geometry=llqr_of(), perturbation=llqr.SAM())
     train(optimizer, problem, 2)
     before = everything(optimizer)

@@ -56,7 +56,7 @@ if _typing.TYPE_CHECKING:
     from .finding import find_inner_lr as find_inner_lr
     from .finding import find_rho as find_rho
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Where a tool is that a training does not need: it is imported when it is asked for.
 _TOOLS = {

@@ -3,8 +3,8 @@
     checks.py FILE OUT
 
 FILE holds functions named ``check_...`` without arguments; each is run in all processes at the
-same time. OUT.RANK receives {name: null, or the traceback} as JSON. After a failure the processes
-are out of step, so the checks behind it are not run.
+same time. OUT.RANK receives {name: null, why it was skipped, or the traceback} as JSON. After a
+failure the processes are out of step, so the checks behind it are not run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import traceback
 import warnings
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+
+SKIPPED = "skipped: "
 
 
 def main(name: str, out: str) -> None:
@@ -32,18 +35,23 @@ def main(name: str, out: str) -> None:
         warnings.filterwarnings("ignore", advice, UserWarning)
     module = importlib.import_module(name)
     results: dict[str, str | None] = {}
+    fine = True
     for check in [f for n, f in vars(module).items() if n.startswith("check_")]:
         began = time.perf_counter()
         torch.manual_seed(0)
         try:
             check()
+        except pytest.skip.Exception as reason:
+            results[check.__name__] = f"{SKIPPED}{reason}"
+            continue
         except BaseException:
             results[check.__name__] = traceback.format_exc()
+            fine = False
             break
         results[check.__name__] = None
         print(f"{check.__name__} {time.perf_counter() - began:.2f} s", flush=True)
     Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(results))
-    if all(trace is None for trace in results.values()):
+    if fine:
         dist.barrier()
     # The teardown of gloo aborts at random; there is nothing left to do.
     sys.stdout.flush()

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import llqr
-from tables import PERTURBATIONS, SHORT_ROWS, SOLVED
+from tables import PERTURBATIONS, SHORT_ROWS, SOLVED, muon
 from tiny import (
     F64,
     WAYS,
@@ -107,9 +107,7 @@ def check_graft_and_groups():
 
 
 def check_several_bases():
-    base = two_bases(
-        lambda ps: torch.optim.Muon(ps, lr=0.02), lambda ps: torch.optim.AdamW(ps, lr=0.01)
-    )
+    base = two_bases(lambda ps: muon(ps, lr=0.02), lambda ps: torch.optim.AdamW(ps, lr=0.01))
     whole, options = mlp(), {"geometry": llqr_of, "perturbation": lambda: llqr.FriendlySAM(0.1)}
     joined = one_process(whole, base=base, **{k: f() for k, f in options.items()})
     optimizer, share = data_parallel(mlp(), base=base, **{k: f() for k, f in options.items()})

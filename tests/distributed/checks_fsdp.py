@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 import llqr
-from tables import PERTURBATIONS, SAMPLED, SOLVED
+from tables import PERTURBATIONS, SAMPLED, SOLVED, muon
 from tiny import F64, WAYS, Problem, llqr_of, natural_of, same, train
 
 BASES = {
@@ -49,7 +49,7 @@ BASES = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01),
 }
 BASES["SGD, AdamW"] = two_bases(BASES["SGD"], BASES["AdamW"])
-BASES["Muon, AdamW"] = two_bases(lambda ps: torch.optim.Muon(ps, lr=0.02), BASES["AdamW"])
+BASES["Muon, AdamW"] = two_bases(lambda ps: muon(ps, lr=0.02), BASES["AdamW"])
 
 
 class Net(nn.Module):

@@ -5,6 +5,7 @@ import torch
 
 from integrations import small
 from situations.test_bases import Averaging
+from tables import muon
 from tiny import same, weights
 
 pytestmark = [
@@ -18,7 +19,7 @@ pytestmark = [
 def muon_and_adamw(model):
     held = list(model.parameters())
     return [
-        torch.optim.Muon([p for p in held if p.dim() == 2], lr=0.02),
+        muon([p for p in held if p.dim() == 2], lr=0.02),
         torch.optim.AdamW([p for p in held if p.dim() != 2], lr=0.01),
     ]
 

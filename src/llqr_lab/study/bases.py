@@ -27,6 +27,7 @@ class Base:
         family: whose learning rates it takes; a problem has a usual one for each family.
         factor: its usual learning rate over that of the family.
         package: that it comes from, beside torch.
+        new_in_torch: its name in torch.optim, if the oldest supported torch lacks it.
         own_schedule: whether it needs no falling learning rate and averages by itself.
     """
 
@@ -34,12 +35,17 @@ class Base:
     family: Family
     factor: float = 1.0
     package: str | None = None
+    new_in_torch: str | None = None
     own_schedule: bool = False
 
     @property
-    def missing(self) -> bool:
-        """Whether its package is not installed."""
-        return self.package is not None and find_spec(self.package) is None
+    def missing(self) -> str | None:
+        """What must be installed to run it; None if nothing must."""
+        if self.new_in_torch is not None and not hasattr(torch.optim, self.new_in_torch):
+            return f"a torch that has torch.optim.{self.new_in_torch}"
+        if self.package is not None and find_spec(self.package) is None:
+            return "pip install 'llqr[peers]'"
+        return None
 
 
 def sgdm(network: nn.Module, lr: float) -> list[Optimizer]:
@@ -91,7 +97,7 @@ def schedule_free(network: nn.Module, lr: float) -> list[Optimizer]:
 BASES = {
     "SGDM": Base(make=sgdm, family="sgd"),
     "AdamW": Base(make=adamw, family="adam"),
-    "Muon": Base(make=muon, family="adam"),
+    "Muon": Base(make=muon, family="adam", new_in_torch="Muon"),
     "SOAP": Base(make=soap, family="adam", package="pytorch_optimizer"),
     # Between the roots, directions that no gradient had before are hardly damped.
     "Shampoo": Base(make=shampoo, family="sgd", factor=0.3, package="pytorch_optimizer"),

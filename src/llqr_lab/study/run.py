@@ -112,8 +112,9 @@ def make_setup(
     for what, names, table in (("problems", problems, PROBLEMS), ("methods", methods, known)):
         for wrong in [n for n in names or () if n not in table]:
             raise ValueError(f"{what}: expected some of {', '.join(table)}; got {wrong!r}")
-    if missing := [m for m in methods or () if known[m].base_row.missing]:
-        raise ValueError(f"methods: {', '.join(missing)} need pip install 'llqr[peers]'")
+    needs = {m: known[m].base_row.missing for m in methods or ()}
+    if missing := [f"{method} needs {what}" for method, what in needs.items() if what]:
+        raise ValueError(f"methods: {'; '.join(missing)}")
     chosen = methods or [m for m in study.chosen.get(scale, known) if not known[m].base_row.missing]
     # What differences are taken to belongs to every study; the table's order is that of the page.
     wanted = {*chosen, *study.baselines}

@@ -257,6 +257,23 @@ SLOWER: dict[str, tuple[Callable[[], Net], str, str, float]] = {
 }
 
 
+def grid_sample_is_twice_differentiable() -> bool:
+    """It is not in every version of torch."""
+    grid = torch.zeros(1, 1, 1, 2, dtype=F64, requires_grad=True)
+    sampled = F.grid_sample(IMAGE[:1], grid, align_corners=False).sum()
+    try:
+        (first,) = torch.autograd.grad(sampled, grid, create_graph=True)
+        torch.autograd.grad(first.sum(), grid)
+    except RuntimeError:
+        return False
+    return True
+
+
+if not grid_sample_is_twice_differentiable():
+    net = FINE.pop("grid-sample")
+    SLOWER["grid-sample"] = (net, "grid_sampler", "central differences", 1e-6)
+
+
 def explicit(net: Net) -> Tensor:
     parameters = list(net.parameters())
     return gauss_newton(net.logits(), lambda z: F.cross_entropy(z, Y), parameters)

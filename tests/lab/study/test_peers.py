@@ -30,8 +30,8 @@ class Matrix(torch.nn.Module):
 def steps_of(name, steps):
     """Return the weights that a base arrives at, after each step."""
     row = BASES[name]
-    if row.package is not None:
-        pytest.importorskip(row.package, reason=f"{row.package} is not installed")
+    if row.missing:
+        pytest.skip(f"{name} needs {row.missing}")
     model = Matrix()
     (base, *_) = row.make(model, LR) if name != "Muon" else [muon_alone(model)]
     if row.own_schedule:
