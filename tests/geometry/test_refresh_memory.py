@@ -77,13 +77,15 @@ def test_memory_of_a_refresh_is_what_it_allocates(kind, structure, settings, pro
 @pytest.mark.parametrize("kind", [llqr.LLQR, llqr.LLQR.paper, llqr.NaturalGradient])
 @pytest.mark.parametrize("structure", ["diagonal", "kfac"])
 def test_memory_is_told_without_memory(kind, structure):
-    """A model on the meta device has the numbers of a real one."""
+    """A model on the meta device has the numbers of a real one, or an accelerator's float64."""
     told = []
     for device in ("cpu", "meta"):
         geometry = kind(structure)
         geometry.bind(wide_net((64, 48, 32), device).model)
         told.append(geometry.memory())
-    assert told[0] == told[1] and told[0]["refresh"] > told[0]["preconditioner"]
+    on_accelerator = kind is llqr.NaturalGradient and structure == "kfac"  # decomposes in float64
+    assert (told[0] == told[1]) != on_accelerator
+    assert told[1]["refresh"] >= told[0]["refresh"] > told[0]["preconditioner"]
 
 
 def test_more_products_take_more_memory():

@@ -434,7 +434,8 @@ class NaturalGradient(StructuredGeometry):
 
         "preconditioner" is U with its averages. "refresh" is the most that a refresh holds at a
         time: ``samples`` vectors of the parameters' size, the gradient, what a part's averages take
-        while they are computed, and the new U. The graph is about a training step's.
+        while they are computed, and the new U. The graph is about a training step's. A model on the
+        meta device is counted as on an accelerator, where bases are turned in float64.
         """
         refresh = peak_bytes(self.layout, self.parts, self.states, self.settings.samples)
         return {**super().memory(), "refresh": refresh}

@@ -30,11 +30,20 @@ again. docs/study.md says how it is done and what came out.
 studies:
 """
 
+EXAMPLES = """\
+examples:
+  llqr study proof --scale smoke                          seconds, to see that it runs
+  llqr study proof --dry                                  what it would take
+  llqr study proof --methods 'SGDM;SAM;NG' --problems cnn
+  llqr study proof                                        goes on after an interruption
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's name, its scale, and what to run of it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = ABOUT + "\n".join(f"  {n:10}{s.title}" for n, s in STUDIES.items())
+    parser.epilog = EXAMPLES
     parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
     parser.add_argument("--problems", type=_names, metavar="A,B", help="only these")

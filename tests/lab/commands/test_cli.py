@@ -48,7 +48,7 @@ def test_the_extras_are_those_of_the_package():
     names = {"sklearn": "scikit-learn", "PIL": "pillow", "hydra": "hydra-core"}
     with_others = {"omegaconf", "hydra_plugins", "submitit"}  # other packages bring these
     for extra, packages in EXTRAS.items():
-        (known,) = re.findall(rf"^{extra} = (\[.*\])$", content, re.MULTILINE)
+        (known,) = re.findall(rf"^{extra} = (\[.*?\])$", content, re.MULTILINE | re.DOTALL)
         assert all(names.get(p, p) in known for p in packages if p not in with_others)
 
 
