@@ -250,3 +250,56 @@ def test_too_many_refusals_raise_and_explain():
         "saturated": 0,
         "last": 0,
     }
+
+
+class Averaging(llqr.SAM):
+    """Averages what it is shown at once, whether the step counts or not."""
+
+    def __init__(self):
+        super().__init__(0.1)
+        self.means = {}
+
+    def observe(self, gradients):
+        for name, g in gradients.items():
+            self.means[name] = 0.5 * self.means.get(name, 0) + g
+
+
+class Clamping(llqr.LLQR):
+    """Hides an infinity from the norm of U g."""
+
+    def apply(self, gradients):
+        return {n: x.nan_to_num().clamp(-1, 1) for n, x in super().apply(gradients).items()}
+
+
+@pytest.mark.parametrize(
+    "perturbation, geometry",
+    [
+        (Averaging, lambda: None),
+        (lambda: llqr.FriendlySAM(0.1, norm="euclidean"), lambda: Clamping("diagonal", every=99)),
+    ],
+)
+def test_nothing_learns_from_a_first_pass_that_is_not_finite(perturbation, geometry):
+    """Neither an observe() of the user's own nor the memory behind a metric of the user's own."""
+    torch.manual_seed(0)
+    model, passes = torch.nn.Linear(2, 1), []
+    optimizer = llqr.Optimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        geometry=geometry(),
+        perturbation=perturbation(),
+    )
+
+    def forward(poison=None):
+        passes.append(poison)
+        z = model(torch.ones(3, 2))
+        loss = z.square().mean()
+        first = poison is not None and passes.count(poison) == 1
+        return (loss + model.weight.sum() * poison if first else loss), z
+
+    optimizer.minimize(forward)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.minimize(lambda: forward(INF))
+    learned = getattr(optimizer.perturbation, "means", optimizer.perturbation.state())
+    held = [x for v in learned.values() for x in (v.values() if isinstance(v, dict) else [v])]
+    assert held and all(bool(x.isfinite().all()) for x in held)
+    assert optimizer.skipped_steps == 1

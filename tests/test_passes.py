@@ -527,3 +527,26 @@ def test_gradients_in_the_first_pass_are_cleared_for_the_second():
     for _ in optimizer.passes():
         problem.backward()
     same(gradients(problem.model), problem.gradient())
+
+
+class Aliasing(nn.Module):
+    """Its buffer lies in the memory of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("flat", self.linear.weight.detach().view(-1), persistent=False)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_buffers_that_are_views_of_weights_move_with_them():
+    model, seen = Aliasing(), []
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = llqr.Optimizer(base, model, perturbation=llqr.SAM(0.5))
+    for _ in optimizer.passes():
+        seen.append(model.linear.weight.detach().clone())
+        model(torch.ones(1, 2)).square().mean().backward()
+    assert torch.linalg.vector_norm(seen[1] - seen[0]) > 0.1
+    assert torch.equal(model.linear.weight, seen[0])

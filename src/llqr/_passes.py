@@ -232,6 +232,10 @@ class Passes:
         # Gradients of parameters that are not ours would add up over the two passes.
         record.gradients = [(p, p.grad) for p in others]
         try:
+            # The second pass has the loss of the first. Before the weights move: a buffer may be a
+            # view of one.
+            if start is not None:
+                start.restore()
             # Before the gradients are cleared: eps may be a multiple of them, and a base may fill
             # them with zeros.
             self._move_weights(record, eps)
@@ -239,8 +243,6 @@ class Passes:
             clear_gradients(self._parameters.base)
             for p, _ in record.gradients:
                 p.grad = None
-            if start is not None:  # the second pass has the loss of the first
-                start.restore()
             if random is not None:
                 random.restore()
             self.displaced = True

@@ -27,7 +27,7 @@ from .distributed import Ranks
 from .distributed._sharded import is_sharded, local_all
 from .geometry import FixedGeometry, Geometry, StructuredGeometry
 from .perturbations import Perturbation, Probe
-from .perturbations._base import bounds_displacement
+from .perturbations._base import bounds_displacement, forgets_skipped
 
 __all__ = ["Probing", "copy_gradients", "widen_gradients"]
 
@@ -66,7 +66,9 @@ class Probing:
         self._check_finite = check_finite
         self._bounded = perturbation is not None and bounds_displacement(type(perturbation))
         # A metric of our own makes what is not finite out of it.
-        self._passed_on = isinstance(geometry, (type(None), FixedGeometry, StructuredGeometry))
+        applies = (None, FixedGeometry.apply, StructuredGeometry.apply)
+        self._passed_on = getattr(type(geometry), "apply", None) in applies
+        self._may_see_all = perturbation is None or forgets_skipped(type(perturbation))
         self.observed = False
         self.clean: dict[str, Tensor] | None = None
         if self.looks_ahead:
@@ -159,7 +161,8 @@ class Probing:
         everything, alone = all(radii.values()), self._ranks.size == 1 and not self._ranks.sharded
         # The length that eps is divided by tells it too, and that takes one read.
         unknown = bool(clean) and self._check_finite
-        joined = everything and alone and self._bounded and self._passed_on
+        told = self._bounded and self._passed_on and self._may_see_all
+        joined = everything and alone and told
         if unknown and not joined and not self._ranks.finite(clean):
             return {}, False
         if clean:

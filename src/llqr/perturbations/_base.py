@@ -118,9 +118,11 @@ class Perturbation:
 
     #: Whether eps needs no gradient of the step, so that its only pass is at theta + eps.
     looks_ahead: ClassVar[bool] = False
-    # Whether eps is finite if the gradients are, so that nobody has to look. It holds for the
-    # displacement() of the same class only, not for one that overrides it.
+    # Whether eps is finite if the gradients are, so that nobody has to look, and whether observe()
+    # keeps nothing of a step that does not count, so that it may see gradients that are not finite.
+    # It holds for these methods of the same class only, not for one that overrides them.
     _is_bounded: ClassVar[bool] = False
+    _forgets_skipped: ClassVar[bool] = True
 
     def __init__(self, rho: Schedule, *, start: int = 0, interval: int = 1) -> None:
         check_number("rho", rho, low=0, schedule=True)
@@ -191,5 +193,13 @@ class Perturbation:
 
 def bounds_displacement(kind: type[Perturbation]) -> bool:
     """Tell whether the class that defines ``displacement`` says that eps is finite."""
-    definer = next(c for c in kind.__mro__ if "displacement" in vars(c))
-    return bool(vars(definer).get("_is_bounded", False))
+    return bool(vars(_definer_of("displacement", kind)).get("_is_bounded", False))
+
+
+def forgets_skipped(kind: type[Perturbation]) -> bool:
+    """Tell whether the class that defines ``observe`` says that skipped steps leave nothing."""
+    return bool(vars(_definer_of("observe", kind)).get("_forgets_skipped", False))
+
+
+def _definer_of(method: str, kind: type[Perturbation]) -> type:
+    return next(c for c in kind.__mro__ if method in vars(c))

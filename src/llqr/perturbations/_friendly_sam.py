@@ -54,6 +54,7 @@ class FriendlySAM(RememberingSAM):
     """
 
     _is_bounded: ClassVar[bool] = True
+    _forgets_skipped: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class LookSAM(RememberingSAM):
     """
 
     memory_key: ClassVar[str] = "direction"
+    _forgets_skipped: ClassVar[bool] = True
 
     def __init__(
         self,
