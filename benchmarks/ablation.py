@@ -50,7 +50,7 @@ RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SETS = {
     "cadence": "Cadences of NaturalGradient side by side, all at lr .05 "
     "(`growing(10, 500, rate=3)` is the default now, the other tables have `growing(5, 500)`):",
-    "wide": "Wide sides, an MLP 784-256-64-10 on whole images, all at lr .05:",
+    "wide": "Wide sides, an MLP 784-256-64-10 on whole images (the machine had much other work):",
     "earlier": "With bases renewed at every refresh, in exact eigenvectors (`defaults` differ in "
     "that):",
 }

@@ -29,6 +29,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, monkeypatch, capsys):
     from matplotlib import pyplot
 
     pyplot.switch_backend("Agg")
+    pyplot.close("all")  # of other tests
     monkeypatch.setattr(pyplot, "show", pyplot.close)
     cells = json.loads(path.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
