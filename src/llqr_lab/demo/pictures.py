@@ -46,25 +46,17 @@ def draw_curves(
             style = "--" if methods[name]["refreshes"] is None else "-"
             axes.plot(times[name], curve, style, color=COLOURS[name], linewidth=1.8)
             axes.plot(times[name][-1], curve[-1], "o", color=COLOURS[name], markersize=4)
-        # Labels stand at the right, in the order of the ends; the first epochs may leave the
-        # picture of the accuracy, so that the last ones can be told apart.
+        # The first epochs may leave the picture, so that the last ones can be told apart.
         if key == "test_accuracy_by_epoch":
             ends = [curve[-1] for curve in curves.values()]
             axes.set_ylim(max(0.0, min(ends) - 15), max(map(max, curves.values())) + 1)
         low, high = axes.get_ylim()
+        # Labels stand at the right, in the colours of the lines and in the order of their ends.
         places = {name: (curve[-1] - low) / (high - low) for name, curve in curves.items()}
         for name, place in spread_places(places, GAP).items():
-            axes.annotate(
-                f"{name}  {final(methods[name])}",
-                (times[name][-1], curves[name][-1]),
-                xytext=(1.03, place),
-                textcoords="axes fraction",
-                va="center",
-                fontsize=9,
-                color=COLOURS[name],
-                annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": COLOURS[name], "lw": 0.5, "alpha": 0.5},
-            )
+            text = f"{name}  {final(methods[name])}"
+            look = {"color": COLOURS[name], "fontsize": 9, "va": "center"}
+            axes.text(1.02, place, text, transform=axes.transAxes, **look)
         axes.set_xlabel("processor seconds")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
