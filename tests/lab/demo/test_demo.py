@@ -163,12 +163,12 @@ def test_the_page_is_made_of_the_runs(tmp_path):
     }
     marks = ("few", "all", "conclusion", "refreshes", "settings", "environment")
     page = tmp_path / "demo.md"
-    page.write_text("".join(f"<!-- demo {m} -->\nold\n<!-- end -->\n" for m in marks))
+    page.write_text("".join(f"<!-- demo {m} -->\nstale\n<!-- end -->\n" for m in marks))
     (tmp_path / "images").mkdir()
     for _ in range(2):  # again: nothing is left of the first
         write_page(tmp_path, {name: {"lr": 0.1} for name in histories}, histories)
     text = page.read_text()
-    assert "old" not in text and text.count("<!-- end -->") == len(marks)
+    assert "stale" not in text and text.count("<!-- end -->") == len(marks)
     assert "| SGDM | 1.000 | 91.00 ± 1.00 | +0.00 ± 0.00 | 1.00 | 22 |" in text
     assert "| SGDM | 1.000 | 91.50 ± 1.29 | +0.00 ± 0.00 | 1.00 | 22 |" in text
     assert "| NG | 4 of 4 | 0.5 | 1.1 | 0.9 | 0.25 .. 4 |" in text
