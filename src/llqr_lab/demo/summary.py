@@ -98,9 +98,9 @@ def _speed_text(methods: Mapping[str, Summary]) -> str:
         for name, m in methods.items()
         if name != TARGET and m["to_SGDMs_loss"] is not None
     }
-    if not shares:
-        return f"No method reaches the training loss at which {TARGET} ends."
-    first = min(shares, key=lambda name: shares[name]["steps"])
+    first = min(shares, key=lambda name: shares[name]["steps"], default=None)
+    if first is None or shares[first]["steps"] >= 1:
+        return f"No method is earlier than {TARGET} at the training loss at which {TARGET} ends."
     return (
         f"{first} is the first at the training loss at which {TARGET} ends: in "
         f"{shares[first]['steps']:.0%} of its steps and {shares[first]['seconds']:.0%} of its "

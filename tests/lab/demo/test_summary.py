@@ -104,7 +104,7 @@ def test_the_conclusion_says_only_what_the_numbers_say():
         NG=seeds(91.0, 79.0, 85.5),
     )
     assert conclusion_lines(methods) == [
-        "No method reaches the training loss at which SGDM ends.",
+        "No method is earlier than SGDM at the training loss at which SGDM ends.",
         "On the test, by two standard errors, AdamW is better than SAM; SGDM is worse than SAM; "
         "between NG and SAM no difference can be told.",
     ]
