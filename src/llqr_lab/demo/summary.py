@@ -1,7 +1,8 @@
-"""What the demo's runs say: means, paired differences, and what the refreshes did."""
+"""What the demo's runs say: means, paired differences, the way to a loss, what U did."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,11 +11,13 @@ from typing import Any
 from ..common.output import difference_text, plus_minus, without_nan
 from ..common.refreshes import INACTIVE, summarise_refreshes
 from ..common.statistics import mean_std, paired_difference
+from ..study.readings import step_of_target, verdict
 from .runs import History
 
-__all__ = ["accuracy_rows", "refresh_lines", "summarise_runs"]
+__all__ = ["conclusion_lines", "refresh_lines", "result_rows", "summarise_runs"]
 
 Summary = dict[str, Any]
+TARGET, BASELINE = "SGDM", "SAM"  # whose final loss is to be reached, and whose accuracy
 
 
 def summarise_runs(
@@ -28,53 +31,139 @@ def summarise_runs(
             "test_accuracy": final[name],
             "mean": statistics.fmean(final[name]),
             "std": mean_std(final[name])[1],
-            "minus_SAM": paired_difference(final[name], final["SAM"]),
+            "minus_SAM": paired_difference(final[name], final[BASELINE]),
+            "final_loss": statistics.fmean(h.loss[-1] for h in hs),
+            "seconds": statistics.median(h.seconds[-1] for h in hs),
+            "to_SGDMs_loss": _way_to_loss(hs, histories[TARGET]),
             "train_accuracy": [h.train_accuracy for h in hs],
             "test_accuracy_by_epoch": [h.test_accuracy for h in hs],
             "loss_by_epoch": [h.loss for h in hs],
+            "seconds_by_epoch": [h.seconds for h in hs],
+            "steps_by_epoch": histories[TARGET][0].steps,
             "skipped_steps": [h.skipped_steps for h in hs],
-            "seconds": [h.seconds for h in hs],
             "refreshes": summarise_refreshes([r for h in hs for r in h.reports]),
             "reports": [[without_nan(asdict(r)) for r in h.reports] for h in hs],
-            "spectra": [h.spectra for h in hs],
         }
         for name, hs in histories.items()
     }
 
 
-def accuracy_rows(methods: Mapping[str, Summary]) -> list[dict[str, Any]]:
-    """Return the table of accuracies, one row per method."""
+def _way_to_loss(
+    histories: Sequence[History], targets: Sequence[History]
+) -> dict[str, float] | None:
+    """Return steps and seconds to the loss at which SGDM ends with the same seed: medians.
+
+    Losses are means of epochs, with straight lines between their ends. None: fewer than half of the
+    seeds get there.
+    """
+    found: dict[str, float] = {}
+    for what in ("steps", "seconds"):
+        ways = []
+        for own, target in zip(histories, targets, strict=True):
+            curve = [list(point) for point in zip(getattr(own, what), own.loss, strict=True)]
+            ways.append(step_of_target(curve, 1, target.loss[-1], sign=-1))
+        found[what] = statistics.median(ways)
+    return None if math.inf in found.values() else found
+
+
+def result_rows(methods: Mapping[str, Summary]) -> list[dict[str, Any]]:
+    """Return the table of results, one row per method."""
     return [
         {
             "method": name,
-            "test accuracy %": plus_minus(m["mean"], m["std"], mark="+-"),
-            "minus SAM": "-" if name == "SAM" else difference_text(m["minus_SAM"], mark="+-"),
-            "noisy train %": statistics.fmean(m["train_accuracy"]),
-            "s a run": statistics.fmean(m["seconds"]),
+            "training loss": f"{m['final_loss']:.3f}",
+            "test %": plus_minus(m["mean"], m["std"], mark="+-"),
+            "minus SAM": "-" if name == BASELINE else difference_text(m["minus_SAM"], mark="+-"),
+            "seconds": f"{m['seconds']:.2f}",
+            "steps to SGDM's loss": _steps_text(m["to_SGDMs_loss"]),
         }
         for name, m in methods.items()
     ]
 
 
+def _steps_text(way: Mapping[str, float] | None) -> str:
+    return "not reached" if way is None else f"{way['steps']:.0f}"
+
+
+def conclusion_lines(methods: Mapping[str, Summary]) -> list[str]:
+    """Return what the numbers say, in plain words: on speed, on the test, and on U."""
+    return [_speed_text(methods), _test_text(methods), *_inactive_text(methods)]
+
+
+def _speed_text(methods: Mapping[str, Summary]) -> str:
+    target = methods[TARGET]
+    whole = {"steps": target["steps_by_epoch"][-1], "seconds": target["seconds"]}
+    shares = {
+        name: {what: m["to_SGDMs_loss"][what] / whole[what] for what in whole}
+        for name, m in methods.items()
+        if name != TARGET and m["to_SGDMs_loss"] is not None
+    }
+    first = min(shares, key=lambda name: shares[name]["steps"], default=None)
+    if first is None or shares[first]["steps"] >= 1:
+        return f"No method is earlier than {TARGET} at the training loss at which {TARGET} ends."
+    return (
+        f"{first} is the first at the training loss at which {TARGET} ends: in "
+        f"{shares[first]['steps']:.0%} of its steps and {shares[first]['seconds']:.0%} of its "
+        "seconds."
+    )
+
+
+def _test_text(methods: Mapping[str, Summary]) -> str:
+    said: dict[str, list[str]] = {"better": [], "worse": [], "level": [], "": []}
+    for name, m in methods.items():
+        if name != BASELINE:
+            said[verdict(m["minus_SAM"])].append(name)
+    if said[""]:
+        return f"On the test no difference to {BASELINE} can be told from so few seeds."
+    parts = [
+        f"{_listed(said[word])} {'is' if len(said[word]) == 1 else 'are'} {word} than {BASELINE}"
+        for word in ("better", "worse")
+        if said[word]
+    ]
+    if said["level"]:
+        parts.append(f"between {_listed(said['level'])} and {BASELINE} no difference can be told")
+    return f"On the test, by two standard errors, {'; '.join(parts)}."
+
+
+def _inactive_text(methods: Mapping[str, Summary]) -> list[str]:
+    names = [n for n, m in methods.items() if m["refreshes"] and not m["refreshes"]["active"]]
+    if not names:
+        return []
+    return [f"U is inactive in {_listed(names)}: what is seen there is the base and the probe."]
+
+
+def _listed(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def refresh_lines(methods: Mapping[str, Summary]) -> list[str]:
-    """Return two lines per method that learns U: what its refreshes did, and whether U acts."""
+    """Return two lines per method with U: what its refreshes did, and whether U acts."""
     lines = []
     for name, method in methods.items():
         r = method["refreshes"]
         if r is None:
             continue
-        kind = "{structure}, inner lr {inner_lr:g}".format(**method["settings"])
-        lines.append(
-            f"{name} ({kind}): {r['accepted']} of {r['count']} refreshes accepted, "
-            f"J {_shown_number(r['J_before'])} -> {_shown_number(r['J_after'])}, "
-            f"{r['products']:g} products"
+        kind = ", ".join(
+            f"{word} {method['settings'][key]}".strip()
+            for key, word in (("structure", ""), ("inner_lr", "inner lr"))
+            if key in method["settings"]
         )
-        verdict = "" if r["active"] else f"; U inactive (below {INACTIVE:g}: U hardly acts)"
+        lowered = (
+            ""
+            if r["J_after"] is None
+            else f", J {_shown_number(r['J_before'])} -> {_shown_number(r['J_after'])}"
+        )
+        lines.append(
+            f"{name} ({kind or 'closed form'}): {r['accepted']} of {r['count']} refreshes accepted"
+            f"{lowered}"
+        )
+        verdict_text = "" if r["active"] else f"; U inactive (below {INACTIVE:g}: U hardly acts)"
         lines.append(
             f"    |Ug-g|/|g| {_shown_number(r['change'])}, |Ug|/|g| {_shown_number(r['ratio'])}, "
             f"cos {_shown_number(r['cosine'])}, eigenvalues of U "
             f"{_shown_number(r['smallest_eigenvalue'])} .. "
-            f"{_shown_number(r['largest_eigenvalue'])}{verdict}"
+            f"{_shown_number(r['largest_eigenvalue'])}{verdict_text}"
         )
     return lines
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .own import LEARNED
-from .settings import Group, Setting, Source
+from .settings import METHODS, Group, Setting, Some, Source
 
 __all__ = ["DEMO", "DEMO_KEYS", "DEMO_METHODS"]
 
@@ -13,33 +13,32 @@ SCALE = Source.SCALE
 DEMO_METHODS = {
     "SGDM": "SGDM",
     "AdamW": "AdamW",
-    "LLQR": "LLQR (NGD)",
     "SAM": "SAM",
-    "FriendlySAM": "F-SAM",
+    "NG": "NG",
+    "NG+SAM": "NG+SAM",
+    "NG+SAM/5": "NG+SAM/5",
+    "LLQR": "LLQR (NGD)",
     "LLQR+SAM": "LLQR+SAM (NGD)",
-    "LLQR+FriendlySAM": "LLQR+F-SAM (NGD)",
 }
 # the key of the demo's settings file -> the protocols' key
 DEMO_KEYS = {
     "lr": "base.lr",
-    "weight_decay": "base.weight_decay",
     "rho": "probe.rho",
-    "decay": "probe.decay",
     "structure": "llqr.structure",
     "inner_lr": "llqr.lr",
-    "ema": "llqr.ema",
-    "every": "llqr.every",
-    "graft": "optimizer.graft",
 }
+WITH_U = Some("methods with U", [name for name in DEMO_METHODS.values() if METHODS[name].curvature])
 
 DEMO = Group(
     "The demo: digits with wrong labels",
     [
         *LEARNED,
+        Setting("llqr.every", 10, SCALE),
+        Setting("optimizer.graft", True, SCALE, "base.lr keeps its scale", method=WITH_U),
         Setting("data.noise", 0.4, SCALE, "of the training labels are wrong, an exact share"),
-        Setting("train.epochs", 30, SCALE),
+        Setting("train.epochs", 15, SCALE),
         Setting("train.batch", 128, SCALE),
-        Setting("refresh.batch", 256, SCALE),
+        Setting("refresh.batch", 128, SCALE),
         Setting("report.metric", "test accuracy after the last epoch", SCALE),
         Setting("report.seeds", (0, 1, 2), SCALE),
     ],

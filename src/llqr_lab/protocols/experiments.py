@@ -238,6 +238,7 @@ EXPERIMENTS["demo"] = Experiment(
     (SUPERVISED, LLQR, PROBES, DEMO),
     [
         Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
+        Setting("base.weight_decay", 0.01, Source.SCALE, "torch's default", method=ADAMW),
         *tuned_settings("demo", DEMO_METHODS, DEMO_KEYS),
     ],
     small=NOTHING,
@@ -282,7 +283,8 @@ def resolve_settings(
     # From the general to the particular: a later setting replaces an earlier one of its key.
     chosen: dict[str, Setting] = {}
     for setting in candidates:
-        if kind.uses_setting(setting.key) and setting.holds_for(dataset, model, method):
+        used = kind.uses_setting(setting.key) and not kind.leaves_to_library(setting.key)
+        if used and setting.holds_for(dataset, model, method):
             chosen[setting.key] = setting
     # Only what the run has anyway: a smoke run of images gets no setting of translation.
     smoke = {s.key: s for s in SMOKE if s.key in chosen} if scale == "smoke" else {}

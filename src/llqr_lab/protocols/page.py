@@ -74,15 +74,14 @@ def _methods_table() -> str:
     rows = [
         (
             name,
+            m.metric if m.curvature else "",
             m.curvature or "",
-            m.probe or "",
+            ", ".join([m.probe or "", *(f"{k}={v}" for k, v in m.probe_options.items())]),
             ("yes" if m.transport else "no") * bool(m.curvature),
         )
         for name, m in METHODS.items()
     ]
-    return _markdown_table(
-        ("Method", "Curvature of LLQR", "Perturbation", "U acts on the step"), rows
-    )
+    return _markdown_table(("Method", "U", "Curvature", "Perturbation", "U acts on the step"), rows)
 
 
 def _runs_list(experiment: Experiment) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -88,23 +88,30 @@ class Method:
     """What a method adds to the base optimizer.
 
     Attributes:
-        curvature: of LLQR, or None without it.
+        curvature: of the metric, or None without one.
         probe: the perturbation's class in llqr, or None.
         transport: whether U also acts on the gradient of the second pass.
+        metric: the class in llqr that makes U, if there is a curvature.
+        probe_options: arguments of the perturbation that are part of the method.
     """
 
     curvature: str | None = None
     probe: str | None = None
     transport: bool = True
+    metric: str = "LLQR"
+    probe_options: Mapping[str, Any] = field(default_factory=dict)
 
     def own_settings(self) -> list[Setting]:
         """Return what follows from the method itself."""
         found = []
+        source = Source.PAPER if self.metric == "LLQR" else Source.SCALE
         if self.curvature:
-            found.append(Setting("llqr.curvature", self.curvature, Source.PAPER))
-            found.append(Setting("optimizer.transport", self.transport, Source.PAPER))
+            found.append(Setting("llqr.curvature", self.curvature, source))
+            found.append(Setting("optimizer.transport", self.transport, source))
         if self.probe:
-            found.append(Setting("probe.kind", self.probe, Source.PAPER))
+            found.append(Setting("probe.kind", self.probe, source))
+        for key, value in self.probe_options.items():
+            found.append(Setting(f"probe.{key}", value, source))
         return found
 
     def uses_setting(self, key: str) -> bool:
@@ -114,7 +121,16 @@ class Method:
             return self.curvature is not None
         return part != "probe" or self.probe is not None
 
+    def leaves_to_library(self, key: str) -> bool:
+        """Tell whether no protocol speaks of a setting: the groups' values are LLQR's."""
+        part, _, name = key.partition(".")
+        return part == "llqr" and self.metric != "LLQR" and name not in CHOSEN
 
+
+# What is said of a metric that is not the paper's.
+CHOSEN = ("structure", "curvature")
+CLOSED_FORM = {"curvature": "fisher", "metric": "NaturalGradient"}
+ALONG_G = {"along": "gradient"}
 # NGD: the Fisher (blue in the paper's tables); Newton: the Hessian (orange).
 METHODS = {
     "SGDM": Method(),
@@ -130,6 +146,9 @@ METHODS = {
     "LLQR+F-SAM (NGD)": Method("fisher", "FriendlySAM"),
     "LLQR+F-SAM (Newton)": Method("newton", "FriendlySAM"),
     "LLQR^Delta+SAM": Method("fisher", "SAM", transport=False),
+    "NG": Method(**CLOSED_FORM),
+    "NG+SAM": Method(**CLOSED_FORM, probe="SAM", probe_options=ALONG_G),
+    "NG+SAM/5": Method(**CLOSED_FORM, probe="SAM", probe_options=ALONG_G | {"interval": 5}),
 }
 
 
@@ -145,4 +164,4 @@ def slug(name: str) -> str:
         >>> slug("LLQR+F-SAM (Newton)"), slug("LLQR^Delta+SAM"), slug("CIFAR-10")
         ('llqr-f-sam-newton', 'llqr-delta-sam', 'cifar-10')
     """
-    return name.lower().replace(" (ngd)", "").translate(str.maketrans("+^ ", "---", "()"))
+    return name.lower().replace(" (ngd)", "").translate(str.maketrans("+^/ ", "----", "()"))

@@ -12,7 +12,8 @@ from torch import nn
 import llqr
 
 from ..models.registry import build_network
-from .config import given_values
+from ..protocols import METHODS
+from .config import chosen_names, given_values
 from .draws import seed_of
 
 __all__ = ["network_of", "optimizer_of", "schedule_of"]
@@ -49,21 +50,28 @@ def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
     Refused refreshes are counted and reported; they do not end a run.
     """
     base = getattr(torch.optim, config.base.optimizer)
-    geometry: llqr.LLQR | None = None
-    if config.llqr.curvature is not None:
-        settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
-        # LLQR stops after some refusals in a row; here they are results.
-        geometry = llqr.LLQR(settings.pop("structure"), **settings, max_failures=10**9)
     probe = None
     if config.probe.kind is not None:
         probe = getattr(llqr, config.probe.kind)(**given_values(config.probe, "kind"))
     return llqr.Optimizer(
         base(model.parameters(), **given_values(config.base, "optimizer")),
         model,
-        geometry=geometry,
+        geometry=_geometry_of(config),
         perturbation=probe,
         **given_values(config.optimizer),
     )
+
+
+def _geometry_of(config: DictConfig) -> llqr.Geometry | None:
+    if config.llqr.curvature is None:
+        return None
+    metric = METHODS[chosen_names(config)["method"]].metric
+    # Every setting of LLQR has a value, some of them None; of others what is None is the default.
+    settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
+    if metric != "LLQR":
+        settings = given_values(config.llqr)
+    # A metric stops after some refusals in a row; here they are results.
+    return getattr(llqr, metric)(settings.pop("structure"), **settings, max_failures=10**9)
 
 
 def schedule_of(

@@ -80,8 +80,10 @@ class NoisyDigits:
 
     def refresh(self, model: nn.Module, step: int) -> Forward:
         """Return the pass of a minibatch of its own."""
-        # Refreshes are due every llqr.every steps from step 0 on, so this is their number.
-        chosen = self._draw_permutation("refresh", step // self.config.llqr.every)
+        # Refreshes that are due every llqr.every steps from step 0 on are numbered in turn; where
+        # no interval is given, the gap grows, and the step itself is the number.
+        number = step // (self.config.llqr.every or 1)
+        chosen = self._draw_permutation("refresh", number)
         return self.forward(model, self._pictures_at(chosen[: self.config.refresh.batch]), step)
 
     def evaluate(self) -> dict[str, float]:

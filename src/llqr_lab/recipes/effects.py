@@ -47,7 +47,7 @@ def keys_with_effect(config: DictConfig, task_keys: Iterable[str]) -> set[str]:
     found |= {f"network.{key}" for key in taken & set(config.network)}
     found |= {"network.small"} if SMALL.get(config.model.lower()) else set()
     if method.curvature is not None:
-        found |= _arguments_in(config, "llqr", llqr.LLQR)
+        found |= _arguments_in(config, "llqr", getattr(llqr, method.metric))
         found |= {"refresh.batch", "optimizer.transport", "optimizer.graft"}
     else:
         found -= {"refresh.batch"}

@@ -41,6 +41,8 @@ class Training:
 
     Attributes:
         seconds: of steps and refreshes.
+        processor_seconds: the same, as the processor counts them: what else runs on the machine
+            does not change them.
         elapsed: the same with loading, evaluation and checkpoints, as a clock on the wall shows it.
     """
 
@@ -54,7 +56,7 @@ class Training:
         self.schedule = schedule_of(config, self.optimizer, self.steps)
         self.compiled = torch.compile(self.model) if config.train.compile else self.model
         self.epoch = self.batch = self.lines = 0
-        self.seconds = self._elapsed_before = 0.0
+        self.seconds = self.processor_seconds = self._elapsed_before = 0.0
         self._began = time.perf_counter()
         self.epochs: list[dict[str, Any]] = []
         self.refreshes: list[dict[str, Any]] = []
@@ -82,6 +84,7 @@ class Training:
             self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
             self.epochs, self.refreshes = state["epochs"], state["refreshes"]
             self.loss, self.lines = state["loss"], state["lines"]
+            self.processor_seconds = state.get("processor_seconds", self.seconds)
             self._elapsed_before = state.get("elapsed", self.seconds)
         return self.step
 
@@ -114,6 +117,7 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
             "elapsed": self.elapsed,
             "epochs": self.epochs,
             "refreshes": self.refreshes,
@@ -173,7 +177,11 @@ class Training:
         measured = {"train_loss": mean, **self.task.evaluate()}
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss = torch.zeros_like(self.loss)
-        times = {"seconds": self.seconds, "elapsed_seconds": self.elapsed}
+        times = {
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+            "elapsed_seconds": self.elapsed,
+        }
         values = without_nan({**times, **measured})
         self.epochs.append({"epoch": self.epoch, "step": self.step, **values})
         self.records.write_measurement("epoch", self.step, {"epoch": self.epoch, **values})
@@ -225,12 +233,13 @@ class Training:
 
     @contextmanager
     def _time_step(self) -> Iterator[None]:
-        began = time.perf_counter()
+        began, processor_began = time.perf_counter(), time.process_time()
         yield
         # A wait in every step would keep the device idle; one per epoch makes its time right.
         if self.batch + 1 == self.task.steps:
             self.workers.synchronize()
         self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - processor_began
 
     def _note_refresh(self, optimizer: llqr.Optimizer, report: llqr.RefreshReport) -> None:
         values: Mapping[str, Any] = asdict(report)

@@ -56,7 +56,7 @@ def test_a_run_can_be_built(run: tuple[str, str, str, str]):
     geometry = values(*run, part="llqr")
     assert bool(geometry) == (kind.curvature is not None)
     if geometry:
-        made = llqr.LLQR(geometry.pop("structure"), **geometry)
+        made = getattr(llqr, kind.metric)(geometry.pop("structure"), **geometry)
         assert type(made.curvature).__name__.lower() == kind.curvature
     probe = values(*run, part="probe")
     assert bool(probe) == (kind.probe is not None)

@@ -59,6 +59,7 @@ OTHER = {
     "input.holdout": [3],
     "input.limit": [5],
     "report.length_penalty": [0.5],
+    "probe.along": ["gradient", "metric"],
 }
 MODEL = {"table1": "wrn-28-10", "table2": "vgg16-bn", "table4": "pyramidnet-110"}
 
