@@ -31,7 +31,7 @@ def sam_step(
         norm = length([p.grad for p, r in held if r > 0])
         clean = [p.clone() for p, _ in held]
         for p, r in held:
-            p.add_(p.grad * (r / norm))
+            p.add_(p.grad, alpha=float(r / norm))  # one rounding, as the library has it
     base.zero_grad()
     backward()
     with torch.no_grad():

@@ -42,7 +42,7 @@ def test_lightning(monkeypatch, tmp_path):
     trainer = test_lightning.trained(
         module, tmp_path, accumulate_grad_batches=2, gradient_clip_val=small.CLIP
     )
-    small.by_hand(hand, 2, small.CLIP)
+    small.by_hand(hand, 2, small.CLIP, in_groups=True)
     test_lightning.equal(module.net, hand)
     assert len(trainer.optimizers) == 1 and len(trainer.optimizers[0].base) == 2
 
