@@ -254,7 +254,8 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
     own = local_all(tensors.values())
-    if own and all(t.is_cpu for t in own) and math.isfinite(_sum_on_cpu(own)):
+    one_place = len({t.device for t in own}) == 1
+    if one_place and own[0].is_cpu and math.isfinite(_sum_on_cpu(own)):
         return True
     return math.isfinite(_largest(tensors))  # a sum may also leave the range
 

@@ -57,7 +57,7 @@ def test_every_cell_runs_or_has_one_that_runs_for_it():
     assert set(runs_as) == set(cells)
     for cell, one in runs_as.items():
         assert cell.network == one.network and runs_as[one] == one
-        if "LLQR" not in cell.method:
+        if "LLQR" not in cell.method and "NG" not in cell.method:
             assert one == cell  # seconds: it runs itself
         elif cell.recipe in ("table1", "table10"):
             assert "SAM" in one.method and ("Newton" in cell.method) == ("Newton" in one.method)

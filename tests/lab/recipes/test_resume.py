@@ -20,10 +20,12 @@ def ended(folder):
     result = json.loads(path.read_text())
     for entry in (*result["epochs"], *result["refreshes"]):
         del entry["seconds"]
+        entry.pop("processor_seconds", None)
         entry.pop("elapsed_seconds", None)
     lines = [json.loads(x) for x in (path.parent / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("seconds", None)
+        line.pop("processor_seconds", None)
         line.pop("elapsed_seconds", None)
     weights = torch.load(path.parent / "network.pt", weights_only=True)
     return weights, result["epochs"], result["refreshes"], lines
