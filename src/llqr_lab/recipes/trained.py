@@ -30,6 +30,8 @@ def config_of_run(about: dict[str, Any], data: str | None, device: str) -> DictC
         device: where to compute.
     """
     chosen = {k: slug(about[k]) for k in ("dataset", "model", "method")}
+    if is_packaged(about["model"]):  # timm/NAME is typed as it is
+        chosen["model"] = about["model"]
     chosen |= {k: about[k] for k in ("scale", "seed", "noise")}
     config = resolve_config(
         compose_config(about["recipe"], [f"{k}={v}" for k, v in chosen.items()])
