@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "SHORT",
     "WIDE",
     "compute_per_device",
     "flatten",
+    "join_short",
     "split_by_device",
     "unflatten",
     "widen",
@@ -21,6 +23,8 @@ __all__ = [
 V = TypeVar("V")
 R = TypeVar("R")
 
+#: Entries of a tensor up to which its call costs more than its numbers, and float64 nothing.
+SHORT = 2**14
 #: The dtypes in which gradients are taken as they are.
 WIDE = frozenset({torch.float32, torch.float64})
 
@@ -41,6 +45,12 @@ def flatten(tensors: list[Tensor]) -> Tensor:
     In one call for all; a tensor that is alone shares its memory with the result.
     """
     return torch._C._nn.flatten_dense_tensors(tensors)
+
+
+def join_short(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the long tensors as they are, and all short ones of that device as one."""
+    short = [t for t in tensors if t.numel() <= SHORT]
+    return [t for t in tensors if t.numel() > SHORT] + ([flatten(short)] if short else [])
 
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._devices import WIDE, compute_per_device, flatten, split_by_device, unflatten, widen
+from ._devices import (
+    SHORT,
+    WIDE,
+    compute_per_device,
+    flatten,
+    split_by_device,
+    unflatten,
+    widen,
+)
 from .distributed._sharded import WHOLE, is_sharded, local, summed
 
 __all__ = [
@@ -45,8 +53,6 @@ Tensors = Mapping[str, Tensor]
 Scalar = float | Tensor
 V = TypeVar("V")
 
-#: Entries up to which float64 costs nothing.
-SHORT = 1 << 14
 #: Below it, products of single entries may have left the range of float32.
 TINY = 1e-20
 #: The longest sum that is left to one matrix product.
@@ -276,10 +282,15 @@ def total_on_device(a: Tensors, b: Tensors) -> Tensor:
     """Return the inner product over all whole tensors of one device, without a read."""
     xs, ys = [a[n] for n in b], list(b.values())
     if all(map(is_, xs, ys)):
-        norms = torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs])
-        return widen(torch.stack(norms)).square().sum()
+        return _square_from_norms(xs)
     runs = _gather_runs(list(zip(xs, ys, strict=True)), lambda pair: pair[0].numel())
     return torch.stack([_product_of_run(*_sides(run), double=False) for run in runs]).sum()
+
+
+def _square_from_norms(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of squares over all tensors, from their norms; nothing is read."""
+    norms = torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in tensors])
+    return widen(torch.stack(norms)).square().sum()
 
 
 def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:
@@ -289,8 +300,7 @@ def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:
         return float(_product_of_run(xs, ys, double=True))
     if not cpu and all(map(is_, xs, ys)):
         # Norms in one call for all: on a CPU they lose digits of long tensors.
-        norms = torch.stack(torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in xs]))
-        square = float(widen(norms).square().sum())
+        square = float(_square_from_norms(xs))
         if TINY < square < math.inf:
             return square
     every = list(zip(xs, ys, strict=True))

@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from .._devices import compute_per_device, flatten, split_by_device, widen, widest_dtype
+from .._devices import (
+    SHORT,
+    compute_per_device,
+    flatten,
+    join_short,
+    split_by_device,
+    widen,
+    widest_dtype,
+)
 from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
 
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
-#: Entries of a tensor up to which its call costs more than its numbers.
-SHORT = 2**14
 
 
 class Ranks:
@@ -265,9 +271,7 @@ def _sum_on_cpu(tensors: list[Tensor]) -> float:
     with torch.no_grad():
         if sum(map(Tensor.numel, tensors)) <= SHORT:
             return float(flatten(tensors).sum())
-        short = [t for t in tensors if t.numel() <= SHORT]
-        runs = [t for t in tensors if t.numel() > SHORT] + ([flatten(short)] if short else [])
-        return float(sum(torch.stack([t.sum() for t in runs]).tolist()))
+        return float(sum(torch.stack([t.sum() for t in join_short(tensors)]).tolist()))
 
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:
@@ -287,8 +291,7 @@ def _largest_on_one_device(named: Mapping[str, Tensor]) -> float:
         return float(torch.stack(torch._foreach_norm(tensors, ord=float("inf"))).max())
     # The fused norm is 20 times slower there than this. Short tensors cost their calls.
     with torch.no_grad():
-        short = [t for t in tensors if t.numel() <= SHORT]
-        runs = [t for t in tensors if t.numel() > SHORT] + ([flatten(short)] if short else [])
-        ends = torch.stack([end for t in runs for end in torch.aminmax(t)]).tolist()
+        found = [end for t in join_short(tensors) for end in torch.aminmax(t)]
+        ends = torch.stack(found).tolist()
     # A NaN is both ends of its tensor, and unequal to itself.
     return max(map(abs, ends)) if all(map(eq, ends, ends)) else math.nan

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .._allocations import bytes_of
 from .._html import format_table
 from .._vectors import Tensors
 from ..distributed import Ranks
@@ -105,8 +106,7 @@ class Geometry:
 
     def memory(self) -> dict[str, int]:
         """Return bytes in this process; "preconditioner" is what U takes."""
-        entries = (v for entry in self.state().values() for v in entry.values())
-        return {"preconditioner": sum(v.numel() * v.element_size() for v in entries)}
+        return {"preconditioner": bytes_of(self.state())}
 
     def summary(self) -> str:
         """Return a table of the parameters and how many scalars U stores for each."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .._allocations import bytes_of
 from .layout import Layout
 from .structures import States
 from .structures.closed_form import ClosedForm
@@ -104,5 +105,5 @@ def peak_bytes(layout: Layout, parts: Sequence[ClosedForm], states: States, samp
         if ranks is None:  # gathered, and not yet released where it was drawn
             peaks.append(kept + drawn + own)
             drawn -= own
-        kept += sum(v.numel() * v.element_size() for v in state.values())
+        kept += bytes_of(state)
     return max(*peaks, kept + 2 * gradient)  # and at the end M and its power, of all parts

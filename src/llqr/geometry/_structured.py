@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._allocations import bytes_of
 from .._html import format_table
 from .._vectors import Tensors, former_names
 from ..distributed._sharded import whole_parameters
@@ -427,7 +428,7 @@ class StructuredGeometry(Geometry):
         stored = {id(v): v for s in self.states for v in s.values()}
         made = [] if self._applied is None else self._applied[1]
         applied = [v for s in made for v in s.values() if id(v) not in stored]
-        return {"preconditioner": _bytes_of(stored.values()), "applied": _bytes_of(applied)}
+        return {"preconditioner": bytes_of(stored), "applied": bytes_of(applied)}
 
     def _judgement_bytes(self) -> int:
         """Return what a refresh takes at its end, to report how the new U acts."""
@@ -496,10 +497,6 @@ class StructuredGeometry(Geometry):
             )
         self.blocks.load(states, state)
         self.states = states
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(v.numel() * v.element_size() for v in tensors)
 
 
 def _quotient(a: float, b: float) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
-from .._checks import Schedule, check_number
+from .._checks import Schedule, check_choice, check_number
 from .._vectors import Tensors
 from ._base import Perturbation, Probe
 
@@ -58,8 +58,7 @@ class FisherSAM(Perturbation):
     ) -> None:
         super().__init__(rho, start=start, interval=interval)
         check_number("eta", eta, low=0, open_low=True)
-        if form not in get_args(Form):
-            raise ValueError(f"form: expected one of {get_args(Form)}, got {form!r}")
+        check_choice("form", form, Form)
         self.eta, self.form = eta, form
 
     def displacement(self, probe: Probe) -> Tensors | None:

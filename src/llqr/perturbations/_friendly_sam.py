@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
-from .._checks import Schedule, check_number
+from .._checks import Schedule, check_choice, check_number
 from .._vectors import Tensors
 from ._base import Probe
 from ._memory import RememberingSAM
@@ -74,9 +74,7 @@ class FriendlySAM(RememberingSAM):
         )
         check_number("sigma", sigma, low=0)
         check_number("decay", decay, low=0, high=1)
-        if memory_start not in get_args(MemoryStart):
-            allowed = get_args(MemoryStart)
-            raise ValueError(f"memory_start: expected one of {allowed}, got {memory_start!r}")
+        check_choice("memory_start", memory_start, MemoryStart)
         self.sigma, self.decay, self.memory_start = sigma, decay, memory_start
 
     def displacement(self, probe: Probe) -> Tensors | None:

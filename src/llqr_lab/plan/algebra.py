@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 import llqr
-from llqr.geometry.inner_solve import Objective, solve_in_buffers
+from llqr.geometry.inner_solve import Objective, bytes_of, solve_in_buffers
 from llqr.geometry.structures import State
 
 from .work import Work, measure_work
@@ -81,7 +81,7 @@ def _buffered_work(geometry: llqr.LLQR) -> Work:
         one, two = solve(1), solve(2)
     later = two + one * -1.0
     if settings.learner_at(0).options.clip is not None:  # it reads norms: one pass, and few calls
-        trained = sum(v.numel() * v.element_size() for s in states for v in s.values())
+        trained = bytes_of(states)
         later += Work(moved=3.0 * trained, calls=6.0 * sum(len(s) for s in states))
     return one + later * (settings.steps - 1)
 
@@ -125,7 +125,7 @@ def moments_work(geometry: llqr.NaturalGradient, applied: Work) -> Work:
     total = applied * 1.0  # for the report
     for part, state in zip(geometry.parts, geometry.states, strict=True):
         size = float(part.group.numel * part.group.dtype.itemsize)
-        held = sum(v.numel() * v.element_size() for v in state.values())
+        held = bytes_of(state)
         # Gathered, squared and added; averages, inverses and their traces.
         total += Work(moved=5 * samples * size + 6.0 * held, calls=8.0 * samples + 60)
         for basis in ("QA", "QB"):

@@ -193,13 +193,12 @@ def written_keys(recipe: str) -> dict[str, Any]:
 
 def expected_values(config: DictConfig) -> dict[str, Any]:
     """Return the value that each key has if nothing is given, by the keys as they are typed."""
-    protocol = _resolved(**chosen_names(config))
 
     def expected_value(written: Any) -> Any:
         if not isinstance(written, str) or not written.startswith("${protocol:"):
             return written
         key = written.removeprefix("${protocol:").removesuffix("}")
-        return _as_lists(protocol[key].value) if key in protocol else None
+        return _resolve_protocol(key, _root_=config)
 
     return {key: expected_value(written) for key, written in written_keys(config.recipe).items()}
 
@@ -213,12 +212,9 @@ def changed_keys(config: DictConfig) -> list[str]:
     typed = {
         f"{word}.{key}": f"{group}.{key}" for group, word in GROUPS.items() for key in config[group]
     }
-    protocol, settings = _resolved(**chosen_names(config)), flat_settings(config)
     found = []
-    for key, value in settings.items():
+    for key, value in flat_settings(config).items():
         usual = expected.get(typed.get(key, key))  # None: a key that was added, +network.KEY
-        if key in protocol and protocol[key].follows:
-            usual = settings[protocol[key].follows]
         if key == "noise" or (key == "read" and usual is None):
             continue
         if value != usual:

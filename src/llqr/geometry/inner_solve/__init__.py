@@ -6,6 +6,7 @@ earlier ones. Vectors here are flat; nothing knows a module, a parameter or a pr
 """
 
 from ..._allocations import Allocations as Allocations
+from ..._allocations import bytes_of as bytes_of
 from ._buffered import solve_in_buffers as solve_in_buffers
 from ._flat_model import FlatModel as FlatModel
 from ._flat_model import pack_mean as pack_mean

@@ -132,7 +132,7 @@ class EKfac(Structure):
         if skew < (1e-6 if exact else 1e-3):
             return s.amin((1, 2)), s.amax((1, 2))
         # An estimate keeps two dozen vectors: of a few blocks at a time.
-        at_once = max(1, ESTIMATED_AT_ONCE // max(1, s[0].numel()))
+        at_once = self._estimated_at_once
         ends = [
             self._extremes_of_skewed({k: v[i : i + at_once] for k, v in state.items()}, exact)
             for i in range(0, self.count, at_once)
@@ -141,9 +141,13 @@ class EKfac(Structure):
 
     def estimate_bytes(self) -> int:
         """Return the vectors of an estimate, of the blocks that are taken at a time."""
-        block = math.prod(self.group.matrix_shape)
-        at_once = min(self.count, max(1, ESTIMATED_AT_ONCE // max(1, block)))
-        return (LANCZOS_STEPS + 4) * at_once * block * self.group.dtype.itemsize
+        entries = min(self.count, self._estimated_at_once) * math.prod(self.group.matrix_shape)
+        return (LANCZOS_STEPS + 4) * entries * self.group.dtype.itemsize
+
+    @property
+    def _estimated_at_once(self) -> int:
+        """The blocks whose eigenvalues are estimated together."""
+        return max(1, ESTIMATED_AT_ONCE // max(1, math.prod(self.group.matrix_shape)))
 
     def _extremes_of_skewed(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extreme eigenvalues of some of the blocks, from their action."""
