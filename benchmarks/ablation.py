@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 import llqr
 from llqr.geometry.structures.closed_form import OneSided
+from llqr_lab.common.pages import fill_between
 from llqr_lab.data.fashion_mnist import fashion_mnist
 
 STEPS, BATCH, IMAGES = 470, 128, 12_000
@@ -249,9 +250,7 @@ def write_page(file: Path) -> None:
     """Keep the results of a file and write their table into the page."""
     if file.resolve() != RESULTS:
         RESULTS.write_text(file.read_text())
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}")
+    PAGE.write_text(fill_between(PAGE.read_text(), BEGIN, END, section()))
 
 
 def section() -> str:

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -34,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
+from llqr_lab.common.environment import processor_name
+from llqr_lab.common.pages import fill_between
 from llqr_lab.data.fashion_mnist import fashion_mnist
 
 POOL, IMAGES, VALIDATION, BATCH = 8_000, 2_000, 4_000, 128
@@ -230,7 +231,7 @@ def study(seeds: int, workers: int, budget: float, rounds: int) -> dict[str, Any
         "workers": workers,
         "torch": torch.__version__,
         "llqr": llqr.__version__,
-        "processor": _processor(),
+        "processor": processor_name(),
         "seconds per step": costs,
         "steps": steps,
         "rows": [{**s._asdict(), "runs": final[s]} for s in best],
@@ -240,15 +241,6 @@ def study(seeds: int, workers: int, budget: float, rounds: int) -> dict[str, Any
 
 def _mean_accuracy(runs: list[dict[str, Any]]) -> float:
     return statistics.mean(r["accuracy"] for r in runs)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -320,9 +312,7 @@ def section(path: Path = RESULTS) -> str:
 
 def write_page(path: Path) -> None:
     """Put the tables of a JSON file into the page."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{section(path)}\n\n{END}{after}")
+    PAGE.write_text(fill_between(PAGE.read_text(), BEGIN, END, section(path)))
 
 
 def main() -> None:

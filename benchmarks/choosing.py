@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
+from llqr_lab.common.pages import fill_between
 from llqr_lab.data.fashion_mnist import fashion_mnist
 from llqr_lab.data.libreoffice import libreoffice_help
 from llqr_lab.data.token_batches import Sentences, TokenBatch, token_batches
@@ -374,10 +375,8 @@ def _range(found: dict[str, Any]) -> str:
 
 def write_page(path: Path) -> None:
     """Put the tables of a JSON file into the page."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
     tables = section(json.loads(path.read_text()))
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}")
+    PAGE.write_text(fill_between(PAGE.read_text(), BEGIN, END, tables))
 
 
 def main() -> None:

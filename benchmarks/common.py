@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llqr
+from llqr_lab.common.environment import processor_name
 from llqr_lab.models.resnet import resnet18
 from llqr_lab.models.vit import vit
 
@@ -217,6 +218,4 @@ def _cell(value: Any) -> str:
 def _processor(device: str) -> str:
     if device != "cpu":
         return str(getattr(torch, device).get_device_name())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return processor_name()

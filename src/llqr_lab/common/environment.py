@@ -10,7 +10,7 @@ import torch
 
 import llqr
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "processor_name"]
 
 
 def describe_environment(threads: int = 1, device: torch.device | None = None) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe_environment(threads: int = 1, device: torch.device | None = None) -
     """
     cuda = device is not None and device.type == "cuda"
     return {
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads_a_process": threads,
         **({"accelerator": torch.cuda.get_device_name(device)} if cuda else {}),
@@ -32,7 +32,8 @@ def describe_environment(threads: int = 1, device: torch.device | None = None) -
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """Return what the processor calls itself."""
     try:
         # platform.processor() says no more than the architecture on Linux.
         with open("/proc/cpuinfo") as lines:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.pages import fill_between
 from .plan import STUDIES, two_by_twos
 from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
 
@@ -31,8 +32,7 @@ def _between(text: str, marked: str, inside: str) -> str:
     begin, end = marks(marked)
     if begin not in text:
         return text
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n\n{inside}\n\n{end}{rest.split(end)[1]}"
+    return fill_between(text, begin, end, inside)
 
 
 def write_page(page: Path, results: Path) -> Path:
