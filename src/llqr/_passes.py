@@ -19,7 +19,7 @@ from ._step_modules import StepModules
 from ._vectors import DTYPE, ScaledTensors, Tensors, copies_of, copy_all
 from ._wrapper import clear_gradients
 from .distributed import Ranks
-from .distributed._sharded import WHOLE, is_sharded, local_all, reshard
+from .distributed._sharded import WHOLE, any_sharded, local_all, reshard
 
 __all__ = ["Passes", "check_scaler"]
 
@@ -52,7 +52,7 @@ class PassRecord:
         sharded = False
         if moved:
             # From copies: subtracting eps would not give the bits back.
-            sharded = are_sharded(moved)
+            sharded = any_sharded(moved)
             with torch.no_grad():
                 if sharded:
                     moved, weights = local_all(moved), local_all(weights)
@@ -280,7 +280,7 @@ class Passes:
         record.weights = copies_of(moving) if whole else [p.detach().clone() for p in moving]
         record.moved = moving
         add_displacement(moving, eps)
-        if not whole and are_sharded(moving):
+        if any_sharded(moving):
             reshard(self._parameters.model)
 
     def _state_of(
@@ -344,11 +344,6 @@ class Passes:
         """Start over: nothing was probed or observed for the coming step."""
         self.probed, self._start = False, None
         self._probing.forget()
-
-
-def are_sharded(tensors: list[Tensor]) -> bool:
-    """Tell whether ``fully_shard`` has cut any of some tensors."""
-    return not WHOLE.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
 
 
 def add_displacement(parameters: list[Tensor], eps: Tensors) -> None:

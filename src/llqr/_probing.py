@@ -24,7 +24,7 @@ from ._vectors import (
     widen_to_float32,
 )
 from .distributed import Ranks
-from .distributed._sharded import is_sharded, local_all
+from .distributed._sharded import any_sharded, local_all
 from .geometry import FixedGeometry, Geometry, StructuredGeometry
 from .perturbations import Perturbation, Probe
 from .perturbations._base import bounds_displacement, forgets_skipped
@@ -312,7 +312,7 @@ def copy_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Te
     """
     wide = widen_gradients(gradients, scaler)
     shared = {n: g for n, g in wide.items() if g is gradients[n]}
-    if any(map(is_sharded, shared.values())):
+    if any_sharded(shared.values()):
         copies = [g.clone() for g in shared.values()]
     else:
         copies = copies_of(list(shared.values()))

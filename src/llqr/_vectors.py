@@ -24,7 +24,7 @@ from ._devices import (
     unflatten,
     widen,
 )
-from .distributed._sharded import WHOLE, is_sharded, local, summed
+from .distributed._sharded import any_sharded, is_sharded, local, summed
 
 __all__ = [
     "LazyTensors",
@@ -264,7 +264,7 @@ def total_inner_product(a: Tensors, b: Tensors) -> float:
     if not b:
         return 0.0
     ys = list(b.values())
-    if not WHOLE.issuperset(map(type, ys)) and any(map(is_sharded, ys)):
+    if any_sharded(ys):
         return sum_as_double(inner_products(a, b))
     xs = ys if a is b else [a[n] for n in b]
     try:

@@ -7,7 +7,7 @@ before a model uses them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._devices import widest_dtype
 
 __all__ = [
+    "any_sharded",
     "fsdp_modules",
     "is_sharded",
     "local",
@@ -38,6 +39,11 @@ def is_sharded(tensor: Any) -> bool:
     """Tell whether a tensor is a DTensor, of which this process holds a part."""
     kind = type(tensor)
     return kind not in WHOLE and (kind.__name__ == "DTensor" or hasattr(tensor, "_local_tensor"))
+
+
+def any_sharded(tensors: Collection[Tensor]) -> bool:
+    """Tell whether any is; of tensors of torch's own classes without a look at each."""
+    return not WHOLE.issuperset(map(type, tensors)) and any(map(is_sharded, tensors))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -102,7 +108,7 @@ def whole_parameters(
     Yields:
         The parameters by name, whole: for a model that is not sharded, the parameters themselves.
     """
-    if not any(is_sharded(p) for p in parameters.values()):
+    if not any_sharded(parameters.values()):
         yield dict(parameters)
         return
     whole: dict[int, Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributed import Ranks
-from ...distributed._sharded import is_sharded, local, rows_of, sharded_like
+from ...distributed._sharded import any_sharded, is_sharded, local, rows_of, sharded_like
 from ._blocks import (
     Block,
     BlockKind,
@@ -251,7 +251,7 @@ class Layout:
     def unpack_like(self, flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors shaped like the parameters, sharded as those of ``like`` are."""
         # Without fully_shard every process needs the whole result.
-        if not any(is_sharded(t) for t in like.values()):
+        if not any_sharded(like.values()):
             return self.unpack(flat, list(like))
         return {name: self._unpack_rows(name, flat, tensor) for name, tensor in like.items()}
 
