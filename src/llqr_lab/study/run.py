@@ -175,12 +175,8 @@ class _Task:
 def costs_of(setup: Setup, problem: str) -> dict[str, Any]:
     """Return what steps cost, of the methods of which it is known."""
     journal = setup.journal(problem)
-    found = {m: journal.read("costs", _costs_key(setup, problem, m)) for m in setup.methods}
+    found = {m: journal.read("costs", setup.conditions(problem, m)) for m in setup.methods}
     return {method: cost for method, cost in found.items() if cost is not None}
-
-
-def _costs_key(setup: Setup, problem: str, method: str) -> dict[str, Any]:
-    return setup.conditions(problem, method)
 
 
 def lengths_of(setup: Setup, problem: str, costs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
@@ -273,7 +269,7 @@ def _measure(task: _Task) -> tuple[str, int]:
         costs = {m: in_units(cost, factor) for m, cost in costs.items()}
     for method in missing:
         cost = costs[method]
-        journal.keep("costs", _costs_key(setup, task.problem, method), lambda cost=cost: cost)
+        journal.keep("costs", setup.conditions(task.problem, method), lambda cost=cost: cost)
     return "costs are measured", 0
 
 

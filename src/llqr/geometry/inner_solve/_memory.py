@@ -18,6 +18,7 @@ from ._literal import solve_literally
 from ._objective import Objective
 from ._own_units import FRACTIONS, PRODUCTS
 from ._rows import rows_allocated
+from ._solve import runs_in_buffers, runs_on_coefficients
 from ._solvers import InnerSolver, SolverOptions
 
 __all__ = ["RefreshMemory"]
@@ -54,9 +55,7 @@ class RefreshMemory:
     @property
     def on_coefficients(self) -> bool:
         """Whether the solve runs on coefficients (see :func:`solve_inner_problem`)."""
-        blocks = self.blocks
-        linear = blocks.linear and blocks.single_entries
-        return bool(self.tolerance) and linear and self.solver.heavy_ball
+        return bool(self.tolerance) and runs_on_coefficients(self.blocks, self.solver)
 
     @property
     def directions(self) -> int:
@@ -135,7 +134,7 @@ class RefreshMemory:
 
         recycled = self._flat()
         objective = Objective(self.blocks, g, image_of, 0.0)
-        buffered = self.solver.heavy_ball and not self.blocks.space.sharded and self.tolerance
+        buffered = self.tolerance and runs_in_buffers(self.blocks, self.solver)
         way = solve_in_buffers if buffered else solve_literally
         # The second step finds the buffers and the momentum of the first. Clipping reads norms.
         options = replace(self.options, steps=2, lr=1.0, clip=None)

@@ -63,5 +63,9 @@ class Objective:
     def control_and_image(self, states: States) -> tuple[Tensor, Tensor]:
         """Return u = -U g and (C + damping) u."""
         u = self.blocks.apply(states, self.gradient).neg_()
-        image = self.product(u)
-        return u, image.add_(u, alpha=self.damping) if self.damping else image
+        return u, self.damped_product(u)
+
+    def damped_product(self, d: Tensor) -> Tensor:
+        """Return (C + damping) d, in the memory of the product."""
+        image = self.product(d)
+        return image.add_(d, alpha=self.damping) if self.damping else image

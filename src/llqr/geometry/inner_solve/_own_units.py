@@ -70,9 +70,7 @@ def in_own_units(
     # |g|^2 and u'Cu may leave float32 where g-hat does not.
     g = objective.gradient / length
     u = -blocks.apply(states, g)
-    image = objective.product(u)
-    if objective.damping:
-        image.add_(u, alpha=objective.damping)
+    image = objective.damped_product(u)
     along = float(dot(g, u))
     # The sign of the curvature is not its size: Newton's may be negative.
     kappa = abs(float(dot(u, image))) / along**2 if along else math.nan
@@ -80,11 +78,7 @@ def in_own_units(
         return None
 
     def scaled_product(d: Tensor) -> Tensor:
-        # In the memory of the product, which is a new vector.
-        image = objective.product(d)
-        if objective.damping:
-            image.add_(d, alpha=objective.damping)
-        return image.div_(kappa)
+        return objective.damped_product(d).div_(kappa)
 
     unit = length**2 / kappa
     if not tolerance:
@@ -127,7 +121,7 @@ def inner_rates(
     del slope
     v = blocks.apply(moved, objective.gradient).add_(u).div_(-short)
     del u, image, moved
-    bend = abs(float(blocks.space.dot(v, objective.product(v) + objective.damping * v)))
+    bend = abs(float(blocks.space.dot(v, objective.damped_product(v))))
     if not 0 < bend < math.inf:
         return []
     momentum = solver.momentum_of(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..layout import Layout
-from ..structures import States
+from ..structures import BlockDiagonal, States
 from ._buffered import solve_in_buffers
 from ._literal import solve_literally
 from ._objective import Objective
@@ -45,10 +45,7 @@ def solve_inner_problem(
         return states, first if start is old else objective.value(old)
     blocks, g = objective.blocks, objective.gradient
     capacity = basis_capacity(blocks.layout, options.steps)
-    # U linear in its state and steps linear in the gradients: every iterate is a combination of
-    # few known vectors, and the loop needs only their coefficients, one per block: so the blocks
-    # must have one entry each, which is what is clipped.
-    if blocks.linear and blocks.single_entries and solver.heavy_ball:
+    if runs_on_coefficients(blocks, solver):
         known = None if start is old else objective.control_and_image(old)
         return solve_on_coefficients(objective, start, solver, options, tolerance, capacity, known)
     product = objective.product
@@ -56,11 +53,27 @@ def solve_inner_problem(
         product = RecycledProduct(product, g, tolerance, capacity, blocks.space.dot)
     recycled = Objective(blocks, g, product, objective.damping, objective.is_spent)
     before = None if start is old else recycled.value(old)  # the first product is a real one
-    # A block that is cut over processes is clipped by its whole norm: the literal loop knows how.
-    buffered = solver.heavy_ball and not blocks.space.sharded
-    way = solve_in_buffers if buffered else solve_literally
+    way = solve_in_buffers if runs_in_buffers(blocks, solver) else solve_literally
     states, first = way(recycled, start, solver, options)
     return states, first if before is None else before
+
+
+def runs_on_coefficients(blocks: BlockDiagonal, solver: InnerSolver) -> bool:
+    """Tell whether the loop needs no vectors, if products may be answered from earlier ones.
+
+    U linear in its state and steps linear in the gradients: every iterate is a combination of few
+    known vectors, and the loop needs only their coefficients, one per block: so the blocks must
+    have one entry each, which is what is clipped.
+    """
+    return blocks.linear and blocks.single_entries and solver.heavy_ball
+
+
+def runs_in_buffers(blocks: BlockDiagonal, solver: InnerSolver) -> bool:
+    """Tell whether the buffered loop makes the steps, if not on coefficients.
+
+    A block that is cut over processes is clipped by its whole norm: the literal loop knows how.
+    """
+    return solver.heavy_ball and not blocks.space.sharded
 
 
 def basis_capacity(layout: Layout, steps: int) -> int:
