@@ -60,6 +60,8 @@ OTHER = {
     "input.limit": [5],
     "report.length_penalty": [0.5],
     "probe.along": ["gradient", "metric"],
+    "probe.form": ["kim"],
+    "probe.memory_start": ["gradient"],
 }
 MODEL = {"table1": "wrn-28-10", "table2": "vgg16-bn", "table4": "pyramidnet-110"}
 
