@@ -94,6 +94,7 @@ def test_a_wrong_value_is_named_with_its_argument(cls, name, value):
         ("refresh_forward", 3, TypeError),
         ("transport", "False", TypeError),
         ("graft", "no", TypeError),
+        ("graft", 1, TypeError),
         ("replay_rng", None, TypeError),
     ],
 )

@@ -278,6 +278,20 @@ def test_every_may_follow_a_schedule():
     assert steps == [0, 1, 2, 6, 10]
 
 
+def test_graft_by_layer_keeps_the_length_of_each_gradient():
+    problem = mlp()
+    optimizer = optimizer_of(
+        problem, sgd(problem, lr=1.0), geometry=llqr_of("kfac", steps=20), graft="layer"
+    )
+    start, g = weights(problem.model), problem.gradient()
+    train(optimizer, problem, 1)
+    ug = optimizer.geometry.apply(g)
+    for n, p in problem.model.named_parameters():
+        expected = ug[n] * (g[n].norm() / ug[n].norm())
+        torch.testing.assert_close(start[n] - p.detach(), expected, rtol=1e-10, atol=1e-14)
+        assert abs(ug[n].norm() / g[n].norm() - 1) > 1e-4  # or there was nothing to do
+
+
 def test_graft_keeps_the_length_of_the_gradient():
     problem = mlp()
     optimizer = optimizer_of(

@@ -20,7 +20,7 @@ from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
 from ._step_modules import StepModules, refuse_meta
-from ._update import Update
+from ._update import Graft, Update, check_graft
 from ._wrapper import (
     OptimizerWrapper,
     call_if_there,
@@ -74,8 +74,11 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         geometry: a :class:`llqr.Geometry` such as :class:`llqr.LLQR`, or None for U = I.
         perturbation: a :class:`llqr.SAM` or relative, or None for one pass.
         transport: whether the update goes through U; False keeps U for the probe alone.
-        graft: rescale U g~ to the length of g~ (one global norm), so the base's learning rate
-            keeps its scale.
+        graft: rescale U g~ to the length of g~, so the base's learning rate keeps its scale. True:
+            one global norm, and U moves length between layers; "layer": each parameter to its own
+            norm, and U turns gradients but moves no length (layer-wise grafting, N. Agarwal et
+            al., 2020), which deep networks of unlike layers, such as transformers, train better
+            with.
         buffers: both passes start from the same buffers. "clean": buffers such as BatchNorm
             statistics then stay as the first pass left them; "perturbed": as the second did (the
             paper's choice).
@@ -138,7 +141,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         geometry: G = None,  # type: ignore[assignment]  # left out, G is None
         perturbation: Perturbation | None = None,
         transport: bool = True,
-        graft: bool = False,
+        graft: Graft = False,
         buffers: BufferPolicy = "clean",
         modules: Iterable[nn.Module] = (),
         replay_rng: bool = True,
@@ -151,9 +154,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         one_base = join_bases(base)
         check_parts(model, geometry, perturbation)
         check_choice("buffers", buffers, BufferPolicy)
+        check_graft(graft)
         check_flags(
             transport=transport,
-            graft=graft,
             replay_rng=replay_rng,
             check_finite=check_finite,
             refresh_autocast=refresh_autocast,

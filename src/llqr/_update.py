@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ._autocast import without_autocast
+from ._checks import short_repr
 from ._devices import WIDE
 from ._parameters import NamedParameters
 from ._passes import Passes
 from ._probing import Probing
 from ._progress import Progress
 from ._refresher import Refresher
-from ._vectors import DTYPE, lay_out_like, rescale_to_norm, widen_to_float32
+from ._vectors import (
+    DTYPE,
+    lay_out_like,
+    rescale_each_to_norm,
+    rescale_to_norm,
+    widen_to_float32,
+)
 from ._wrapper import step_base
 from .distributed import Ranks
 from .distributed._sharded import local
 from .geometry import Geometry
 from .perturbations import Perturbation
 
-__all__ = ["Update"]
+__all__ = ["Graft", "Update", "check_graft"]
+
+#: Whose length U g gets: that of all gradients together, or each parameter's that of its own.
+Graft = bool | Literal["layer"]
+
+
+def check_graft(graft: Any) -> None:
+    """Refuse what is no way to rescale U g."""
+    if not isinstance(graft, bool) and graft != "layer":
+        raise TypeError(f"graft: expected True, False or 'layer', got {short_repr(graft)}")
 
 
 class Update:
@@ -56,12 +73,12 @@ class Update:
         self._passes, self._probing, self._refresher = passes, probing, refresher
         self._check_finite = check_finite
 
-    def make(self, *, transport: bool, graft: bool) -> None:
+    def make(self, *, transport: bool, graft: Graft) -> None:
         """Update the parameters from the gradients that are there.
 
         Args:
             transport: whether the update goes through U.
-            graft: whether U g is rescaled to the length of g.
+            graft: whether, and how, U g is rescaled to the length of g.
         """
         self._passes.close()
         gradients = self._parameters.gradients()
@@ -87,12 +104,15 @@ class Update:
         return self._ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
     def _transport(
-        self, geometry: Geometry, gradients: dict[str, Tensor], graft: bool
+        self, geometry: Geometry, gradients: dict[str, Tensor], graft: Graft
     ) -> dict[str, Tensor]:
         """Return U g~ (algorithm 1, line 8)."""
         with without_autocast(*self._parameters.devices):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
-            return rescale_to_norm(moved, gradients) if graft else moved
+            if not graft:
+                return moved
+            rescale = rescale_each_to_norm if graft == "layer" else rescale_to_norm
+            return rescale(moved, gradients)
 
     def _step_along(self, direction: dict[str, Tensor], gradients: dict[str, Tensor]) -> bool:
         """Step the base; False: what it would step along has left the range of half precision."""

@@ -41,6 +41,7 @@ __all__ = [
     "lay_out_like",
     "multiple_of_some",
     "quadratic_value",
+    "rescale_each_to_norm",
     "rescale_to_norm",
     "sum_as_double",
     "total_inner_product",
@@ -221,6 +222,12 @@ def rescale_to_norm(moved: Tensors, like: Tensors) -> dict[str, Tensor]:
     """Return ``moved`` with the global norm of ``like``."""
     old, new = (math.sqrt(total_inner_product(gs, gs)) for gs in (like, moved))
     return scale_tensors(moved, old / max(new, torch.finfo(torch.float64).tiny))
+
+
+def rescale_each_to_norm(moved: Tensors, like: Tensors) -> dict[str, Tensor]:
+    """Return ``moved``, each tensor with the norm of the one in ``like``."""
+    old, new = (inner_products(gs, gs) for gs in (like, moved))
+    return scale_tensors(moved, {n: math.sqrt(old[n] / new[n]) if new[n] else 0.0 for n in moved})
 
 
 def widen_to_float32(gradients: Tensors) -> dict[str, Tensor]:

@@ -179,14 +179,15 @@ def check_every_way_in():
 
 
 def check_accumulation_and_graft():
-    whole = problem()
     options = {"geometry": lambda: llqr_of("e-kfac"), "perturbation": llqr.SAM}
-    joined = one_process(whole, graft=True, **{k: f() for k, f in options.items()})
-    optimizer, half = sharded(problem(), graft=True, **{k: f() for k, f in options.items()})
-    for _ in range(4):
-        joined.minimize(whole)
-        optimizer.minimize([half.part(0, 3), half.part(3, 6)])
-    near(full(half.model), plain(whole.model), 1e-12)
+    for graft in (True, "layer"):
+        whole = problem()
+        joined = one_process(whole, graft=graft, **{k: f() for k, f in options.items()})
+        optimizer, half = sharded(problem(), graft=graft, **{k: f() for k, f in options.items()})
+        for _ in range(4):
+            joined.minimize(whole)
+            optimizer.minimize([half.part(0, 3), half.part(3, 6)])
+        near(full(half.model), plain(whole.model), 1e-12)
 
 
 def check_several_bases():
