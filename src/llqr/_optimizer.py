@@ -77,8 +77,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         graft: rescale U g~ to the length of g~, so the base's learning rate keeps its scale. True:
             one global norm, and U moves length between layers; "layer": each parameter to its own
             norm, and U turns gradients but moves no length (layer-wise grafting, N. Agarwal et
-            al., 2020), which deep networks of unlike layers, such as transformers, train better
-            with.
+            al., 2020).
         buffers: both passes start from the same buffers. "clean": buffers such as BatchNorm
             statistics then stay as the first pass left them; "perturbed": as the second did (the
             paper's choice).
