@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -88,6 +88,7 @@ class Method:
 
 
 GRAFT = {"graft": True}
+LAYERS = {"graft": "layer"}
 ALONG_G = partial(llqr.SAM, along="gradient")
 CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
@@ -139,24 +140,27 @@ METHODS: dict[str, Method] = {
     "LLQR (paper)": Method(geometry=PAPER),
     "LLQR (paper) + SAM": Method(geometry=PAPER, perturbation=llqr.SAM),
     **_probed("LLQR", geometry=llqr.LLQR, options=GRAFT),
-    **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
-    **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
+    **_probed("NG", geometry=llqr.NaturalGradient, options=LAYERS),
+    **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=LAYERS),
 }
 
 
 def _closed(**settings: Any) -> Method:
-    return Method(geometry=partial(llqr.NaturalGradient, **settings), options=GRAFT)
+    make = partial(llqr.NaturalGradient, **settings) if settings else llqr.NaturalGradient
+    return Method(geometry=make, options=GRAFT)
 
 
 def _learned(**settings: Any) -> Method:
     return Method(geometry=partial(llqr.LLQR, **settings), options=GRAFT)
 
 
-#: What each setting does; the names say what differs from the defaults.
+#: What each setting does; the names say what differs from the defaults and from graft=True, which
+#: lets U move length between layers.
 ABLATION: dict[str, Method] = {
     "SGDM": METHODS["SGDM"],
     "SAM": METHODS["SAM"],
-    "NG": METHODS["NG"],
+    "NG": _closed(),
+    "NG, graft by layer": METHODS["NG"],
     "NG, running statistics": _closed(batch_norm="running"),
     "NG, 1 sample": _closed(samples=1),
     "NG, 32 samples": _closed(samples=32),
@@ -167,8 +171,8 @@ ABLATION: dict[str, Method] = {
     "NG, power 0.5": _closed(power=0.5),
     "NG, diagonal": _closed(structure="diagonal"),
     "NG, no graft": Method(geometry=llqr.NaturalGradient),
-    "NG + SAM": METHODS["NG + SAM"],
-    "NG + SAM along g": METHODS["NG + SAM along g"],
+    "NG + SAM": replace(_closed(), perturbation=llqr.SAM),
+    "NG + SAM along g": replace(_closed(), perturbation=ALONG_G),
     "NG in the probe only": METHODS["NG in the probe only"],
     "LLQR, one gradient": _learned(structure="e-kfac"),
     "LLQR, one gradient, running statistics": _learned(structure="e-kfac", batch_norm="running"),
