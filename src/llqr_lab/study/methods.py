@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -140,27 +140,26 @@ METHODS: dict[str, Method] = {
     "LLQR (paper)": Method(geometry=PAPER),
     "LLQR (paper) + SAM": Method(geometry=PAPER, perturbation=llqr.SAM),
     **_probed("LLQR", geometry=llqr.LLQR, options=GRAFT),
-    **_probed("NG", geometry=llqr.NaturalGradient, options=LAYERS),
-    **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=LAYERS),
+    **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
+    **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
+    **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
 }
 
 
 def _closed(**settings: Any) -> Method:
-    make = partial(llqr.NaturalGradient, **settings) if settings else llqr.NaturalGradient
-    return Method(geometry=make, options=GRAFT)
+    return Method(geometry=partial(llqr.NaturalGradient, **settings), options=GRAFT)
 
 
 def _learned(**settings: Any) -> Method:
     return Method(geometry=partial(llqr.LLQR, **settings), options=GRAFT)
 
 
-#: What each setting does; the names say what differs from the defaults and from graft=True, which
-#: lets U move length between layers.
+#: What each setting does; the names say what differs from the defaults.
 ABLATION: dict[str, Method] = {
     "SGDM": METHODS["SGDM"],
     "SAM": METHODS["SAM"],
-    "NG": _closed(),
-    "NG, graft by layer": METHODS["NG"],
+    "NG": METHODS["NG"],
+    "NG, graft by layer": METHODS["NG by layer"],
     "NG, running statistics": _closed(batch_norm="running"),
     "NG, 1 sample": _closed(samples=1),
     "NG, 32 samples": _closed(samples=32),
@@ -171,8 +170,8 @@ ABLATION: dict[str, Method] = {
     "NG, power 0.5": _closed(power=0.5),
     "NG, diagonal": _closed(structure="diagonal"),
     "NG, no graft": Method(geometry=llqr.NaturalGradient),
-    "NG + SAM": replace(_closed(), perturbation=llqr.SAM),
-    "NG + SAM along g": replace(_closed(), perturbation=ALONG_G),
+    "NG + SAM": METHODS["NG + SAM"],
+    "NG + SAM along g": METHODS["NG + SAM along g"],
     "NG in the probe only": METHODS["NG in the probe only"],
     "LLQR, one gradient": _learned(structure="e-kfac"),
     "LLQR, one gradient, running statistics": _learned(structure="e-kfac", batch_norm="running"),
