@@ -88,6 +88,7 @@ class Method:
 
 
 GRAFT = {"graft": True}
+LAYERS = {"graft": "layer"}
 ALONG_G = partial(llqr.SAM, along="gradient")
 CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
@@ -140,6 +141,7 @@ METHODS: dict[str, Method] = {
     "LLQR (paper) + SAM": Method(geometry=PAPER, perturbation=llqr.SAM),
     **_probed("LLQR", geometry=llqr.LLQR, options=GRAFT),
     **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
+    **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
     **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
 }
 
@@ -157,6 +159,7 @@ ABLATION: dict[str, Method] = {
     "SGDM": METHODS["SGDM"],
     "SAM": METHODS["SAM"],
     "NG": METHODS["NG"],
+    "NG, graft by layer": METHODS["NG by layer"],
     "NG, running statistics": _closed(batch_norm="running"),
     "NG, 1 sample": _closed(samples=1),
     "NG, 32 samples": _closed(samples=32),

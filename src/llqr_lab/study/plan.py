@@ -80,6 +80,10 @@ SMALL_METHODS = (
     "NG + SAM",
     "NG + SAM along g",
     "NG + SAM along g (interval=5)",
+    "NG by layer",
+    "NG by layer + SAM",
+    "NG by layer + SAM along g",
+    "NG by layer + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
 ABLATED = ("cnn", "cnn-noise")
@@ -96,7 +100,7 @@ STUDIES = {
             "full": tuple(p for p in PROBLEMS if p != "resnet-wide"),
         },
         claimed=[name for name, row in METHODS.items() if row.geometry is not None],
-        pictured=("SGDM", "SAM", "AdamW", "SOAP", "SOAP + SAM", "NG", "NG + SAM along g"),
+        pictured=("SGDM", "SAM", "AdamW", "SOAP", "SOAP + SAM", "NG", "NG by layer", "NG + SAM along g"),
     ),
     "ablation": Study(
         title="What each setting of the metric does",
@@ -136,7 +140,7 @@ def two_by_twos(methods: Sequence[str]) -> list[tuple[str, str, str, str]]:
     squares = [
         (*pair, f"{metric}{base}", f"{metric}{base} + {probe}")
         for base, pair in plain.items()
-        for metric in ("NG", "LLQR", "LLQR (paper)")
+        for metric in ("NG", "NG by layer", "LLQR", "LLQR (paper)")
         for probe in ("SAM", "SAM along g")
     ]
     return [square for square in squares if set(square) <= set(methods)]
