@@ -137,6 +137,14 @@ def test_a_step_reads_once_from_the_device(method, monkeypatch, accelerator):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layers", [2, 20])
+def test_launches_on_an_accelerator(method, layers, accelerator):
+    """The goals: one call is one launch, or two where torch starts it for 64 tensors at a time."""
+    bound = {"nothing": 15, "SAM": 60}.get(method, 90)
+    assert own_calls(layers, METHODS[method][0]) <= bound
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("looks", [True, False])
 def test_numbers_that_are_not_read_give_the_same_steps(method, looks, request):
     expected, _ = trained(method)
