@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._current_pass import RunningPass, running_pass
+from ._current_pass import RunningPass
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._probing import Probing, copy_gradients
@@ -145,7 +145,7 @@ class Passes:
         clear_gradients(self._parameters.base)
         quiet = ranks.no_gradient_sync(self.local_probes and twice)
         place = self._ahead(record) if ahead else nullcontext()
-        with quiet, place, running_pass("clean") as record.running:
+        with quiet, place, RunningPass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -208,7 +208,7 @@ class Passes:
         if self._probing.looks_ahead and start is None:  # the only pass, whose buffers stay
             record = self._open
             clear_gradients(self._parameters.base)
-            with self._ahead(record), running_pass("perturbed") as record.running:
+            with self._ahead(record), RunningPass("perturbed") as record.running:
                 yield
             if self._open is record:
                 self._finish_only_pass(scaler)
@@ -258,7 +258,7 @@ class Passes:
             if random is not None:
                 random.restore()
             self.displaced = True
-            with running_pass("perturbed") as record.running:
+            with RunningPass("perturbed") as record.running:
                 yield
         finally:
             if self._open is record:

@@ -182,9 +182,11 @@ class Probing:
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
             return {}, True
-        # Without a read a copy of eps is zero where g is not finite: dear in large networks.
-        unread = joined and self._may_combine_all and are_one_run(list(wide.values()))
-        stays = alone and (unread or not unknown) and not reads_are_free(self._parameters.devices)
+        devices = self._parameters.devices
+        stays = alone and not reads_are_free(devices)
+        if stays and unknown:
+            # Then a copy of eps is zero where g is not finite, which of large networks is dear.
+            stays = joined and self._may_combine_all and are_one_run(list(wide.values()))
         probe = Probe(
             gradients=gradients,
             parameters=self._parameters.named,
@@ -198,7 +200,7 @@ class Probing:
             _stays=stays,
         )
         # The passes may run within the caller's autocast.
-        with without_autocast(*self._parameters.devices):
+        with without_autocast(*devices):
             eps = perturbation.displacement(probe)
         finite = probe.is_finite if unknown and joined else True
         if finite is False and not self._ranks.finite(clean):

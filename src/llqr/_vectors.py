@@ -66,7 +66,11 @@ PIECE = 2**8
 COPIED = 2**16
 #: Entries of tensors that are copied side by side.
 RUN = 2**24
-DEVICE, DTYPE = attrgetter("device"), attrgetter("dtype")
+DEVICE, DTYPE, SHAPE = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
+IS_CPU = attrgetter("is_cpu")
+#: New in torch; elsewhere than on a CPU its launches were not counted.
+FOREACH_CLONE: Callable[[list[Tensor]], list[Tensor]] | None
+FOREACH_CLONE = getattr(torch, "_foreach_clone", None)
 
 
 def quadratic_value(
@@ -196,6 +200,8 @@ def zeros_unless(good: Tensor, tensors: Tensors) -> dict[str, Tensor]:
 
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of plain tensors, with a few calls for all of them."""
+    if FOREACH_CLONE is not None and tensors and all(map(IS_CPU, tensors)):
+        return FOREACH_CLONE(tensors)
     if are_one_run(tensors):  # as those of most networks
         return unflatten(flatten(tensors), tensors)
     copies = list(tensors)
