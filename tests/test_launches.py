@@ -227,8 +227,11 @@ def test_what_is_not_finite_gets_into_the_weights_if_nobody_looks():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("read", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_square_out_of_range_is_no_infinity(method, scale):
+def test_a_square_out_of_range_is_no_infinity(method, read, scale, request):
+    if not read:
+        request.getfixturevalue("accelerator")
     optimizer, problem = trained(method)
     clean = [True, False]  # which pass is next
 
@@ -337,7 +340,10 @@ def test_a_displacement_that_is_overridden_is_looked_at():
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_copies_of_many_tensors(empty):
+@pytest.mark.parametrize("cloned", [False, True])
+def test_copies_of_many_tensors(empty, cloned, monkeypatch):
+    if not cloned:  # as elsewhere than on a CPU, and before torch had the call
+        monkeypatch.setattr("llqr._vectors.FOREACH_CLONE", None)
     tensors = [
         torch.randn(3, 4),
         torch.randn(2, 5, 3, 3).to(memory_format=torch.channels_last),

@@ -177,11 +177,11 @@ class Passes:
     def _finish_only_pass(self, scaler: Any) -> None:
         gradients = self._parameters.require_gradients("the first pass")
         self._probing.observe(gradients, scaler)
-        if not self._passes_scaler(gradients, scaler):
+        if not self._scaler_will_step(gradients, scaler):
             self.undo_step()
 
-    def _passes_scaler(self, gradients: Mapping[str, Tensor], scaler: Any) -> bool:
-        """Tell whether a scaler will not skip; if it does, it tells nobody: step() never runs."""
+    def _scaler_will_step(self, gradients: Mapping[str, Tensor], scaler: Any) -> bool:
+        """Tell whether the scaler, if any, will not skip, of which it would tell nobody."""
         if scaler is None or not self._check_finite:
             return True
         finite = self._ranks.finite(gradients)
@@ -274,7 +274,7 @@ class Passes:
             # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
             fill_with_nan_unless(healthy, list(second.values()))
         # Without a scaler step() finds out, and restores itself.
-        known = healthy is not False and self._passes_scaler(second, scaler)
+        known = healthy is not False and self._scaler_will_step(second, scaler)
         if start is not None and not known:
             start.restore()
 

@@ -207,11 +207,12 @@ class Probing:
             return {}, False
         if stays:
             self._progress.skipped_probes += probe._is_negative
-        if isinstance(finite, Tensor):
-            return zeros_unless(finite, eps or {}), finite
+        healthy = finite if isinstance(finite, Tensor) else True
         if eps is None:
             self._progress.skipped_probes += 1
-            return {}, True
+            return {}, healthy
+        if isinstance(healthy, Tensor):
+            return zeros_unless(healthy, eps), healthy
         if self._check_finite and not (self._bounded or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "

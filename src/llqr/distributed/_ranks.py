@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import attrgetter, eq
+from operator import eq
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
 
-IS_CPU = attrgetter("is_cpu")
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
 
@@ -261,7 +260,8 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
     own = local_all(tensors.values())
-    if all(map(IS_CPU, own)) and math.isfinite(_sum_on_cpu(own)):
+    one_place = len({t.device for t in own}) == 1
+    if one_place and own[0].is_cpu and math.isfinite(_sum_on_cpu(own)):
         return True
     return math.isfinite(_largest(tensors))  # a sum may also leave the range
 
