@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-__all__ = ["PassName", "RunningPass", "current_pass", "running_pass"]
+__all__ = ["PassName", "RunningPass", "current_pass"]
 
 PassName = Literal["clean", "perturbed", "refresh"]
 
 
 class RunningPass:
-    """A pass from its start to its end.
+    """A pass from its start to its end, or to that of its ``with`` block.
 
     The end is noted on the object, not only in the context variable: an iterator that was left
     open may be closed from another thread, or after a newer pass began.
@@ -26,6 +24,12 @@ class RunningPass:
         self.name, self._ended = name, False
         self._around = find_running()
         _latest.set(self)
+
+    def __enter__(self) -> RunningPass:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def end(self) -> None:
         """End it; again does nothing."""
@@ -80,13 +84,3 @@ def current_pass() -> PassName | None:
     """
     running = find_running()
     return None if running is None else running.name
-
-
-@contextmanager
-def running_pass(name: PassName) -> Iterator[RunningPass]:
-    """Let current_pass() answer ``name`` in the body."""
-    running = RunningPass(name)
-    try:
-        yield running
-    finally:
-        running.end()

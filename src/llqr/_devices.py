@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ __all__ = [
     "compute_per_device",
     "flatten",
     "join_short",
+    "reads_are_free",
     "split_by_device",
     "unflatten",
     "widen",
@@ -27,6 +28,14 @@ R = TypeVar("R")
 SHORT = 2**14
 #: The dtypes in which gradients are taken as they are.
 WIDE = frozenset({torch.float32, torch.float64})
+
+
+def reads_are_free(devices: Collection[torch.device]) -> bool:
+    """Tell whether numbers on some devices can be read at once, without waiting for work there.
+
+    If there are several, sums over all of them need a read anyway.
+    """
+    return len(devices) > 1 or all(device.type == "cpu" for device in devices)
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

@@ -243,7 +243,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     @property
     def skipped_probes(self) -> int:
         """How many second passes ran unperturbed, since U gave g no positive norm."""
-        return self._progress.skipped_probes
+        return int(self._progress.skipped_probes)
 
     # -- parameters ----------------------------------------------------------------------------
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._current_pass import RunningPass, running_pass
+from ._current_pass import RunningPass
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._probing import Probing, copy_gradients
@@ -82,6 +82,8 @@ class Passes:
     Attributes:
         probed: whether a perturbed pass ran since the last step that counted.
         displaced: whether a perturbed pass is open, so that the weights are theta + eps.
+        found_finite: whether the gradients that a scaler will look at again were looked at here,
+            and are finite.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Passes:
         self._keep_clean_buffers, self._replay_rng = keep_clean_buffers, replay_rng
         self._sync, self._check_finite = sync, check_finite
         self.probed = self.displaced = False
+        self.found_finite = False
         self._start: ForwardState | None = None
         # Each step's passes have their own, so that those left open end nothing but themselves.
         self._open = PassRecord()
@@ -142,7 +145,7 @@ class Passes:
         clear_gradients(self._parameters.base)
         quiet = ranks.no_gradient_sync(self.local_probes and twice)
         place = self._ahead(record) if ahead else nullcontext()
-        with quiet, place, running_pass("clean") as record.running:
+        with quiet, place, RunningPass("clean") as record.running:
             yield 0
         if self._open is not record:
             if self.needed:
@@ -174,8 +177,17 @@ class Passes:
     def _finish_only_pass(self, scaler: Any) -> None:
         gradients = self._parameters.require_gradients("the first pass")
         self._probing.observe(gradients, scaler)
-        if scaler is not None and self._check_finite and not self._ranks.finite(gradients):
-            self.undo_step()  # the scaler will skip, and then step() never runs
+        if not self._scaler_will_step(gradients, scaler):
+            self.undo_step()
+
+    def _scaler_will_step(self, gradients: Mapping[str, Tensor], scaler: Any) -> bool:
+        """Tell whether the scaler, if any, will not skip, of which it would tell nobody."""
+        if scaler is None or not self._check_finite:
+            return True
+        finite = self._ranks.finite(gradients)
+        # One that is disabled looks at nothing.
+        self.found_finite = finite and getattr(scaler, "is_enabled", bool)()
+        return finite
 
     def keep_start(self) -> ForwardState:
         """Return what a forward may write to, as it is now: before the clean pass of a step."""
@@ -196,7 +208,7 @@ class Passes:
         if self._probing.looks_ahead and start is None:  # the only pass, whose buffers stay
             record = self._open
             clear_gradients(self._parameters.base)
-            with self._ahead(record), running_pass("perturbed") as record.running:
+            with self._ahead(record), RunningPass("perturbed") as record.running:
                 yield
             if self._open is record:
                 self._finish_only_pass(scaler)
@@ -217,12 +229,12 @@ class Passes:
         random: RandomState | None,
     ) -> Iterator[None]:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
-        record, ranks = self._open, self._ranks
+        record = self._open
         clean = self._parameters.require_gradients(after)
         eps, healthy = self._probing.find_displacement(clean, scaler, radii)
         displaces = self._probing.any_moves(radii)
         # The clean gradients are as large as the model: only who combines both keeps them.
-        combines = healthy and displaces and self._probing.combines
+        combines = healthy is not False and displaces and self._probing.combines
         kept = copy_gradients(clean, scaler) if combines else None
         del clean
         others = self._parameters.parameters_not_held(modules)
@@ -246,7 +258,7 @@ class Passes:
             if random is not None:
                 random.restore()
             self.displaced = True
-            with running_pass("perturbed") as record.running:
+            with RunningPass("perturbed") as record.running:
                 yield
         finally:
             if self._open is record:
@@ -256,14 +268,13 @@ class Passes:
             return  # another step took over; nothing is left to clean up
         self.probed = displaces
         second = self._parameters.require_gradients("the second pass")
-        if not healthy:
-            # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
-            for gradient in second.values():
-                gradient.fill_(float("nan"))
-        elif kept is not None:
+        if kept is not None:
             self._probing.combine(kept, second, scaler)
-        # A scaler that will skip tells nobody; without one step() finds out, and restores itself.
-        known = healthy and (scaler is None or not self._check_finite or ranks.finite(second))
+        if healthy is not True:
+            # What follows must see it: a GradScaler looks for infinities in p.grad, step() too.
+            fill_with_nan_unless(healthy, list(second.values()))
+        # Without a scaler step() finds out, and restores itself.
+        known = healthy is not False and self._scaler_will_step(second, scaler)
         if start is not None and not known:
             start.restore()
 
@@ -342,7 +353,7 @@ class Passes:
 
     def forget_step(self) -> None:
         """Start over: nothing was probed or observed for the coming step."""
-        self.probed, self._start = False, None
+        self.probed, self.found_finite, self._start = False, False, None
         self._probing.forget()
 
 
@@ -355,6 +366,17 @@ def add_displacement(parameters: list[Tensor], eps: Tensors) -> None:
             return
     pairs = zip(eps.values(), parameters, strict=True)
     torch._foreach_add_(parameters, [e if e.dtype is p.dtype else e.to(p.dtype) for e, p in pairs])
+
+
+@torch.no_grad()
+def fill_with_nan_unless(good: bool | Tensor, gradients: list[Tensor]) -> None:
+    """Fill gradients with NaN unless a flag is true, which may be on the device."""
+    if isinstance(good, Tensor):
+        factor = torch.where(good, 1.0, torch.nan).to(gradients[0].dtype)
+        torch._foreach_mul_(gradients, factor)
+    elif not good:
+        for gradient in gradients:
+            gradient.fill_(torch.nan)
 
 
 def check_scaler(scaler: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,16 +12,21 @@ from torch import Tensor
 
 from ._autocast import without_autocast
 from ._checks import value_at_step
+from ._devices import reads_are_free
 from ._joined_bases import defaults_of_group
 from ._parameters import NamedParameters
 from ._progress import Progress
 from ._vectors import (
+    DEVICE,
     LazyTensors,
+    Scalar,
     Tensors,
+    are_one_run,
     copies_of,
     copy_all,
     scale_tensors,
     widen_to_float32,
+    zeros_unless,
 )
 from .distributed import Ranks
 from .distributed._sharded import any_sharded, local_all
@@ -68,7 +73,10 @@ class Probing:
         # A metric of our own makes what is not finite out of it.
         applies = (None, FixedGeometry.apply, StructuredGeometry.apply)
         self._passed_on = getattr(type(geometry), "apply", None) in applies
-        self._may_see_all = perturbation is None or forgets_skipped(type(perturbation))
+        self._may_observe_all, self._may_combine_all = (
+            perturbation is None or forgets_skipped(method, type(perturbation))
+            for method in ("observe", "combine")
+        )
         self.observed = False
         self.clean: dict[str, Tensor] | None = None
         if self.looks_ahead:
@@ -145,7 +153,7 @@ class Probing:
         clean: Mapping[str, Tensor],
         scaler: Any,
         radii_of_groups: Sequence[float] | None = None,
-    ) -> tuple[Tensors, bool]:
+    ) -> tuple[Tensors, bool | Tensor]:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
 
         Args:
@@ -154,14 +162,15 @@ class Probing:
             radii_of_groups: :meth:`radii_of_groups`, if it was asked for.
 
         Returns:
-            eps, and whether g is finite in every process, as far as anybody looks.
+            eps, and whether g is finite in every process, as far as anybody looks. That is a tensor
+            if it is not worth a wait for the device; where it is false eps is zero.
         """
         perturbation, wide = self._perturbation, widen_gradients(clean, scaler)
         radii = self.radii if radii_of_groups is None else self._by_name(radii_of_groups)
         everything, alone = all(radii.values()), self._ranks.size == 1 and not self._ranks.sharded
         # The length that eps is divided by tells it too, and that takes one read.
         unknown = bool(clean) and self._check_finite
-        told = self._bounded and self._passed_on and self._may_see_all
+        told = self._bounded and self._passed_on and self._may_observe_all
         joined = everything and alone and told
         if unknown and not joined and not self._ranks.finite(clean):
             return {}, False
@@ -170,10 +179,14 @@ class Probing:
         if perturbation is None:
             return {}, True
         chosen = radii.keys() if everything else {n for n, rho in radii.items() if rho > 0}
-        stays = alone and not self._check_finite  # then nobody needs the numbers
         gradients = wide if everything else {n: g for n, g in wide.items() if n in chosen}
         if not chosen or not (gradients or self.looks_ahead):
             return {}, True
+        devices = self._parameters.devices
+        stays = alone and not reads_are_free(devices)
+        if stays and unknown:
+            # Then a copy of eps is zero where g is not finite, which of large networks is dear.
+            stays = joined and self._may_combine_all and are_one_run(list(wide.values()))
         probe = Probe(
             gradients=gradients,
             parameters=self._parameters.named,
@@ -184,16 +197,22 @@ class Probing:
                 lambda: {n: m for n, m in self._find_momentum().items() if n in chosen}
             ),
             step=self._progress.step,
-            _stays=stays and not reads_are_free(self._parameters.devices),
+            _stays=stays,
         )
         # The passes may run within the caller's autocast.
-        with without_autocast(*self._parameters.devices):
+        with without_autocast(*devices):
             eps = perturbation.displacement(probe)
-        if unknown and joined and not probe.is_finite and not self._ranks.finite(clean):
+        finite = probe.is_finite if unknown and joined else True
+        if finite is False and not self._ranks.finite(clean):
             return {}, False
+        if stays:
+            self._progress.skipped_probes += probe._is_negative
+        healthy = finite if isinstance(finite, Tensor) else True
         if eps is None:
             self._progress.skipped_probes += 1
-            return {}, True
+            return {}, healthy
+        if isinstance(healthy, Tensor):
+            return zeros_unless(healthy, eps), healthy
         if self._check_finite and not (self._bounded or self._ranks.finite(eps)):
             raise RuntimeError(
                 f"{type(perturbation).__name__} gave a displacement that is not finite although "
@@ -261,8 +280,9 @@ class Probing:
             clean = {n: clean[n] if n in clean else torch.zeros_like(g) for n, g in wide.items()}
         with without_autocast(*self._parameters.devices):
             chosen = self._perturbation.combine(clean, wide)
-        scale = loss_scale(scaler)
-        found = chosen if scale == 1.0 else scale_tensors(chosen, scale)
+        scale = loss_scale(scaler, second)
+        unscaled = isinstance(scale, float) and scale == 1.0
+        found = chosen if unscaled else scale_tensors(chosen, scale)
         if found is not wide:  # else p.grad is what was chosen, if it was not widened
             copy_all(local_all(second.values()), local_all([found[n] for n in second]))
 
@@ -285,20 +305,21 @@ class Probing:
         self.observed, self.clean = False, None
 
 
-def reads_are_free(devices: Collection[torch.device]) -> bool:
-    """Tell whether numbers on some devices can be read at once, without waiting for work there."""
-    return len(devices) > 1 or all(device.type == "cpu" for device in devices)
-
-
-def loss_scale(scaler: Any) -> float:
-    """Return the factor that a GradScaler puts on the loss."""
-    return 1.0 if scaler is None else float(scaler.get_scale())
+def loss_scale(scaler: Any, gradients: Mapping[str, Tensor]) -> Scalar:
+    """Return the factor that a GradScaler puts on the loss, on the gradients' device if there."""
+    if scaler is None:
+        return 1.0
+    devices = set(map(DEVICE, gradients.values()))
+    if reads_are_free(devices):
+        return float(scaler.get_scale())
+    scale: Tensor = scaler.scale(torch.ones((), device=devices.pop()))
+    return scale
 
 
 def widen_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
     """Return gradients in at least float32, without the scale of the loss."""
-    wide, scale = widen_to_float32(gradients), loss_scale(scaler)
-    if scale == 1.0:
+    wide, scale = widen_to_float32(gradients), loss_scale(scaler, gradients)
+    if isinstance(scale, float) and scale == 1.0:
         return wide
     return dict(zip(wide, torch._foreach_div(list(wide.values()), scale), strict=True))
 

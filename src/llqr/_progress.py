@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 __all__ = ["Progress"]
 
 
@@ -18,12 +20,13 @@ class Progress:
     Attributes:
         step: how many steps counted.
         skipped_steps: how many were skipped, since their gradients were not finite.
-        skipped_probes: how many second passes ran unperturbed, since U gave no positive norm.
+        skipped_probes: how many second passes ran unperturbed, since U gave no positive norm;
+            a tensor if some were counted on a device.
     """
 
     step: int = 0
     skipped_steps: int = 0
-    skipped_probes: int = 0
+    skipped_probes: int | Tensor = 0
     _warned: set[str] = field(default_factory=set, repr=False)
 
     def warn_once(self, message: str, stacklevel: int = 4) -> None:
@@ -38,7 +41,7 @@ class Progress:
         return {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
-            "skipped_probes": self.skipped_probes,
+            "skipped_probes": int(self.skipped_probes),
         }
 
     def load_counters(self, counters: dict[str, int]) -> None:

@@ -13,6 +13,10 @@ import torch
 __all__ = ["RandomState"]
 
 
+#: The 624 words of a Mersenne Twister and the place in them, 4 bytes each.
+TWISTER_BYTES = 4 * 625
+
+
 class RandomState:
     """The global random number generators at one moment.
 
@@ -53,6 +57,8 @@ class Twister:
 
     def __init__(self) -> None:
         self._latest: TwisterState | None = None
+        self._generator: Any = None
+        self._words = (ctypes.c_char * 0)()
 
     def state(self) -> TwisterState:
         """Return the state, the latest again if it is still that."""
@@ -73,9 +79,23 @@ class Twister:
         """Return what :meth:`read_words` should read in a state; None: a normal number waits."""
         raise NotImplementedError
 
+    def find_generator(self) -> Any:
+        """Return the generator, if its words tell its state and their address is known."""
+        raise NotImplementedError
+
+    def address_of(self, generator: Any) -> int:
+        """Return where its words begin."""
+        raise NotImplementedError
+
     def read_words(self) -> bytes | None:
         """Return what the generator draws from, if its memory is known."""
-        raise NotImplementedError
+        generator = self.find_generator()
+        if generator is None:
+            return None
+        if generator is not self._generator:
+            self._generator = generator
+            self._words = (ctypes.c_char * TWISTER_BYTES).from_address(self.address_of(generator))
+        return self._words.raw
 
 
 class TwisterState:
@@ -102,10 +122,6 @@ class TwisterState:
             self._twister.set_state(self._state)
 
 
-#: The 624 words of a Mersenne Twister and the place in them, 4 bytes each.
-TWISTER_BYTES = 4 * 625
-
-
 #: Whether an address can be read, and Python's generator is long enough for its words.
 PYTHON_KNOWN = (
     sys.implementation.name == "cpython"
@@ -129,13 +145,15 @@ class PythonTwister(Twister):
         _version, words, waiting = state
         return None if waiting is not None else array("I", [words[-1], *words[:-1]]).tobytes()
 
-    def read_words(self) -> bytes | None:
-        """Return what the generator draws from, if its memory is known."""
+    def find_generator(self) -> Any:
+        """Return the generator, if no normal number waits and its address is known."""
         generator: Any = getattr(random, "_inst", None)
         known = PYTHON_KNOWN and type(generator) is random.Random
-        if not known or generator.gauss_next is not None:
-            return None
-        return ctypes.string_at(id(generator) + object.__basicsize__, TWISTER_BYTES)
+        return generator if known and generator.gauss_next is None else None
+
+    def address_of(self, generator: Any) -> int:
+        """Return where its words begin."""
+        return id(generator) + object.__basicsize__
 
 
 class NumpyTwister(Twister):
@@ -156,13 +174,15 @@ class NumpyTwister(Twister):
         place = int(state["state"]["pos"]).to_bytes(4, sys.byteorder)
         return bytes(state["state"]["key"].astype("uint32").tobytes() + place)
 
-    def read_words(self) -> bytes | None:
-        """Return what the generator draws from, if its memory is known."""
+    def find_generator(self) -> Any:
+        """Return the generator, if its address can be told."""
         get = getattr(sys.modules["numpy.random"], "get_bit_generator", None)
         generator: Any = None if get is None else get()
-        if type(generator).__name__ != "MT19937":
-            return None
-        return ctypes.string_at(generator.ctypes.state_address, TWISTER_BYTES)
+        return generator if type(generator).__name__ == "MT19937" else None
+
+    def address_of(self, generator: Any) -> int:
+        """Return where its words begin."""
+        return int(generator.ctypes.state_address)
 
 
 PYTHON, NUMPY = PythonTwister(), NumpyTwister()

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ._autocast import autocast_off, autocast_overruled
-from ._current_pass import running_pass
+from ._current_pass import RunningPass
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
 from ._progress import Progress
@@ -92,7 +92,7 @@ class Refresher:
         evaluated = [partial(call_in_evaluation, f) for f in forwards]
         trace = self._without_trace(self._geometry, forwards)
         try:
-            with trace, precision, self._ranks.bypassed(), running_pass("refresh"):
+            with trace, precision, self._ranks.bypassed(), RunningPass("refresh"):
                 report = self._geometry.refresh(
                     evaluated, step=self._progress.step, weights=weights
                 )

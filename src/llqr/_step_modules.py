@@ -217,7 +217,8 @@ def values_named_in(function: FunctionType) -> list[Any]:
         v for v in named if not (isinstance(v, FunctionType) and v.__globals__ is not globals_of)
     ]
     held = [v for v in held if type(v) not in HOLDING_NONE]
-    return held + [w for v in held for w in attributes_of(v, names)]
+    attributes = [w for v in held for w in attributes_of(v, names)]
+    return [v for v in held if type(v) is not ModuleType] + attributes
 
 
 @lru_cache(maxsize=256)

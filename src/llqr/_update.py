@@ -85,7 +85,9 @@ class Update:
         if not gradients or self._changes_nothing(gradients):
             step_base(self._base)
             return
-        if self._check_finite and not self._ranks.finite(gradients, equal=True):
+        # A scaler steps only what it found finite, but does not compare processes.
+        looked = self._passes.found_finite and self._ranks.size == 1
+        if self._check_finite and not looked and not self._ranks.finite(gradients, equal=True):
             self._skip_step()
             return
         self._warn_of_omissions()

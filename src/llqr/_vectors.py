@@ -20,9 +20,11 @@ from ._devices import (
     WIDE,
     compute_per_device,
     flatten,
+    reads_are_free,
     split_by_device,
     unflatten,
     widen,
+    widest_dtype,
 )
 from .distributed._sharded import any_sharded, is_sharded, local, summed
 
@@ -31,6 +33,7 @@ __all__ = [
     "Scalar",
     "ScaledTensors",
     "Tensors",
+    "are_one_run",
     "copies_of",
     "copy_all",
     "inner_products",
@@ -45,8 +48,10 @@ __all__ = [
     "rescale_to_norm",
     "sum_as_double",
     "total_inner_product",
+    "total_as_scalar",
     "total_on_device",
     "widen_to_float32",
+    "zeros_unless",
 ]
 
 Tensors = Mapping[str, Tensor]
@@ -62,7 +67,11 @@ PIECE = 2**8
 COPIED = 2**16
 #: Entries of tensors that are copied side by side.
 RUN = 2**24
-DEVICE, DTYPE = attrgetter("device"), attrgetter("dtype")
+DEVICE, DTYPE, SHAPE = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
+IS_CPU = attrgetter("is_cpu")
+#: New in torch; elsewhere than on a CPU its launches were not counted.
+FOREACH_CLONE: Callable[[list[Tensor]], list[Tensor]] | None
+FOREACH_CLONE = getattr(torch, "_foreach_clone", None)
 
 
 def quadratic_value(
@@ -112,8 +121,13 @@ def scale_tensors(tensors: Tensors, factors: Mapping[str, float] | Scalar) -> di
     """Return each tensor times its factor, or all times one."""
     if not tensors:
         return {}
-    each: Any = [factors[n] for n in tensors] if isinstance(factors, Mapping) else factors
-    return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), each), strict=True))
+    values: list[Tensor] = list(tensors.values())
+    each: Any = factors
+    if isinstance(factors, Mapping):
+        each = [factors[n] for n in tensors]
+    elif isinstance(factors, Tensor):
+        each = factors.to(values[0].dtype)  # else foreach goes one by one
+    return dict(zip(tensors, torch._foreach_mul(values, each), strict=True))
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -171,9 +185,25 @@ def multiple_of_some(tensors: Tensors, names: Iterable[str], factor: Scalar) -> 
     return ScaledTensors({n: tensors[n] for n in names}, factor)
 
 
+def zeros_unless(good: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+    """Return tensors if a flag on the device is true, else zeros, whatever they hold.
+
+    Args:
+        good: without dimensions; not read.
+        tensors: of one device and dtype.
+    """
+    if not tensors:
+        return {}
+    values = list(tensors.values())
+    flat = torch.where(good, flatten(values), 0.0)
+    return dict(zip(tensors, unflatten(flat, values), strict=True))
+
+
 def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies of plain tensors, with a few calls for all of them."""
-    if _are_one_run(tensors):  # as those of most networks
+    if FOREACH_CLONE is not None and tensors and all(map(IS_CPU, tensors)):
+        return FOREACH_CLONE(tensors)
+    if are_one_run(tensors):  # as those of most networks
         return unflatten(flatten(tensors), tensors)
     copies = list(tensors)
     for places in _places_by_kind(tensors):
@@ -190,7 +220,7 @@ def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _are_one_run(tensors: list[Tensor]) -> bool:
+def are_one_run(tensors: list[Tensor]) -> bool:
     """Tell whether tensors are of one device and dtype and few enough to be copied side by side."""
     return (
         len(tensors) > 1
@@ -285,19 +315,37 @@ def total_inner_product(a: Tensors, b: Tensors) -> float:
     return sum(_total_on_one_device(list(x), list(y)) for x, y in lists)
 
 
+def total_as_scalar(a: Tensors, b: Tensors) -> Scalar:
+    """Return the inner product over all tensors: a tensor on the device where a read takes a wait.
+
+    Elsewhere, and of sharded tensors, it is the number of :func:`total_inner_product`.
+    """
+    ys = list(b.values())
+    if any_sharded(ys) or reads_are_free(set(map(DEVICE, ys))):
+        return total_inner_product(a, b)
+    return total_on_device(a, b)
+
+
 def total_on_device(a: Tensors, b: Tensors) -> Tensor:
-    """Return the inner product over all whole tensors of one device, without a read."""
+    """Return the inner product over all whole tensors of one device, without a read.
+
+    Nobody can look whether it left the range of float32, so short sums are taken in float64.
+    """
     xs, ys = [a[n] for n in b], list(b.values())
     if all(map(is_, xs, ys)):
         return _square_from_norms(xs)
     runs = _gather_runs(list(zip(xs, ys, strict=True)), lambda pair: pair[0].numel())
-    return torch.stack([_product_of_run(*_sides(run), double=False) for run in runs]).sum()
+    short = sum(map(Tensor.numel, ys)) <= RUN
+    return torch.stack([_product_of_run(*_sides(run), double=short) for run in runs]).sum()
 
 
 def _square_from_norms(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares over all tensors, from their norms; nothing is read."""
-    norms = torch._foreach_norm([x if x.dtype in WIDE else x.float() for x in tensors])
-    return widen(torch.stack(norms)).square().sum()
+    return (
+        torch.stack(torch._foreach_norm(tensors, dtype=widest_dtype(tensors[0].device)))
+        .square()
+        .sum()
+    )
 
 
 def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._allocations import bytes_of
 from .._html import format_table
-from .._vectors import Tensors, former_names
+from .._vectors import DTYPE, SHAPE, Tensors, former_names
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, NormStatistics, shape_text
 from ._metric_settings import Learned, MetricSettings
@@ -216,8 +216,9 @@ class StructuredGeometry(Geometry):
 
     def _move_to_device_of(self, tensor: Tensor) -> None:
         """Take U where the parameters went since: to another device, to double, or in shape."""
-        now = {name: (p.dtype, p.shape) for name, p in self.parameters.items()}
-        if self.layout.forms != now:
+        # Mapped without a loop in Python, since this runs in every step over all parameters.
+        now = list(self.parameters.values())
+        if self.layout.forms != (list(map(DTYPE, now)), list(map(SHAPE, now))):
             self.bind(self.model, self.parameters)
         device = tensor.device
         held = {v.device for s in self.states for v in s.values()}
@@ -245,8 +246,9 @@ class StructuredGeometry(Geometry):
         else:
             result = self.blocks.apply_to_tensors(self._applied_states(), gradients)
         # U is float32 or float64; the caller gets the dtype of its gradients.
-        dtypes = {n: g.dtype for n, g in gradients.items()}
-        return {n: x if x.dtype == dtypes[n] else x.to(dtypes[n]) for n, x in result.items()}
+        if list(map(DTYPE, result.values())) == list(map(DTYPE, gradients.values())):
+            return result
+        return {n: x.to(gradients[n].dtype) for n, x in result.items()}
 
     def _applied_states(self) -> States:
         """Return the states that a step applies: U, or a form of it that is faster."""

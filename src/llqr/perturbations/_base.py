@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -51,12 +52,27 @@ class Probe:
     momentum: Tensors = field(default_factory=dict)
     step: int = 0
     _stays: bool = field(default=False, repr=False)
-    _seen: list[float] = field(default_factory=list, repr=False, compare=False)
+    _seen: list[Scalar] = field(default_factory=list, repr=False, compare=False)
 
     @property
-    def is_finite(self) -> bool:
-        """Whether an inner product was taken, and all that were are finite."""
-        return bool(self._seen) and all(map(math.isfinite, self._seen))
+    def is_finite(self) -> bool | Tensor:
+        """Whether an inner product was taken, and all that were are finite.
+
+        A tensor without dimensions if some of them stayed on the device.
+        """
+        read = [x for x in self._seen if not isinstance(x, Tensor)]
+        if not (self._seen and all(map(math.isfinite, read))):
+            return False
+        return reduce(torch.add, self._staying).abs() < math.inf if self._staying else True
+
+    @property
+    def _is_negative(self) -> bool | Tensor:
+        """Whether the square that eps is divided by stayed on the device and is negative."""
+        return self._staying[-1] < 0 if self._staying else False
+
+    @property
+    def _staying(self) -> list[Tensor]:
+        return [x for x in self._seen if isinstance(x, Tensor)]
 
     def inner_product(self, a: Tensors, b: Tensors) -> float:
         """Return a'b over all tensors and shards."""
@@ -71,8 +87,8 @@ class Probe:
         """
         if self._stays and b:
             square = total_on_device(a, b)
-            unit = torch.where(square > 0, (square + EPS0).rsqrt(), 0.0)
-            return unit.to(next(iter(b.values())).dtype)  # else foreach goes one by one
+            self._seen.append(square)
+            return torch.where(square > 0, (square + EPS0).rsqrt(), 0.0)
         product = self.inner_product(a, b)
         if not product > 0 and total_inner_product(b, b) > 0:
             return 0.0
@@ -119,8 +135,9 @@ class Perturbation:
     #: Whether eps needs no gradient of the step, so that its only pass is at theta + eps.
     looks_ahead: ClassVar[bool] = False
     # Whether eps is finite if the gradients are, so that nobody has to look, and whether observe()
-    # keeps nothing of a step that does not count, so that it may see gradients that are not finite.
-    # It holds for these methods of the same class only, not for one that overrides them.
+    # and combine() keep nothing of a step that does not count, so that they may see gradients that
+    # are not finite. It holds for these methods of the same class only, not for one that overrides
+    # them.
     _is_bounded: ClassVar[bool] = False
     _forgets_skipped: ClassVar[bool] = True
 
@@ -196,9 +213,9 @@ def bounds_displacement(kind: type[Perturbation]) -> bool:
     return bool(vars(_definer_of("displacement", kind)).get("_is_bounded", False))
 
 
-def forgets_skipped(kind: type[Perturbation]) -> bool:
-    """Tell whether the class that defines ``observe`` says that skipped steps leave nothing."""
-    return bool(vars(_definer_of("observe", kind)).get("_forgets_skipped", False))
+def forgets_skipped(method: str, kind: type[Perturbation]) -> bool:
+    """Tell whether the class that defines a method says that skipped steps leave nothing in it."""
+    return bool(vars(_definer_of(method, kind)).get("_forgets_skipped", False))
 
 
 def _definer_of(method: str, kind: type[Perturbation]) -> type:

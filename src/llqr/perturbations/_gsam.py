@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from .._checks import Schedule, check_number
-from .._vectors import Tensors, total_inner_product
+from .._vectors import Tensors, scale_tensors, total_as_scalar
 from ._sam import SAM, Along, Direction, Norm
 
 __all__ = ["GSAM"]
@@ -42,6 +44,8 @@ class GSAM(SAM):
         >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
     """
 
+    _forgets_skipped: ClassVar[bool] = True
+
     def __init__(
         self,
         rho: Schedule = 0.05,
@@ -61,10 +65,11 @@ class GSAM(SAM):
 
     def combine(self, clean: Tensors, perturbed: Tensors) -> Tensors:
         """Return g~ - alpha g_perp = (1 + alpha c) g~ - alpha g with c = g.g~ / g~.g~."""
-        square = total_inner_product(perturbed, perturbed)
-        if not square > 0:
-            return perturbed  # no direction to be orthogonal to
-        alpha, c = self.alpha, total_inner_product(clean, perturbed) / square
-        stepped = torch._foreach_mul(list(perturbed.values()), 1 + alpha * c)
-        torch._foreach_sub_(stepped, torch._foreach_mul([clean[n] for n in perturbed], alpha))
-        return dict(zip(perturbed, stepped, strict=True))
+        square = total_as_scalar(perturbed, perturbed)
+        divisor = square + (square == 0)
+        alpha = self.alpha * (square / divisor)  # at g~ = 0 nothing is orthogonal to it
+        c = total_as_scalar(clean, perturbed) / divisor
+        stepped = scale_tensors(perturbed, 1 + alpha * c)
+        g = scale_tensors({n: clean[n] for n in perturbed}, alpha)
+        torch._foreach_sub_(list(stepped.values()), list(g.values()))
+        return stepped

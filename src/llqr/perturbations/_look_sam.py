@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_number
-from .._vectors import Tensors, total_inner_product
+from .._vectors import Tensors, scale_tensors, total_as_scalar
 from ._memory import RememberingSAM
 from ._sam import Along, Direction, Norm
 
@@ -83,21 +82,22 @@ class LookSAM(RememberingSAM):
 
     def combine(self, clean: Tensors, perturbed: Tensors) -> Tensors:
         """Return g~; keep the unit vector of its part that is orthogonal to g."""
-        square = total_inner_product(clean, clean)
-        c = total_inner_product(perturbed, clean) / square if square > 0 else 0.0
-        g_v = torch._foreach_mul(list(clean.values()), -c)
+        square = total_as_scalar(clean, clean)
+        c = total_as_scalar(perturbed, clean) / (square + (square == 0))
+        v = scale_tensors(clean, -c)
+        g_v = list(v.values())
         torch._foreach_add_(g_v, [perturbed[n] for n in clean])
-        v = dict(zip(clean, g_v, strict=True))
-        part = total_inner_product(v, v)
+        part = total_as_scalar(v, v)
         # Without a displacement g~ is g, and what differs is rounding: it has no direction to keep.
         rounding = 16 * max(torch.finfo(x.dtype).eps for x in g_v)
         found = part > rounding**2 * (part + c**2 * square)  # |g~|^2
-        torch._foreach_mul_(g_v, 1 / math.sqrt(part) if found else 0.0)
-        self._next_memory = v
+        self._next_memory = scale_tensors(v, found * (part + (part == 0)) ** -0.5)
         return perturbed
 
     def adjust(self, gradients: Tensors) -> dict[str, Tensor]:
         """Return g + alpha |g| v."""
-        length = self.alpha * math.sqrt(total_inner_product(gradients, gradients))
-        g, v = list(gradients.values()), self._recall_all(gradients)
-        return dict(zip(gradients, torch._foreach_add(g, v, alpha=length), strict=True))
+        length = self.alpha * total_as_scalar(gradients, gradients) ** 0.5
+        v = dict(zip(gradients, self._recall_all(gradients), strict=True))
+        adjusted = scale_tensors(v, length)
+        torch._foreach_add_(list(adjusted.values()), list(gradients.values()))
+        return adjusted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,8 @@ class WSAM(SAM):
         >>> optimizer = llqr.Optimizer(base, model, perturbation=llqr.WSAM(rho=0.05, gamma=0.8))
         >>> _ = optimizer.minimize(lambda: model(torch.ones(3, 2)).square().mean())
     """
+
+    _forgets_skipped: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -63,7 +63,10 @@ class Layout:
             for name, p in parameters.items()
         }
         #: What the layout was made for; a parameter may change either later.
-        self.forms = {name: (p.dtype, p.shape) for name, p in parameters.items()}
+        self.forms = (
+            [p.dtype for p in parameters.values()],
+            [p.shape for p in parameters.values()],
+        )
         wide = {name: _state_dtype(p) for name, p in parameters.items()}
         self.dtype = max(wide.values(), key=lambda t: t.itemsize, default=torch.float32)
         #: The kind that was asked for, for each parameter.
