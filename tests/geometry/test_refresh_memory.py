@@ -93,7 +93,7 @@ def test_more_products_take_more_memory():
     geometry.bind(wide_net((64, 48, 32)).model)
     few, many, most = (geometry.memory(products=n) for n in (2, 20, None))
     assert few["refresh"] < many["refresh"] < most["refresh"]
-    assert (few["directions"], many["directions"], most["directions"]) == (2, 20, 50)
+    assert (few["directions"], many["directions"], most["directions"]) == (1, 19, 50)
 
 
 @pytest.mark.parametrize("kind", [llqr.LLQR, llqr.NaturalGradient])
