@@ -80,6 +80,7 @@ def quadratic_value(
     image: Tensor,
     dot: Callable[[Tensor, Tensor], Tensor],
     length: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     r"""Return the quadratic model of the loss at a step, from the image of the step.
 
@@ -93,9 +94,10 @@ def quadratic_value(
         image: C u, or C u / length.
         dot: the inner product of two vectors.
         length: factor on the image.
+        out: a vector to work in, which may be the image.
     """
     # The sum comes before the inner product: near the minimum the two terms of J cancel.
-    return dot(u, torch.add(g, image, alpha=0.5 * length))
+    return dot(u, torch.add(g, image, alpha=0.5 * length, out=out))
 
 
 # -- lists of tensors ----------------------------------------------------------------------------

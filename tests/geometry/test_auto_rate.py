@@ -68,7 +68,7 @@ def prepared(structure: str, curvature: str = "fisher", damping: float = 0.2):
 def test_own_units(curvature, tolerance):
     """g-hat has length one, and the best multiple of U the g-hat'U g-hat of the identity."""
     geometry, objective, C, U = prepared("kfac", curvature)
-    g = objective.gradient
+    g = objective.gradient.clone()
     with torch.no_grad():
         scaled = in_own_units(objective, geometry.states, tolerance, 8)
         own = scaled.objective

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ._overrides import without_look_for_modes
 from .linearised import is_replaced
@@ -17,6 +18,7 @@ __all__ = [
     "UnsuitableBackward",
     "custom_functions_in",
     "gradients_of",
+    "leads_through",
     "node_names_in",
     "nodes_of",
     "rounding_is_small",
@@ -36,18 +38,19 @@ _grad = without_look_for_modes(torch.autograd.grad)
 
 
 def gradients_of(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor] | None = None,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Return (d outputs / d inputs)' cotangents, None for an unused input; the graph stays.
 
-    Hooks on outputs and inputs stay silent.
+    Hooks on outputs and inputs stay silent. An output may be the edge of a graph that a tensor
+    hangs on, of which only the graph is wanted.
     """
     if not inputs:
         return []
-    with _hooks_suspended([*outputs, *inputs]):
+    with _hooks_suspended([t for t in (*outputs, *inputs) if isinstance(t, Tensor)]):
         return list(
             _grad(
                 outputs,
@@ -100,6 +103,24 @@ def nodes_of(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterato
         seen.add(node)
         yield node
         pending.extend(parent for parent, _ in node.next_functions)
+
+
+def leads_through(z: Tensor, loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Tell whether every path from a loss to the parameters leads through z."""
+    through = get_gradient_edge(z)
+    ends = {get_gradient_edge(p).node for p in parameters}
+    start = get_gradient_edge(loss)
+    pending: list[tuple[Any, int]] = [(start.node, start.output_nr)]
+    seen = set()
+    while pending:
+        node, number = pending.pop()
+        if node is None or node in seen or (node is through.node and number == through.output_nr):
+            continue
+        if node is through.node or node in ends:  # by another output of z's operation, or past z
+            return False
+        seen.add(node)
+        pending.extend(node.next_functions)
+    return True
 
 
 def node_names_in(tensors: Sequence[Tensor]) -> frozenset[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ._graphs import gradients_of
@@ -57,26 +58,24 @@ class OutputHessian:
     ) -> None:
         scalar, self.points = _scalar_and_points(objective, loss, outputs, zs)
         gradient = gradients_of([scalar], self.points, create_graph=True)
-        self._gradient = [
-            (g, z) for g, z in zip(gradient, self.points, strict=True) if g is not None
-        ]
-        if not self._gradient:
+        pairs = [(g, z) for g, z in zip(gradient, self.points, strict=True) if g is not None]
+        if not pairs:
             raise ValueError(
                 "the loss was not computed from `outputs`: return the very tensor that the loss "
                 "function was given (not a detached or recomputed copy)"
             )
         self.of_loss = scalar is loss
-        self._indefinite = check and self._check_curvature(may_be_stationary=self.of_loss)
+        # Products need the graph of the gradient, not its values. One without a graph is constant:
+        # its row of H is zero.
+        self._gradient: list[tuple[GradientEdge, Tensor]] = [
+            (get_gradient_edge(g), z) for g, z in pairs if g.requires_grad
+        ]
+        self._indefinite = check and self._check_curvature([g for g, _ in pairs])
 
     def product(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return H v as d/dz (v'dD/dz); None is zero."""
         v_at = dict(zip(map(id, self.points), v, strict=True))
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for g, z in self._gradient:
-            x = v_at[id(z)]
-            # A gradient without a graph is constant: its row of H is zero.
-            if g.requires_grad and x is not None:
-                pairs.append((g, x))
+        pairs = [(g, x) for g, z in self._gradient if (x := v_at[id(z)]) is not None]
         if not pairs:
             return [None] * len(self.points)
         return gradients_of([g for g, _ in pairs], self.points, [x for _, x in pairs])
@@ -90,7 +89,7 @@ class OutputHessian:
         # Another seed per tensor: of a loss in z1 - z2 the same one would see nothing.
         return [_random_like(z, seed) for seed, z in enumerate(self.points)]
 
-    def _check_curvature(self, may_be_stationary: bool) -> bool:
+    def _check_curvature(self, gradient: Sequence[Tensor]) -> bool:
         """Refuse H = 0, and tell whether H is seen to be indefinite, from one random product."""
         probes = self._draw_probes()
         images = self._product_or_say_why_not(probes)
@@ -98,7 +97,7 @@ class OutputHessian:
         if not any(bool(h.any()) for _, h in pairs):
             # A divergence is stationary at equality, with H or without; a loss whose gradient is
             # exactly zero is minimal: nothing to learn, nothing wrong.
-            if may_be_stationary and all(not bool(g.any()) for g, _ in self._gradient):
+            if self.of_loss and not any(bool(g.any()) for g in gradient):
                 return False
             raise LinearLoss(
                 "loss is linear in `outputs`, so its second derivative there is zero and U would "

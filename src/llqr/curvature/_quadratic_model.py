@@ -132,6 +132,8 @@ class QuadraticModel:
         self.products = 0
         self.loss = _weighted_sum((w, [t.loss]) for w, t in self._terms)[0]
         self.gradient = _weighted_sum((w, t.gradient) for w, t in self._terms)
+        for _, term in self._terms:
+            term.gradient = []  # the caller may let go of the sum, too
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor]:
         """Return C d.

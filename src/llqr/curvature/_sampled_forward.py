@@ -40,7 +40,7 @@ __all__ = ["SampledForward"]
 Result = TypeVar("Result")
 
 #: How many numbers the samples of the outputs hold that are drawn at a time.
-ENTRIES_AT_ONCE = 1 << 26
+ENTRIES_AT_ONCE = 2**21
 
 #: Kinds of forward and ids of parameters: of these the backward was checked.
 _checked_models: set[Any] = set()

@@ -54,7 +54,7 @@ class Term:
         self._expansion: Expansion | None = None
         self._operation_to_report: str | None = None
         self.loss, gradient, self.rows = self._use_expansion(
-            lambda expansion: (expansion.loss, expansion.gradient, expansion.rows)
+            lambda expansion: (expansion.loss, expansion.take_gradient(), expansion.rows)
         )
         self.gradient = self._spread_over_all(gradient)
         self._count_rows = False  # an expansion that is made again has the same

@@ -406,10 +406,12 @@ class LLQR(StructuredGeometry):
             projects=settings.constraint == "positive",
             # C d as tensors and flat, and d as tensors if they are put together.
             product=2 + cut,
-            capacity=basis_capacity(self.layout, settings.steps),
+            capacity=basis_capacity(self.layout, settings.steps, settings.lr == "auto"),
+            graph_keeps=not self.curvature.gauss_newton,
         )
-        directions = counted.directions if products is None else products
-        directions = min(directions, counted.directions)
+        directions = counted.directions
+        if products is not None:  # that of J at the new U comes when those of the solve are gone
+            directions = min(max(1, products - 1), directions)
         return {
             **held,
             "refresh": max(counted.peak(directions), self._judgement_bytes()),

@@ -39,7 +39,7 @@ def test_the_graph_holds_no_cotangents():
 
     model = llqr.quadratic_model(forward, net.parameters())
     rows = model._terms[0][1]._expansion._jacobian._transposed
-    pending, names = [g.grad_fn for _, g in rows], set()
+    pending, names = [g.node for _, g in rows], set()
     while pending:
         node = pending.pop()
         if node is not None:

@@ -130,6 +130,10 @@ class Expansion(ABC):
     def _suspects(self) -> str:
         return ", ".join(self._unchecked) or UNSEEN
 
+    def take_gradient(self) -> list[Tensor | None]:
+        """Return the gradient, and let go of it if no product needs it."""
+        return self.gradient
+
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return C d, unscaled; None is zero."""
         # Also here: activation checkpointing runs parts of the forward again.

@@ -68,6 +68,13 @@ class GaussNewtonExpansion(Expansion):
         hidden = self._hessian.of_loss and custom_functions_in([loss], above=zs)
         self._slope = RepeatedOutputs(forward, outputs, slope=True) if hidden else None
 
+    def take_gradient(self) -> list[Tensor | None]:
+        """Return the gradient, and let go of it: a vector of the parameters' size."""
+        gradient = self.gradient
+        if not self._unchecked:  # or a check with the first product compares it
+            self.gradient = self._jacobian.loss_gradient = []
+        return gradient
+
     def _curvature_product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         # d -> J d -> H J d -> J' H J d
         jd = self._jacobian.product(d)

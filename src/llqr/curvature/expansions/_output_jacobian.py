@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .._graphs import gradients_of
+from .._graphs import gradients_of, leads_through
 from ._differences import central_difference
 
 __all__ = [
@@ -74,19 +75,30 @@ class JacobianByDoubleBackward(OutputJacobian):
 
     def _differentiate_loss(self, loss: Tensor) -> list[Tensor | None]:
         # One VJP gives the gradient and the map u -> J'u: backpropagate the loss with cotangent 1
-        # and the outputs with a cotangent u that is zero, and keep the graph in u.
-        self._us = [torch.zeros_like(z, requires_grad=True) for z in self.outputs]
-        gradient = gradients_of(
-            [loss, *self.outputs],
-            self._parameters,
-            [torch.ones_like(loss), *self._us],
-            create_graph=True,
-        )
-        # If a parameter reaches no output, its row of J' is zero and has no graph.
+        # and the outputs with a cotangent u that is zero (of one number's memory), and keep the
+        # graph in u.
+        zeros = [z.detach().new_zeros(()).expand_as(z) for z in self.outputs]
+        self._us = [zero.requires_grad_() for zero in zeros]
+        if len(self.outputs) == 1 and leads_through(self.outputs[0], loss, self._parameters):
+            # dL/dz first, so that no graph of the loss is kept but the one that H is taken from.
+            (slope,), (u,) = gradients_of([loss], self.outputs), self._us
+            cotangents = [u if slope is None else slope + u]
+            gradient = gradients_of(self.outputs, self._parameters, cotangents, create_graph=True)
+        else:
+            gradient = gradients_of(
+                [loss, *self.outputs],
+                self._parameters,
+                [torch.ones_like(loss), *self._us],
+                create_graph=True,
+            )
+        # If a parameter reaches no output, its row of J' is zero and has no graph. Products need
+        # the graphs, not what their ends are worth.
         self._transposed = [
-            (i, g) for i, g in enumerate(gradient) if g is not None and g.requires_grad
+            (i, get_gradient_edge(g))
+            for i, g in enumerate(gradient)
+            if g is not None and g.requires_grad
         ]
-        return gradient
+        return [None if g is None else g.detach() for g in gradient]
 
     def product(self, d: Sequence[Tensor]) -> list[Tensor | None]:
         """Return J d as d/du (d'J'u)."""

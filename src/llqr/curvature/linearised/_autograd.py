@@ -73,10 +73,9 @@ class _OperationValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
-        ctx.call, op = call, call.op
+        ctx.call = call
         # The output's own node must not hold it: such a circle through autograd is never freed.
-        value, op.value = op.value, op.value.detach()
-        return value
+        return call.op.hand_over_value()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:

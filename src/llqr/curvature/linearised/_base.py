@@ -22,13 +22,19 @@ class LinearisedOperation(ABC):
 
     Attributes:
         tensors: the inputs that may carry gradients, with their graphs.
-        value: the output, without a graph.
+        value: the output, without a graph; of its form only, once it was handed over.
         written: what the call writes to besides.
     """
 
     tensors: Values
     value: Tensor
     written: Values = ()
+
+    def hand_over_value(self) -> Tensor:
+        """Return the value, and keep no more of it than shape and dtype: no map reads it."""
+        value = self.value
+        self.value = value.new_empty(()).expand_as(value)
+        return value
 
     @abstractmethod
     def vjp(self, g: Tensor, needed: tuple[bool, ...]) -> Values:

@@ -13,6 +13,7 @@ from ..structures import BlockDiagonal, Bounds, States
 from ._flat_model import FlatModel
 from ._objective import Objective
 from ._own_units import in_own_units, inner_rates
+from ._recycled_product import RecycledProduct
 from ._solve import basis_capacity, solve_inner_problem
 from ._solvers import InnerSolver, SolverOptions
 
@@ -95,7 +96,7 @@ class Learner:
 
     def _solve_in_own_units(self, objective: Objective, old: States, start: States) -> Outcome:
         """Solve at the rate that J itself gives, and at smaller ones until J goes down."""
-        capacity = basis_capacity(objective.blocks.layout, self.options.steps)
+        capacity = basis_capacity(objective.blocks.layout, self.options.steps, own_units=True)
         dot, g = objective.blocks.space.dot, objective.gradient
         if float(dot(g, g)) == 0:
             return Outcome(start, 0.0, 0.0, None)  # a minimum: nothing to learn, nothing wrong
@@ -113,6 +114,7 @@ class Learner:
             outcome = self._solve(scaled.objective, old, start, replace(self.options, lr=lr))
             if outcome.states is not None:
                 break
+        g.mul_(scaled.length)
         before, after = outcome.J_before * scaled.unit, outcome.J_after * scaled.unit
         return replace(outcome, J_before=before, J_after=after)
 
@@ -125,6 +127,9 @@ class Learner:
         solved, value = solve_inner_problem(
             objective, old, start, self.solver, options, self.tolerance
         )
+        if isinstance(objective.product, RecycledProduct):
+            # Their memory is the new U's and its image's. With U g begins every solve.
+            objective.product.keep_first(1)
         before = float(value)  # J at the old U, from the first product of the solve
         finite = all(bool(torch.isfinite(v).all()) for entries in solved for v in entries.values())
         if not agree_on(finite):

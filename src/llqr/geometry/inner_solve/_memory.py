@@ -16,8 +16,7 @@ from ..structures import BlockDiagonal, State, States, Structure
 from ._buffered import solve_in_buffers
 from ._literal import solve_literally
 from ._objective import Objective
-from ._own_units import FRACTIONS, PRODUCTS
-from ._rows import rows_allocated
+from ._rows import rows_allocated, rows_at_a_time
 from ._solve import runs_in_buffers, runs_on_coefficients
 from ._solvers import InnerSolver, SolverOptions
 
@@ -41,6 +40,7 @@ class RefreshMemory:
         projects: whether the result of the solve is projected into bounds.
         product: vectors that a product takes, its result among them.
         capacity: how many directions a solve keeps.
+        graph_keeps: whether the graph keeps g.
     """
 
     blocks: BlockDiagonal
@@ -51,6 +51,7 @@ class RefreshMemory:
     projects: bool
     product: int
     capacity: int
+    graph_keeps: bool
 
     @property
     def on_coefficients(self) -> bool:
@@ -62,9 +63,7 @@ class RefreshMemory:
         """The most directions that are kept, each with its image."""
         if not self.tolerance:
             return 0
-        # The present U, what is computed until the solve is spent, and J at each result.
-        most = 1 + PRODUCTS + len(FRACTIONS) if self.own_units else self.options.steps
-        return min(self.capacity, most)
+        return min(self.capacity, self.options.steps + self.own_units)
 
     @property
     def vector(self) -> int:
@@ -74,7 +73,8 @@ class RefreshMemory:
 
     def pairs(self, count: int) -> int:
         """Return the bytes of so many directions and their images."""
-        kept = 2 * rows_allocated(min(count, self.directions), self.capacity) * self.vector
+        count = min(count, self.directions)
+        kept = 2 * rows_allocated(count, self.capacity, self.vector) * self.vector
         # In rotated coordinates a solve on coefficients has its own beside those that are shared.
         rotates = any(part.rotates for part in self.blocks.parts)
         return 2 * kept if self.own_units and self.on_coefficients and rotates else kept
@@ -87,22 +87,23 @@ class RefreshMemory:
             for part, s in zip(self.blocks.parts, states, strict=True)
         ])  # fmt: skip
         pairs = self.pairs(count)
-        # g, and what the graph keeps of it; in units of its own g / |g|, with the vector in which
-        # products are answered from earlier ones.
         recycles = bool(self.tolerance) and (self.own_units or not self.on_coefficients)
-        kept = (2 + self.own_units + recycles) * vector
+        kept = (1 + self.graph_keeps) * vector  # g
         renewed = bytes_of(states) if self.blocks.renews_bases else 0
         kept += renewed
         x = self._flat()
         action = peak_bytes_of(lambda: self.blocks.apply(states, x))
-        product = (self.product + recycles) * vector  # with what earlier ones leave of d
+        # With what earlier ones leave of d, which becomes a direction as the result its image.
+        alone = bool(self.tolerance) and rows_at_a_time(0, 2, vector) == 1
+        product = (self.product + recycles) * vector
+        judged = self.pairs(min(count, 1)) if self.own_units else 0
         phases = [
-            kept + pairs + self._solve(states, trained, action, product),
-            # J at the new U: u, its image, and their sum.
-            kept + pairs + trained + vector + max(action, product, 2 * vector),
+            kept + pairs + self._solve(states, trained, action, product, alone * vector),
+            # J at the new U: u, what is left of it, and its image.
+            kept + judged + trained + vector + max(action, product),
         ]
         if self.projects:  # projected, averaged, and projected again
-            phases.append(kept + pairs + 3 * trained + self._projection(states))
+            phases.append(kept + judged + 3 * trained + self._projection(states))
         if self.own_units:
             phases.append(kept + self.pairs(1) + self._rates(states, trained, action, product))
         return max(phases)
@@ -111,15 +112,17 @@ class RefreshMemory:
         layout = self.blocks.layout
         return torch.empty(layout.numel, dtype=layout.dtype, device=META)
 
-    def _solve(self, states: States, trained: int, action: int, product: int) -> int:
-        """Return what the solve takes beside directions, g and the vector of recycling."""
+    def _solve(
+        self, states: States, trained: int, action: int, product: int, kept_of_product: int
+    ) -> int:
+        """Return what the solve takes beside directions and g."""
         vector = self.vector
         if self.on_coefficients:
             rotates = any(part.rotates for part in self.blocks.parts)
             # g in the coordinates of the solve, and: both ends of a product; d and what d_0 takes;
             # the result.
-            ends = (self.product + 2 * rotates) * vector
-            return rotates * vector + max(ends, vector + action, 2 * trained + vector)
+            ends = (self.product + 2 * rotates) * vector - kept_of_product
+            return rotates * vector + max(ends, action, 2 * trained, trained + vector, 2 * vector)
         if self.solver.evaluates_within_step:
             return LBFGS_COPIES * trained + 3 * vector
         g = self._flat()
@@ -129,7 +132,9 @@ class RefreshMemory:
             if not self.tolerance:
                 _ = torch.empty(product - vector, dtype=torch.uint8, device=META)
                 return torch.empty_like(u)
-            _ = torch.empty(product, dtype=torch.uint8, device=META)
+            # Two vectors of it stay, among the directions; the memory of answers is free meanwhile.
+            left = max(product - 2 * kept_of_product - vector, 0)
+            _ = torch.empty(left, dtype=torch.uint8, device=META)
             return recycled
 
         recycled = self._flat()
@@ -144,8 +149,8 @@ class RefreshMemory:
         """Return what it takes to find the inner rate, before there are directions."""
         g, r = self._flat(), self._flat()
         pullback = peak_bytes_of(lambda: self.blocks.pullback(states, g, r))
-        # u, and the slope; then the state that moved along it, and v.
-        return self.vector + max(pullback, 2 * trained + max(action, trained), product)
+        # u with its image, and the slope; then the state that moved along it, and v.
+        return max(2 * self.vector + max(pullback, 2 * trained + max(action, trained)), product)
 
     def _projection(self, states: States) -> int:
         """Return what the projection of one group of blocks takes, its result among it."""

@@ -48,7 +48,7 @@ class Objective:
         dot = self.blocks.space.dot
         # The terms of J cancel near its minimum; what rounding leaves is of the size of the terms.
         size = (dot(u, u) * (dot(self.gradient, self.gradient) + dot(image, image))).sqrt()
-        value = quadratic_value(u, self.gradient, image, dot)
+        value = quadratic_value(u, self.gradient, image, dot, out=image)
         return value, self.blocks.space.rounding * size
 
     def value_and_gradient(self, states: States) -> tuple[Tensor, States]:

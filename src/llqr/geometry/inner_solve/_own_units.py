@@ -32,8 +32,6 @@ __all__ = ["OwnUnits", "in_own_units", "inner_rates"]
 #: The inner steps go as far as this many steps of steepest descent with exact line search would.
 
 REACH = 2.0
-#: A solve ends where it would need more products than these.
-PRODUCTS = 4
 #: What is tried in turn until J goes down.
 FRACTIONS = (1.0, 1 / 4, 1 / 16)
 #: Of solvers whose steps do not grow with the gradient, in a problem that is free of scale.
@@ -48,10 +46,12 @@ class OwnUnits:
         objective: J-hat; all solves share its products.
         unit: what J-hat is to be multiplied by, |g|^2 / kappa: twice what the best step along
             -U g takes off the loss, in the model.
+        length: |g|, by which the gradient was divided.
     """
 
     objective: Objective
     unit: float
+    length: float
 
 
 def in_own_units(
@@ -60,21 +60,23 @@ def in_own_units(
     """Return J in its own units at the present U; None if there is no curvature along U g.
 
     Args:
-        objective: J, whose gradient is not zero.
+        objective: J, whose gradient is not zero. It is divided by its length where it lies, for
+            which there is one copy of it; multiplied by it again if None is returned.
         states: the present U.
         tolerance: of recycled products; 0: all are computed.
-        capacity: how many directions are kept.
+        capacity: how many directions are kept; a solve ends where it would need more.
     """
     blocks, dot = objective.blocks, objective.blocks.space.dot
     length = float(dot(objective.gradient, objective.gradient).sqrt())
     # |g|^2 and u'Cu may leave float32 where g-hat does not.
-    g = objective.gradient / length
+    g = objective.gradient.div_(length)
     u = -blocks.apply(states, g)
     image = objective.damped_product(u)
     along = float(dot(g, u))
     # The sign of the curvature is not its size: Newton's may be negative.
     kappa = abs(float(dot(u, image))) / along**2 if along else math.nan
     if not 0 < kappa < torch.finfo(torch.float32).max:
+        g.mul_(length)
         return None
 
     def scaled_product(d: Tensor) -> Tensor:
@@ -82,10 +84,10 @@ def in_own_units(
 
     unit = length**2 / kappa
     if not tolerance:
-        return OwnUnits(Objective(blocks, g, scaled_product, 0.0), unit)
+        return OwnUnits(Objective(blocks, g, scaled_product, 0.0), unit, length)
     product = RecycledProduct(scaled_product, g, tolerance, capacity, dot)
     product.remember(u, image.div_(kappa))  # every solve begins with it
-    return OwnUnits(Objective(blocks, g, product, 0.0, lambda: product.computed >= PRODUCTS), unit)
+    return OwnUnits(Objective(blocks, g, product, 0.0, lambda: product.full), unit, length)
 
 
 def inner_rates(

@@ -73,18 +73,22 @@ class RecycledProduct:
         # Inner products of g and the w_i: on the host, and the newest, which the next answer reads.
         self._gram = gradient.new_zeros(0, 0, device="cpu", dtype=torch.float64)
         self._newest = dot(gradient, gradient)[None]
-        # Fresh memory for every answer would cost more than the arithmetic.
-        self._known = torch.empty_like(gradient)
+        # Fresh memory for every answer would cost more than the arithmetic. A product gets it.
+        self._known: Tensor | None = None
         self._rest: Tensor | None = None
+
+    @property
+    def full(self) -> bool:
+        """True when no direction can be kept."""
+        return self.directions.full
 
     def __call__(self, d: Tensor) -> Tensor:
         """Return C d, exactly if a real product was spent, else within the tolerance.
 
         The result is the caller's to change, and lasts until the next call.
         """
-        known = self._known.zero_()
         whole, c = self._dot(d, d), self._coefficients_in_basis(d)
-        self.images.subtract_combination(-c, known)
+        known = self._combine_images(c)
         square, *host = self._read_from_device(whole, c)
         if not math.isfinite(square):  # nothing to be divided by, nor remembered
             return known.copy_(self._product(d))
@@ -100,21 +104,36 @@ class RecycledProduct:
         again = self._coefficients_in_basis(r)
         self.directions.subtract_combination(again, r)
         self.images.subtract_combination(-again, known)
-        outside, *host = self._read_from_device(self._dot(r, r), c + again)
+        c = c + again
+        outside, *host = self._read_from_device(self._dot(r, r), c)
         rest, rounding = math.sqrt(outside), 32 * self._eps * math.sqrt(square)
         if rest <= rounding or (self.directions.count and rest <= self._allowed_outside(host)):
             return known
         r.div_(rest)
+        del known
+        self.release_answer()
         image = self._product(r)
         self.computed += 1
+        known = self._combine_images(c).add_(image, alpha=rest)
         self._append_direction(r, image)
-        self._rest = None  # its memory is the next product's
-        return known.add_(image, alpha=rest)
+        return known
 
     def remember(self, d: Tensor, image: Tensor) -> None:
         """Begin with a direction whose product C d is known; d is not zero."""
         square = self._read_from_device(self._dot(d, d), self._coefficients_in_basis(d))[0]
         self._append_direction(d / math.sqrt(square), image / math.sqrt(square))
+
+    def keep_first(self, count: int) -> None:
+        """Forget all but the first directions, whose memory others get."""
+        self._read_from_device(self._newest.new_zeros(()), self._newest[:0])
+        self.directions.keep_first(count)
+        self.images.keep_first(count)
+        self._gram = self._gram[: 1 + count, : 1 + count]
+        self.release_answer()
+
+    def release_answer(self) -> None:
+        """Let go of the memory of the last answer."""
+        self._rest = self._known = None
 
     def append_image(self) -> None:
         """Compute the product of the newest direction, which the caller wrote.
@@ -125,7 +144,15 @@ class RecycledProduct:
         self.computed += 1
         self._read_from_device(self._newest.new_zeros(()), self._newest[:0])
         self._append_inner_products(image)
-        self.images.append_row().copy_(image)
+        self.images.take(image)
+
+    def _combine_images(self, c: Tensor) -> Tensor:
+        """Return W c, in the memory of the last answer."""
+        known = self._known = (
+            torch.empty_like(self._gradient) if self._known is None else self._known
+        )
+        self.images.subtract_combination(-c, known.zero_())
+        return known
 
     def _coefficients_in_basis(self, v: Tensor) -> Tensor:
         """Return Q'v."""
@@ -147,8 +174,8 @@ class RecycledProduct:
             self._newest = self._dot(image, image)[None]
             return
         self._append_inner_products(image)
-        self.directions.append_row().copy_(q)
-        self.images.append_row().copy_(image)
+        self.directions.take(q)
+        self.images.take(image)
 
     def _append_inner_products(self, image: Tensor) -> None:
         """Compute those of an image with g, the images so far and itself; read with the next."""

@@ -115,6 +115,7 @@ class _Stage:
             d = self.initial_control()
             self.first = quadratic_value(d, g, objective.product(d), self.space.dot)
             del d
+            self.shared.release_answer()
             images, self.Q = self.shared.images, self.shared.directions
         self.own, self.images, self.F = own, images, JoinedRows(own, images)
         self.largest = self.rest = 0.0
@@ -139,7 +140,7 @@ class _Stage:
         rotates = any(part.rotates for part in self.blocks.parts)
         if rotates or self.objective.damping or not isinstance(product, RecycledProduct):
             return None
-        return None if product.directions.full else product
+        return product
 
     @property
     def work(self) -> Tensor:
@@ -230,9 +231,10 @@ class _Stage:
 
     def _write_part_outside(self) -> float:
         """Write the part of d outside the basis into the work vector; return its length."""
+        self._work = None  # before it is needed, its memory serves U g
+        d0 = self.initial_control()
         d = self._combine_images(self.x)
         self.blocks.kernel_product(self.g, d, d)
-        d0 = self.initial_control()
         torch.sub(d0, d, out=d)
         # What d is computed from, and so what its rounding is a part of.
         whole = torch.maximum(self.space.dot(d, d), self.space.dot(d0, d0))
@@ -248,22 +250,21 @@ class _Stage:
 
     def _append_product(self, length: float) -> None:
         """Extend the basis by the part of d outside it, which is in the work vector."""
-        q = self.Q.append_row()
-        torch.div(self.work, length or 1.0, out=q)
+        q = self.Q.take(self.work.div_(length or 1.0))
         self._work = None
         if self.shared is not None:
             self.shared.append_image()
         else:
             image = self.objective.product(self.blocks.rotate_back(self.start, q))
-            f = self.images.append_row()
             rotated = self.blocks.rotate(self.start, image)
-            torch.add(rotated, q, alpha=self.objective.damping, out=f)
+            del image
+            f = self.images.take(rotated.add_(q, alpha=self.objective.damping))
+            del rotated
             if self.first is None:
                 # d_0 = length q, so its image is length F.
                 self.first = quadratic_value(
                     self.initial_control(), self.g, f, self.space.dot, length
                 )
-            del image, rotated
         self._append_pair(self.Q.count - 1)
         self.exact, self.rest = self.x, 0.0
 
@@ -278,7 +279,8 @@ class _Stage:
         self, f: Tensor, count: int, q: Tensor | None = None, directions: int = 0
     ) -> None:
         """Extend the host matrices by F number ``count``, and by q; one read from the device."""
-        F, Q, y = self.F, self.Q, self.work
+        F, Q = self.F, self.Q
+        y = self.work
         gram, dot, kernel_product = (
             self.space.dots_per_block,
             self.space.dot,
@@ -294,6 +296,8 @@ class _Stage:
         if q is not None:
             kernel_product(self.g, q, y)
             new["Yq"] = F.map_matrices(lambda rows: gram(rows, y), count)
+            del y
+            self._work = None  # its memory is the control's
             new["qd"] = dot(q, self.initial_control())[None]
         host = _read_from_device(new)
         self.FF = append_border(self.FF, host["FF"])

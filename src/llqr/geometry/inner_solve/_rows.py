@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..._allocations import bytes_of
+
 __all__ = ["JoinedRows", "Rows", "append_border", "rows_allocated"]
 
-#: Vectors that memory is allocated for at first, and then at a time.
+#: Vectors that memory is allocated for at first, and then at a time. Longer ones stand alone: of
+#: them memory is scarce, and the calls cost nothing.
 FIRST, NEXT = 4, 2
+SHORT_BYTES = 2**18
 
 
 class Rows:
@@ -31,8 +35,7 @@ class Rows:
     def append_row(self) -> Tensor:
         """Add a vector and return it, uninitialised, to be written in place."""
         if not self._chunks or self._used == len(self._chunks[-1]):
-            chunk = NEXT if self._chunks else FIRST
-            size = min(chunk, self._capacity - self.count)
+            size = rows_at_a_time(self.count, self._capacity, bytes_of(self._like))
             self._chunks.append(self._like.new_empty(size, self._like.numel()))
             self._used = 0
         # Views of the chunk: the vectors stay where they were written.
@@ -40,6 +43,20 @@ class Rows:
         self._used += 1
         self.count += 1
         return row
+
+    def take(self, vector: Tensor) -> Tensor:
+        """Add a vector that nobody changes any more, and return it; a long one is not copied."""
+        size = bytes_of(vector)
+        alone = rows_at_a_time(0, 2, size) == 1
+        if alone and vector.dtype == self._like.dtype and vector.untyped_storage().nbytes() == size:
+            return self.adopt(vector)
+        return self.append_row().copy_(vector)
+
+    def keep_first(self, count: int) -> None:
+        """Let go of all vectors but the first ones, and of chunks with none of those."""
+        kept = self.matrices(count)
+        self._chunks, self.count = self._chunks[: len(kept)], min(count, self.count)
+        self._used = len(kept[-1]) if kept else 0
 
     def adopt(self, vector: Tensor) -> Tensor:
         """Add a vector as it lies, without a copy, and return it."""
@@ -75,12 +92,19 @@ class Rows:
             start += len(matrix)
 
 
-def rows_allocated(count: int, capacity: int) -> int:
+def rows_at_a_time(count: int, capacity: int, size: int) -> int:
+    """Return for how many more vectors of ``size`` bytes memory is allocated at a time."""
+    if size > SHORT_BYTES:
+        return 1
+    return min(NEXT if count else FIRST, capacity - count)
+
+
+def rows_allocated(count: int, capacity: int, size: int) -> int:
     """Return how many vectors :class:`Rows` has memory for when it holds ``count``."""
-    if not count:
-        return 0
-    more = -(-max(count - FIRST, 0) // NEXT) * NEXT
-    return min(FIRST + more, capacity)
+    allocated = 0
+    while allocated < count:
+        allocated += rows_at_a_time(allocated, capacity, size)
+    return allocated
 
 
 class JoinedRows(Rows):

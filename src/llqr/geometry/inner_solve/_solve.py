@@ -17,6 +17,8 @@ __all__ = ["basis_capacity", "solve_inner_problem"]
 
 #: Memory that directions and their products may take in a refresh.
 BASIS_BYTES = 2**31
+#: What a solve in units of its own keeps of them: U g, the way down from there, and one more.
+OWN_DIRECTIONS = 3
 
 
 def solve_inner_problem(
@@ -76,7 +78,12 @@ def runs_in_buffers(blocks: BlockDiagonal, solver: InnerSolver) -> bool:
     return solver.heavy_ball and not blocks.space.sharded
 
 
-def basis_capacity(layout: Layout, steps: int) -> int:
-    """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8."""
+def basis_capacity(layout: Layout, steps: int, own_units: bool = False) -> int:
+    """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8.
+
+    In units of its own ``OWN_DIRECTIONS``.
+    """
+    if own_units:
+        return OWN_DIRECTIONS
     pair = 2 * layout.width * layout.dtype.itemsize
     return min(steps, max(8, BASIS_BYTES // max(pair, 1)))

@@ -174,7 +174,7 @@ class BlockDiagonal:
     def average(self, old: States, new: States, beta: float) -> States:
         """Return beta old + (1 - beta) new of the trainable entries (factors, not operators)."""
         return [
-            {**n, **{k: beta * o[k] + (1 - beta) * n[k] for k in part.trainable}}
+            {**n, **{k: (beta * o[k]).add_(n[k], alpha=1 - beta) for k in part.trainable}}
             for part, o, n in zip(self.parts, old, new, strict=True)
         ]
 
