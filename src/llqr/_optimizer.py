@@ -278,8 +278,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._progress.warn_once(
                 f"parameters were replaced ({', '.join(map(repr, replaced[:3]))}"
                 f"{', ...' if len(replaced) > 3 else ''}): what the geometry and the perturbation "
-                "learned of them starts anew",
-                stacklevel=5,
+                "learned of them starts anew"
             )
 
     def _follow_groups(self) -> None:
