@@ -337,7 +337,12 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             "geometry": repr(self.geometry),
             "perturbation": repr(self.perturbation),
             "transport, graft": f"{self.transport}, {self.graft}",
-            "base": repr(self.base),
+            # Options that are off say little.
+            "base": "\n".join(
+                line
+                for line in repr(self.base).splitlines()
+                if not line.endswith((": None", ": False"))
+            ),
             "steps": f"{self._progress.step:,} ({self.skipped_steps} skipped)",
             "last refresh": self.last_report.headline() if self.last_report else "none yet",
         }
