@@ -79,7 +79,9 @@ def test_an_optimizer(trained):
     shown = dict(zip(*[iter(Shown(trained._repr_html_()).cells[1:])] * 2, strict=True))
     assert shown["geometry"] == "NaturalGradient('kfac', every=2)"
     assert shown["perturbation"] == repr(trained.perturbation)
-    assert {"SGD (", f"lr: {trained.base.param_groups[0]['lr']}"} < {line.strip() for line in shown["base"].splitlines()}
+    assert {"SGD (", f"lr: {trained.base.param_groups[0]['lr']}"} < {
+        line.strip() for line in shown["base"].splitlines()
+    }
     assert "None" not in shown["base"] and shown["steps"] == "3 (0 skipped)"
     assert shown["last refresh"] == trained.last_report.headline()
     plain = Shown(optimizer_of(mlp())._repr_html_()).cells
