@@ -101,3 +101,15 @@ def test_the_rho_of_adadelta_is_no_radius():
         base = torch.optim.Adadelta(problem.model.parameters(), rho=rho)
         ends.append(optimizer_of(problem, base, perturbation=llqr.SAM(0.05))._probing.radii)
     assert set(ends[0].values()) == set(ends[1].values()) == {0.05}
+
+
+def test_warnings_name_the_line_that_calls_the_library():
+    model = torch.nn.Linear(2, 2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = llqr.Optimizer(base, model, geometry=llqr.LLQR(), perturbation=llqr.SAM(0.1))
+    model(torch.ones(3, 2)).sum().backward()
+    with pytest.warns(UserWarning) as told:
+        optimizer.step()
+        optimizer.load_state_dict(base.state_dict())
+    assert len(told) == 3
+    assert {warning.filename for warning in told} == {__file__}

@@ -6,7 +6,6 @@ everything of ours is in one of the two, under keys that begin with "llqr.".
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from itertools import count
@@ -19,6 +18,7 @@ from ._joined_bases import BASE, JoinedBases
 from ._parameters import NamedParameters, check_group_options
 from ._progress import Progress
 from ._refresher import Refresher
+from ._warnings import warn_caller
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
 from .perturbations import Perturbation
@@ -171,10 +171,9 @@ class Checkpoint:
 
     def _load_plain(self, given: Any) -> None:
         """Hand a state dict without anything of ours to the base."""
-        warnings.warn(
+        warn_caller(
             "load_state_dict: the state was saved by a plain optimizer; the base takes it over, "
-            "the geometry and the perturbation stay as they are",
-            stacklevel=4,
+            "the geometry and the perturbation stay as they are"
         )
         self._parameters.base.load_state_dict(given)
 
@@ -197,20 +196,18 @@ class Checkpoint:
         for part, source in self._parts.items():
             keeps_state = source is not None and bool(source.state())
             if ours.get(part) and not keeps_state:
-                warnings.warn(
+                warn_caller(
                     f"load_state_dict: the state of a {part} is dropped, since this optimizer has "
-                    f"{part}={source!r}, which keeps none",
-                    stacklevel=4,
+                    f"{part}={source!r}, which keeps none"
                 )
                 receivers.pop(part, None)
             saved = ours.get(part) or any(k.startswith(f"{part}.") for k in counters)
             if keeps_state and not saved:
                 fresh.append(part)
         if fresh:
-            warnings.warn(
+            warn_caller(
                 f"load_state_dict: the state was saved without a {' and a '.join(fresh)} that "
-                "keeps something, so what this optimizer's learned starts anew",
-                stacklevel=4,
+                "keeps something, so what this optimizer's learned starts anew"
             )
         ours["perturbation"] = self._memory_of_this_process(ours.get("perturbation", {}))
         kept = {part: _copy_state(source.state()) for part, source in receivers.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ._checks import check_number
+from ._warnings import warn_caller
 from .curvature import (
     Curvature,
     as_curvature,
@@ -264,10 +264,9 @@ def _terminal_cost(
             )
         low, high = torch.linalg.eigvalsh(Q)[[0, -1]].tolist()
         if low < -len(Q) * torch.finfo(Q.dtype).eps * abs(high):
-            warnings.warn(
+            warn_caller(
                 "the second derivative of the loss in the outputs is not positive semidefinite: "
-                "the curvature C is indefinite",
-                stacklevel=3,
+                "the curvature C is indefinite"
             )
     factor = float(rows) if scale == "sum" else 1.0 if scale == "mean" else float(scale)
     return q.flatten(), Q, factor

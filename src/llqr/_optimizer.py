@@ -280,8 +280,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._progress.warn_once(
                 f"parameters were replaced ({', '.join(map(repr, replaced[:3]))}"
                 f"{', ...' if len(replaced) > 3 else ''}): what the geometry and the perturbation "
-                "learned of them starts anew",
-                stacklevel=5,
+                "learned of them starts anew"
             )
 
     def _follow_groups(self) -> None:
@@ -340,7 +339,12 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             "geometry": repr(self.geometry),
             "perturbation": repr(self.perturbation),
             "transport, graft": f"{self.transport}, {self.graft}",
-            "base": repr(self.base),
+            # Options that are off say little.
+            "base": "\n".join(
+                line
+                for line in repr(self.base).splitlines()
+                if not line.endswith((": None", ": False"))
+            ),
             "steps": f"{self._progress.step:,} ({self.skipped_steps} skipped)",
             "last refresh": self.last_report.headline() if self.last_report else "none yet",
         }

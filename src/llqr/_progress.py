@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from ._warnings import warn_caller
 
 __all__ = ["Progress"]
 
@@ -29,12 +30,12 @@ class Progress:
     skipped_probes: int | Tensor = 0
     _warned: set[str] = field(default_factory=set, repr=False)
 
-    def warn_once(self, message: str, stacklevel: int = 4) -> None:
+    def warn_once(self, message: str) -> None:
         """Warn, unless the same was said before."""
         key = message[:40]
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=stacklevel)
+            warn_caller(message)
 
     def counters(self) -> dict[str, int]:
         """Return the numbers, to checkpoint."""

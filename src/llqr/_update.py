@@ -163,7 +163,8 @@ class Update:
         if not self._passes.probed and self._probing.displaces:
             self._progress.warn_once(
                 "step() ran without a perturbed pass although a perturbation is set: use "
-                "minimize, step(closure), passes or perturbed"
+                "minimize, step(closure), passes, perturbed, or TwoPasses of llqr.integrations "
+                "in a framework"
             )
         if self._refresher.due:
             self._progress.warn_once(

@@ -175,3 +175,23 @@ def test_another_optimizer_is_refused():
     base = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="llqr.Optimizer, got SGD"):
         TwoPasses(accelerator, base)
+
+
+def test_a_forward_that_reads_the_next_batch_is_refused():
+    accelerator, model, optimizer, batches = prepared(accumulate=2)
+    two_passes = TwoPasses(accelerator, optimizer)
+    with pytest.raises(ValueError, match=r"forward: '[xy]' is no longer what it was.*bind it"):
+        for x, y in batches:
+
+            def forward():
+                z = model(x)  # noqa: B023
+                return nn.functional.cross_entropy(z, y), z  # noqa: B023
+
+            with accelerator.accumulate(model):
+                two_passes.backward(forward)
+
+
+def test_a_loss_in_the_place_of_a_forward_is_refused():
+    accelerator, model, optimizer, batches = prepared()
+    with pytest.raises(TypeError, match="forward: expected a function that returns the loss"):
+        TwoPasses(accelerator, optimizer).backward(model(next(iter(batches))[0]).sum())

@@ -272,3 +272,10 @@ def test_batches_are_let_go(tmp_path):
     trained(module, tmp_path, accumulate_grad_batches=2)
     assert module._micro_batches._seen == []
     assert BATCH * 4 == len(loader().dataset)
+
+
+def test_a_mixin_that_stands_behind_the_module_is_refused():
+    with pytest.raises(TypeError, match=r"write class Late\(TwoPasses, \.\.\.\)"):
+
+        class Late(lightning.LightningModule, integration.TwoPasses):
+            pass

@@ -250,3 +250,10 @@ def test_another_optimizer_is_refused(tmp_path):
     )
     with pytest.raises(TypeError, match="llqr.Optimizer, got SGD"):
         trainer.train()
+
+
+def test_a_mixin_that_stands_behind_the_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"write class Late\(TwoPasses, \.\.\.\)"):
+
+        class Late(transformers.Trainer, TwoPasses):
+            pass

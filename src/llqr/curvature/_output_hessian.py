@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
+from .._warnings import warn_caller
 from ._graphs import gradients_of
 from ._missing_derivative import missing_derivative_in
 from ._random import random_normal
@@ -113,10 +113,9 @@ class OutputHessian:
     def warn_if_indefinite(self) -> None:
         """Warn if H was seen not to be positive semidefinite."""
         if self._indefinite:
-            warnings.warn(
+            warn_caller(
                 "the second derivative of the loss in the outputs is not positive semidefinite: "
-                "the curvature C is indefinite",
-                stacklevel=2,
+                "the curvature C is indefinite"
             )
 
     def _product_or_say_why_not(self, v: Sequence[Tensor | None]) -> list[Tensor | None]:

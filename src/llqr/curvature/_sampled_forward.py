@@ -117,7 +117,8 @@ class _Graph:
         if self._outputs is None:
             raise ValueError(
                 f"forward returned only a loss, but curvature={curvature!r} needs what the loss "
-                "was computed from; return (loss, outputs) with the logits as `outputs`"
+                "was computed from; return (loss, outputs) with the logits as `outputs`, in "
+                "Lightning and the Hugging Face Trainer from refresh_step"
             )
         self._forward, self._parameters, self._curvature = forward, parameters, curvature
         self._zs = differentiable_in(self._outputs)

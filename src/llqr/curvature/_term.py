@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_overruled
+from .._warnings import warn_caller
 from ._curvatures import Curvature
 from ._forwards import Forward, RepeatableForward
 from ._graphs import release_failed_backward
@@ -65,10 +65,9 @@ class Term:
         result = self._use_expansion(lambda expansion: expansion.product(active))
         if self._operation_to_report:
             operation, way = self._operation_to_report, self._ways[0]
-            warnings.warn(
+            warn_caller(
                 f"the forward uses {operation}, which has no double backward: curvature "
-                f"products use {way.name} instead, which is {way.cost}",
-                stacklevel=2,
+                f"products use {way.name} instead, which is {way.cost}"
             )
             self._operation_to_report = None  # once is enough
         return self._spread_over_all(result)

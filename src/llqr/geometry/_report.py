@@ -76,7 +76,8 @@ class RefreshReport:
         return f"{self.headline()}\n{' '.join(self._explain())}"
 
     def _repr_html_(self) -> str:
-        return html_of_numbers(self._verdict(), self._numbers(), *self._explain())
+        numbers = {"seconds" if k == "s" else k: text for k, text in self._numbers().items()}
+        return html_of_numbers(self._verdict(), numbers, *self._explain())
 
     def headline(self) -> str:
         """Return the verdict and the numbers, in one line."""

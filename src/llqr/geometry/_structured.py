@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from .._allocations import bytes_of
 from .._html import format_table
 from .._vectors import DTYPE, SHAPE, Tensors, former_names
+from .._warnings import warn_caller
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, NormStatistics, shape_text
 from ._metric_settings import Learned, MetricSettings
@@ -207,11 +207,10 @@ class StructuredGeometry(Geometry):
         meta = self._whole_blocks.identity(torch.device("meta"))
         lost = self._whole_blocks.load(meta, known, optional=self.parameters, fresh=fresh)
         if lost:
-            warnings.warn(
+            warn_caller(
                 "geometry: a parameter joined or left a layer that has one block, or was replaced "
                 "in it, so what was learned there is dropped and starts anew at the identity "
-                f"({lost[0]})",
-                stacklevel=5,
+                f"({lost[0]})"
             )
 
     def _move_to_device_of(self, tensor: Tensor) -> None:
@@ -406,7 +405,7 @@ class StructuredGeometry(Geometry):
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=5)
+            warn_caller(message)
 
     # -- what U is -----------------------------------------------------------------------------
 

@@ -10,10 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["metrics_put_back", "replace_attribute", "silenced"]
+__all__ = ["metrics_put_back", "refuse_late_mixin", "replace_attribute", "silenced"]
 
 # What nn.Module keeps in dicts of its own: parts of it, not the state of a metric.
 PARTS = ("_parameters", "_modules")
+
+
+def refuse_late_mixin(cls: type, mixin: type, packages: tuple[str, ...]) -> None:
+    """Refuse a class in which the framework's methods hide those of the mixin.
+
+    Args:
+        cls: a subclass of the mixin.
+        mixin: has to stand before every class of the framework.
+        packages: of the framework, by their top names.
+    """
+    for before in cls.__mro__[: cls.__mro__.index(mixin)]:
+        if before.__module__.partition(".")[0] in packages:
+            raise TypeError(
+                f"{cls.__name__}: {mixin.__name__} stands behind {before.__name__}, whose methods "
+                f"hide it; write class {cls.__name__}({mixin.__name__}, ...)"
+            )
 
 
 def replace_attribute(instance: Any, name: str, value: Any) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .. import _optimizer
 from ._logs import log_refreshes as _log_refreshes
 from ._micro_batches import MicroBatches, find_optimizer
-from ._once import replace_attribute, silenced
+from ._once import refuse_late_mixin, replace_attribute, silenced
 
 __all__ = ["Optimizer", "TwoPasses", "log_refreshes"]
 
@@ -63,6 +63,11 @@ class TwoPasses(Module):  # type: ignore[misc]
     batch whose ``training_step`` returns None is not run again. A class that overrides
     ``on_train_batch_start`` or ``optimizer_step`` calls ``super()``.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class in which the mixin would do nothing."""
+        super().__init_subclass__(**kwargs)
+        refuse_late_mixin(cls, TwoPasses, ("lightning", "pytorch_lightning"))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as the LightningModule does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .._optimizer import Optimizer
+from .._warnings import warn_caller
 from ._logs import log_refreshes as _log_refreshes
 from ._micro_batches import MicroBatches, find_optimizer
-from ._once import silenced
+from ._once import refuse_late_mixin, silenced
 
 __all__ = ["TwoPasses", "log_refreshes"]
 
@@ -42,6 +42,11 @@ class TwoPasses(Trainer):  # type: ignore[misc]
     warning names what was set in vain; the schedule (``lr_scheduler_type``, ``warmup_steps``) acts.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class in which the mixin would do nothing."""
+        super().__init_subclass__(**kwargs)
+        refuse_late_mixin(cls, TwoPasses, ("transformers",))
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Begin as the Trainer does."""
         super().__init__(*args, **kwargs)
@@ -49,10 +54,9 @@ class TwoPasses(Trainer):  # type: ignore[misc]
         if isinstance(self.optimizer, Optimizer):
             unused = _unused_arguments(self.args, self.optimizer)
             if unused:
-                warnings.warn(
+                warn_caller(
                     f"TrainingArguments: {' and '.join(unused)}; the Trainer does not use these "
-                    "with a finished optimizer: set them in the base optimizer",
-                    stacklevel=2,
+                    "with a finished optimizer: set them in the base optimizer"
                 )
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

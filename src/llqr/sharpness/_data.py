@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +20,7 @@ from .._module_state import ForwardState, TensorValues, WrittenParameters
 from .._random_state import RandomState
 from .._refresher import call_and_unpack
 from .._step_modules import modules_named_in
+from .._warnings import warn_caller
 from ..distributed import Ranks
 from ..distributed._sharded import is_sharded
 
@@ -189,7 +189,7 @@ def _warn_of_autocast(told: list[str]) -> None:
             "the forward's autocast is switched off while its sharpness is measured: curvature "
             "products in low precision are wrong in the third digit, and so are small rises"
         )
-        warnings.warn(told[0], stacklevel=2)
+        warn_caller(told[0])
 
 
 def _call_from(start: ForwardState, forward: Forward) -> Any:

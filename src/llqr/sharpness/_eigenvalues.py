@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_flags, check_integer, check_number
 from .._vectors import dots
+from .._warnings import warn_caller
 from ..curvature import Curvature
 from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._lanczos import LanczosBasis
@@ -180,11 +180,10 @@ def eigenvalues(
             **effort.fields(data),
         )
     if not converged:
-        warnings.warn(
+        warn_caller(
             f"eigenvalues: after {found.evaluations} products a residual is "
             f"{float(residuals.max()):.2g}, the tolerance {tolerance * largest:.2g}; raise "
-            "max_products or basis, or the tolerance if the precision of the products is the limit",
-            stacklevel=2,
+            "max_products or basis, or the tolerance if the precision of the products is the limit"
         )
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import check_choice, check_integer, check_number, short_repr
+from .._warnings import warn_caller
 from ._data import Data, Forwards, Parameters, Progress, generator_of, measuring
 from ._mean_loss import MeanLoss
 from ._measurement import Effort, Measurement, error_text
@@ -138,10 +138,9 @@ def landscape(
         each = torch.stack(values, 1)  # (B, points^n)
         mean = data.mean(each)
         if bool((mean == mean[0]).all()):
-            warnings.warn(
+            warn_caller(
                 "landscape: the loss is the same at all points; is it computed with these "
-                "parameters, and does the direction move them?",
-                stacklevel=2,
+                "parameters, and does the direction move them?"
             )
         shape = (points,) * len(found)
         errors = data.standard_error(each)

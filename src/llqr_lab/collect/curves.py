@@ -205,4 +205,6 @@ def _zoom_to_ends(axes: Any, lines: Sequence[Line]) -> None:
             kept += [y - spread, y + spread]  # with the whole band
     if kept:
         margin = 0.06 * (max(kept) - min(kept)) or 1.0
-        axes.set_ylim(min(kept) - margin, max(kept) + margin)
+        low = min(kept) - margin
+        # No score or error is negative, so no axis is where none of them is.
+        axes.set_ylim(max(low, 0.0) if min(kept) >= 0 else low, max(kept) + margin)

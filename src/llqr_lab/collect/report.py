@@ -60,7 +60,8 @@ def make_report(found: Found, asked: str | None = None) -> str | None:
     return render_page(
         title="Runs beside the paper's numbers",
         opening=(
-            f"{len(used)} finished runs of the paper's tables and figures at scale {scale}, and "
+            f"{len(used)} finished run{'s' * (len(used) != 1)} of the paper's tables and figures "
+            f"at scale {scale}, and "
             f"{sum(map(len, own.values()))} of other experiments, below {found.root}. "
             f"{sum(t.missing_cells for t in tables)} cells of these tables have no run and are "
             "marked missing; nothing is filled in for them."

@@ -7,7 +7,9 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import llqr
 
@@ -41,6 +43,7 @@ COMMANDS = {
         "say what a geometry would cost on a network: memory, operations, messages",
     ),
     "report": ("llqr_lab.commands.report", "show all finished runs in one HTML file"),
+    "completion": ("llqr_lab.commands.completion", "print a script that completes llqr on TAB"),
 }
 
 # extra -> what it installs, by the name that is imported
@@ -59,6 +62,17 @@ TRACKERS = ("wandb", "trackio", "mlflow")  # of no extra: who uses one has it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 only when all asked for was done."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    with warnings.catch_warnings():
+        # A line of the library says nothing to who typed a command.
+        warnings.showwarning = _show_warning
+        return _run_command(argv)
+
+
+def _show_warning(message: Warning | str, *_where: Any) -> None:
+    print(f"llqr: {message}", file=sys.stderr)
+
+
+def _run_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="llqr",
         description="LLQR+SAM: the paper's demo, theory, tables and figures.",
@@ -72,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=line, description=line[0].upper() + line[1:] + ".")
         if name == wanted:
             asked = module, command
+    if not argv:
+        parser.print_help()
+        return 2
     try:
         # Only the command that is called is imported: torch and Hydra take seconds.
         if asked:

@@ -158,7 +158,9 @@ def main(arguments: argparse.Namespace) -> int:
         print(
             "--quick: after so few epochs these numbers mean little; run `llqr demo` for the rest"
         )
-    print("next: docs/how-to-choose.md, how to set U, rho and the learning rate on your own model")
+    print(
+        "next: the documentation's page How to choose: U, rho and the learning rate of your model"
+    )
     return 0
 
 

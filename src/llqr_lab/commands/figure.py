@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 from ..collect.make import COLLECTED_FIGURES, write_figure
 from ..theory.figures import FIGURES
 from .collected import find_asked_runs, say_nothing_found
@@ -45,6 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    torch.set_num_threads(1)  # tensors are small: more threads would only wait for each other
     for path in FIGURES[arguments.number](arguments.out):
         print(f"wrote {path}")
     return 0

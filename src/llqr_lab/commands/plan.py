@@ -31,7 +31,8 @@ ABOUT = """\
 Says what a geometry would cost on a network: bytes per device, floating-point operations, bytes
 sent, and the overhead over training without it. The network is built on the meta device, so that
 neither its weights nor a network connection are needed, and a model of any size takes seconds to
-minutes. docs/scaling.md says how the numbers are counted, and how near they were to measured ones.
+minutes. The documentation's page What a large network would need says how the numbers are counted,
+and how near they were to measured ones.
 
 examples:
   llqr plan resnet18 --batch 128 --input 3x32x32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 
@@ -40,8 +41,9 @@ examples:
 
 keys: model, method, dataset, seed, scale (paper, small, smoke), data, out, device, noise, force,
 tracker (tensorboard, wandb, trackio, mlflow, none) and those of the groups train, base, llqr,
-probe, optimizer, refresh, network, input, report, with the values of docs/protocols.md unless you
-give others. wandb, trackio and mlflow are installed with pip, each under its own name.
+probe, optimizer, refresh, network, input, report, with the values of the documentation's page
+Protocols unless you give others. wandb, trackio and mlflow are installed with pip, each under its
+own name.
 Slurm needs the extra 'slurm'; model=timm/NAME, model=torchvision/NAME, input.rand_augment,
 input.mixup and input.cutmix need the extra 'vision'.
 """
@@ -86,6 +88,8 @@ def main(arguments: argparse.Namespace) -> int:
             if word.startswith("tracker="):
                 for name in word.removeprefix("tracker=").split(","):
                     require_tracker(name)
+            if word.startswith("hydra/launcher=submitit"):
+                importlib.import_module("hydra_plugins.hydra_submitit_launcher")
     except ValueError as error:
         print(f"llqr: {error}", file=sys.stderr)
         return 2
@@ -101,7 +105,9 @@ def main(arguments: argparse.Namespace) -> int:
     except (DataError, ValueError, HydraException, OmegaConfBaseException) as error:
         if full == "1":
             raise
-        print(f"llqr: {error}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        # OmegaConf wraps what a value of ours refuses in lines about its own tree.
+        told = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+        print(f"llqr: {told}\n(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
         return 1
     finally:
         sys.argv = before

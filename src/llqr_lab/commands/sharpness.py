@@ -29,7 +29,7 @@ Measures the sharpness of the network that a run of `llqr run` has trained: the 
 of the Hessian, its trace and spectral density, the rise of the loss in balls, the loss on a line
 along the sharpest direction and on a plane. Writes sharpness.json, and pictures of the eigenvalues,
 the density, the line and the plane as PNG and SVG, into the folder `sharpness` of the run.
-docs/sharpness.md says what each number is.
+The documentation's page Seeing the sharpness says what each number is.
 
 With --over-epochs, of one or several runs that kept networks (keep_every=N): the largest eigenvalue
 over the epochs, a line per method, as eigenvalues_over_epochs.json, PNG and SVG.

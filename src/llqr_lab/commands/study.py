@@ -25,7 +25,7 @@ __all__ = ["add_arguments", "main"]
 ABOUT = """\
 Tunes methods alike on problems, then runs them on fresh seeds: at equal steps, at equal seconds of
 the processor, and to a target. A study that was killed goes on when the same command is given
-again. docs/study.md says how it is done and what came out.
+again. The documentation's page Where it wins says how it is done and what came out.
 
 studies:
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+import torch
+
 from ..common.drawing import save_figure
 from ..common.output import progress_bar, write_csv, write_json
 from ..theory import checks
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run all checks, print and write them; 1 if a number does not show what is said of it."""
+    torch.set_num_threads(1)  # tensors are small: more threads would only wait for each other
     found = [f for name in progress_bar(checks.CHECKS, "checks") for f in checks.CHECKS[name]()]
     for finding in found:
         print("\n".join(checks.finding_lines(finding)))

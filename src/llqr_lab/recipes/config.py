@@ -134,13 +134,37 @@ def resolve_config(config: DictConfig) -> DictConfig:
     A value of the protocols costs a millisecond each time it is asked for; a step asks for several.
 
     Raises:
-        ValueError: the recipe has no such dataset, model or method.
+        ValueError: the recipe has no such dataset, model or method, or what has to be a number is
+            something else.
     """
     chosen_names(config)
+    _refuse_other_types(config)
     # Not OmegaConf.resolve: it has no place for a list that a resolver returns.
     whole = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     OmegaConf.set_struct(whole, True)
     return whole
+
+
+#: Groups in which a number can be nothing else; words such as ``llqr.lr=auto`` the library judges.
+NUMBERS_ONLY = ("", "train", "base", "refresh", "input")
+
+
+def _refuse_other_types(config: DictConfig) -> None:
+    """Refuse words in the place of numbers, before anything is recorded under them."""
+    for key, usual in expected_values(config).items():
+        value = OmegaConf.select(config, key)
+        if key.rpartition(".")[0] not in NUMBERS_ONLY or value is None or usual is None:
+            continue
+        if isinstance(usual, bool):
+            fits, kind = isinstance(value, bool), "true or false"
+        elif isinstance(usual, int) and "." not in key:
+            fits, kind = type(value) is int, "an integer"
+        elif isinstance(usual, (int, float)):
+            fits, kind = type(value) in (int, float), "a number"
+        else:
+            continue
+        if not fits:
+            raise ValueError(f"{key}: expected {kind}, got {value!r}")
 
 
 def source_of(config: DictConfig) -> str:

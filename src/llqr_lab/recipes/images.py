@@ -56,7 +56,10 @@ def in_memory(config: DictConfig) -> Split:
     elif name not in READERS:
         raise ValueError(f"read: expected one of digits, {', '.join(READERS)}, got {name!r}")
     elif config.data is None and name != "fashion-mnist":
-        raise DataError(f"data: {name} needs data=FOLDER; docs/data.md says where it comes from")
+        raise DataError(
+            f"data: {name} needs data=FOLDER (the documentation's page Data says where it comes "
+            "from); scale=small and scale=smoke need none"
+        )
     else:
         split = READERS[name](*([config.data] if config.data else []))
     order = train_order(config, len(split.train))

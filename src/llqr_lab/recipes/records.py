@@ -29,16 +29,14 @@ class Records:
     def __init__(
         self, folder: Path | None = None, *, writes: bool = True, tracker: str = "none"
     ) -> None:
-        """Make the folder."""
+        """Take note of the folder, which is made by :meth:`begin_files`."""
         self.folder, self.tracker = folder, tracker
         self.lines = 0
         self._tracker: Tracker | None = None
         self._written = folder if writes else None
-        if self._written is not None:
-            self._written.mkdir(parents=True, exist_ok=True)
 
     def begin_files(self, config: Mapping[str, Any], step: int = 0, lines: int = 0) -> None:
-        """Write the settings; forget what was measured after the checkpoint to resume from.
+        """Make the folder, write the settings; forget what came after the checkpoint.
 
         Args:
             config: of the run.

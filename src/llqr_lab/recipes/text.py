@@ -49,7 +49,10 @@ def read_pairs(config: DictConfig) -> tuple[Pairs, Vocabulary, Vocabulary]:
     elif name != "iwslt14":
         raise ValueError(f"read: expected iwslt14, help-texts or number-words, got {name!r}")
     elif config.data is None:
-        raise DataError("data: iwslt14 needs data=FOLDER; docs/data.md says where it comes from")
+        raise DataError(
+            "data: iwslt14 needs data=FOLDER (the documentation's page Data says where it comes "
+            "from); scale=small and scale=smoke need none"
+        )
     elif (Path(config.data) / "train.tags.de-en.de").exists():
         pairs = iwslt14_raw(config.data)
     else:

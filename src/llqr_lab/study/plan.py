@@ -100,7 +100,16 @@ STUDIES = {
             "full": tuple(p for p in PROBLEMS if p != "resnet-wide"),
         },
         claimed=[name for name, row in METHODS.items() if row.geometry is not None],
-        pictured=("SGDM", "SAM", "AdamW", "SOAP", "SOAP + SAM", "NG", "NG by layer", "NG + SAM along g"),
+        pictured=(
+            "SGDM",
+            "SAM",
+            "AdamW",
+            "SOAP",
+            "SOAP + SAM",
+            "NG",
+            "NG by layer",
+            "NG + SAM along g",
+        ),
     ),
     "ablation": Study(
         title="What each setting of the metric does",

@@ -2,7 +2,9 @@
 
 import io
 import re
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,45 @@ def test_steps_print_lines_where_nothing_moves(monkeypatch, capsys):
     lines = sys.stderr.getvalue().splitlines()
     assert 3 <= len(lines) <= 9 and all(line.startswith("SAM: ") for line in lines)
     assert not step_bar(9, 0, "SAM", silent=True).display()
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 2
+    assert all(f"\n    {command} " in capsys.readouterr().out for command in list(COMMANDS)[:1])
+
+
+def test_warnings_are_lines_without_a_place(monkeypatch, capsys):
+    class Table:
+        add_arguments = staticmethod(lambda parser: parser.add_argument("number"))
+
+        @staticmethod
+        def main(arguments):
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.warn("U hardly acts", stacklevel=1)
+            return 0
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: Table)
+    before = warnings.showwarning
+    assert main(["table", "1"]) == 0
+    assert capsys.readouterr().err == "llqr: U hardly acts\n" and warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    "line, found",
+    [
+        ("llqr ta", {"table"}),
+        ("llqr run probe.rh", {"probe.rho="}),
+        ("llqr run table1", {"table1", "table10"}),
+        ("llqr figure --ru", {"--runs"}),
+    ],
+)
+def test_the_shell_completes(capsys, line, found):
+    assert main(["completion", "bash"]) == 0
+    words = line.split()
+    ask = (
+        f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _llqr; printf '%s\n' ${{COMPREPLY[@]}}"
+    )
+    script = f"{capsys.readouterr().out}\n{ask}"
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert set(shell.stdout.split()) == found

@@ -1,6 +1,7 @@
 """The configurations of all runs are those of the protocols."""
 
 import itertools
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ from llqr_lab.recipes.config import (
     chosen_names,
     compose_config,
     flat_settings,
+    resolve_config,
 )
 
 # What a protocol says beside the settings of a run: how things are reported, searched, swept,
@@ -91,6 +93,26 @@ def test_typing_errors_are_refused():
         compose_config("table1", ["base.lrr=1"])
     with pytest.raises(ConfigAttributeError):
         _ = compose_config("table1").base.lrr
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("seed=abc", "seed: expected an integer, got 'abc'"),
+        ("seed=0.5", "seed: expected an integer, got 0.5"),
+        ("base.lr=fast", "base.lr: expected a number, got 'fast'"),
+        ("force=1", "force: expected true or false, got 1"),
+    ],
+)
+def test_words_are_no_numbers(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        resolve_config(compose_config("table1", [given]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_without_a_method_a_recipe_has_its_first(recipe):
+    method = chosen_names(compose_config(recipe))["method"]
+    assert method == EXPERIMENTS[recipe].methods[0]
 
 
 @pytest.mark.parametrize(

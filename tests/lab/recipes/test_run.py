@@ -1,6 +1,7 @@
 """llqr run: every family in seconds, what it leaves, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +148,8 @@ def test_pictures_are_decoded_from_folders(run, tmp_path, capfd):
     "overrides, message",
     [
         (["scale=paper"], "data: cifar-10 needs data=FOLDER"),
+        (["scale=tiny"], "^llqr: scale: table1 has paper, small, smoke, got 'tiny'$"),
+        (["seed=abc"], "seed: expected an integer, got 'abc'"),
         (["read=mnist"], "read: expected one of digits, .*, got 'mnist'"),
         (["input.holdout=5000"], "input.holdout: expected 1 .. 1296, got 5000"),
         (["train.precision=float16"], "train.precision: expected float32 or bfloat16"),
@@ -158,7 +161,12 @@ def test_errors_say_what_is_expected(run, capfd, overrides, message):
 
     status, results = run("table1", *overrides)
     assert status != 0 and not results
-    assert re.search(message, capfd.readouterr().err)
+    assert re.search(message, capfd.readouterr().err, re.MULTILINE)
+
+
+def test_what_cannot_begin_leaves_no_folder(run):
+    status, _ = run("table1", scale="paper")
+    assert status != 0 and not Path("o").exists()
 
 
 def test_an_unknown_recipe_is_answered_with_the_known(capsys):

@@ -102,7 +102,8 @@ class Expansion(ABC):
             raise ValueError(
                 f"forward returned only a loss, but curvature={curvature!r} (scale "
                 "'mean' or 'sum') needs what the loss was computed from; return "
-                "(loss, outputs) with the logits as `outputs`"
+                "(loss, outputs) with the logits as `outputs`, in Lightning and the Hugging Face "
+                "Trainer from refresh_step"
             )
         self._kind = self._kind_of_forward(loss, outputs)
         self._prepare_products(forward, loss, outputs, curvature)
