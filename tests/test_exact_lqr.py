@@ -169,7 +169,7 @@ def joined(layers: nn.Module, step: list[dict[str, Tensor]]) -> Tensor:
 
 
 def relative_error(u: Tensor, exact: Tensor) -> float:
-    return float((u - exact).norm() / exact.norm())
+    return float(((u - exact).norm() / exact.norm()).detach())
 
 
 def kl(z: Tensor, z0: Tensor) -> Tensor:

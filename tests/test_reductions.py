@@ -312,7 +312,8 @@ def test_graft_keeps_the_length_of_the_gradient():
 
 def test_every_base_of_torch_is_in_the_table():
     public = {n for n in dir(torch.optim) if isinstance(getattr(torch.optim, n), type)}
-    assert public - {"Optimizer"} == {name.split("-")[0] for name in BASES}
+    # The oldest torch lacks some of the table.
+    assert public - {"Optimizer"} <= {name.split("-")[0] for name in BASES}
 
 
 def test_a_base_may_hold_a_part_of_the_model():

@@ -86,7 +86,7 @@ def test_a_step_on_coefficients_touches_no_vector(structure: str) -> None:
         with torch.no_grad(), Large(objective.blocks.layout.numel) as large:
             solve_on_coefficients(objective, states, *options, 0.1, 50)
         counts.append(large.count)
-    assert 0 < counts[0] == counts[1] < 240
+    assert 0 < counts[0] == counts[1] <= 240
 
 
 @pytest.mark.parametrize("structure, products", [("kfac", 4), ("e-kfac", 11)])
