@@ -9,6 +9,8 @@ from torch import nn
 import llqr
 from allocations import peak_of_allocations
 from llqr._allocations import Allocations
+from llqr.curvature._graphs import EDGES_KEEP_GRAPHS
+from llqr.geometry.inner_solve import _solve
 from llqr_lab.models.language import LanguageModel
 from llqr_lab.models.resnet import resnet18
 from llqr_lab.models.vit import VisionTransformer
@@ -127,11 +129,13 @@ def small_net(name):
     return Problem(model, x, torch.randint(10, (rows,)))
 
 
+@pytest.mark.skipif(not EDGES_KEEP_GRAPHS, reason="torch 2.8 keeps the values of a graph's ends")
 @pytest.mark.parametrize(
     "kind, name",
     [(llqr.LLQR, n) for n in ("resnet", "vit", "language")] + [(llqr.NaturalGradient, "vit")],
 )
-def test_a_refresh_holds_at_most_2_2_times_what_a_step_holds(kind, name):
+def test_a_refresh_holds_at_most_2_2_times_what_a_step_holds(kind, name, monkeypatch):
+    monkeypatch.setattr(_solve, "MORE_BYTES", 0)  # as in large networks
     problem = small_net(name)
     base = torch.optim.SGD(problem.model.parameters(), lr=1e-3, momentum=0.9)
     optimizer = llqr.Optimizer(base, problem.model, geometry=kind())

@@ -17,6 +17,7 @@ __all__ = [
     "UNSEEN",
     "UnsuitableBackward",
     "custom_functions_in",
+    "graph_of",
     "gradients_of",
     "leads_through",
     "node_names_in",
@@ -28,6 +29,9 @@ __all__ = [
 
 #: Operations whose backward passes straight through a rounding, without a second derivative.
 SURROGATES_OF_TORCH = ("FakeQuantizeLearnable",)
+
+#: Whether an edge keeps its graph alive, as it does since torch 2.9; else the tensor must.
+EDGES_KEEP_GRAPHS = "ownership_token" in GradientEdge._fields
 
 #: What to suspect where no graph shows anything.
 UNSEEN = "something that no graph shows (a hook by grad_fn.register_hook?)"
@@ -91,6 +95,11 @@ def release_failed_backward() -> None:
     with torch.enable_grad():
         x = torch.zeros((), device="cpu", requires_grad=True)
         torch.autograd.grad(x + 1, x)
+
+
+def graph_of(tensor: Tensor) -> Tensor | GradientEdge:
+    """Return the edge that a tensor hangs on, for :func:`gradients_of`; its values may go."""
+    return get_gradient_edge(tensor) if EDGES_KEEP_GRAPHS else tensor
 
 
 def nodes_of(tensors: Sequence[Tensor], above: Sequence[Tensor] = ()) -> Iterator[Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from .._warnings import warn_caller
-from ._graphs import gradients_of
+from ._graphs import gradients_of, graph_of
 from ._missing_derivative import missing_derivative_in
 from ._random import random_normal
 
@@ -67,8 +67,8 @@ class OutputHessian:
         self.of_loss = scalar is loss
         # Products need the graph of the gradient, not its values. One without a graph is constant:
         # its row of H is zero.
-        self._gradient: list[tuple[GradientEdge, Tensor]] = [
-            (get_gradient_edge(g), z) for g, z in pairs if g.requires_grad
+        self._gradient: list[tuple[Tensor | GradientEdge, Tensor]] = [
+            (graph_of(g), z) for g, z in pairs if g.requires_grad
         ]
         self._indefinite = check and self._check_curvature([g for g, _ in pairs])
 

@@ -16,7 +16,10 @@ __all__ = ["moments_work", "solve_work"]
 
 META = torch.device("meta")
 #: Calls of the loop on coefficients: on the host in each inner step, and for each new direction.
-STEP_CALLS, DIRECTION_CALLS = 40, 80
+STEP_CALLS, DIRECTION_CALLS = 110, 600
+#: Vectors that it reads and writes for each pair of a product and an earlier one, and vectors of a
+#: refresh around it, packing and applications of U among them; all counted on two networks.
+PAIR_VECTORS, AROUND_COEFFICIENTS, AROUND_OWN_UNITS = 26, 145, 300
 #: Calls of a product that is answered from earlier ones.
 ANSWER_CALLS = 25
 #: Vectors that are read and written for the rate, the average, the judgement and the report.
@@ -42,10 +45,10 @@ def solve_work(geometry: llqr.LLQR, applied: Work, products: int) -> Work:
     # U g at the start and at the end, for J and for the report; for the rate, twice more.
     around = applied * (5 if settings.lr == "auto" else 3) + Work(moved=VECTORS_AROUND * vector)
     if blocks.linear and blocks.single_entries and settings.tolerance:
-        # Five inner products of each pair with all before it, and what they are made of.
-        passes = sum(5 * (i + 1) + 12 for i in range(products))
+        passes = PAIR_VECTORS * products * (products - 1)
+        passes += AROUND_OWN_UNITS if settings.lr == "auto" else AROUND_COEFFICIENTS
         calls = STEP_CALLS * settings.steps + DIRECTION_CALLS * products
-        return packed + around + Work(moved=passes * vector, calls=calls)
+        return Work(moved=passes * vector, calls=packed.calls + calls)
     solve = _buffered_work(geometry)
     if settings.tolerance:  # inner steps whose product is a combination of earlier ones
         read = 2 * products + 6

@@ -225,3 +225,17 @@ def test_these_are_replaced_where_gradients_flow(op, arguments):
         assert torch.equal(plain, unwatched)
     assert type(replaced.grad_fn).__name__ != type(plain.grad_fn).__name__
     assert not constant.requires_grad and not unwatched.requires_grad
+
+
+@pytest.mark.parametrize("past", ["the parameters", "another output of the operation", "nothing"])
+def test_a_loss_that_reads_past_its_output_has_the_whole_gradient(past):
+    w = torch.randn(3, 4, 2, dtype=F64, requires_grad=True)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        z, other, _ = w.unbind()
+        loss = F.cross_entropy(z, torch.tensor([0, 1, 1, 0]))
+        extra = {"the parameters": w.square().sum(), "nothing": 0.0}
+        return loss + extra.get(past, other.square().sum()), z
+
+    (expected,) = torch.autograd.grad(forward()[0], [w])
+    assert torch.equal(llqr.quadratic_model(forward, [w]).gradient[0], expected)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from .._graphs import gradients_of, leads_through
+from .._graphs import gradients_of, graph_of, leads_through
 from ._differences import central_difference
 
 __all__ = [
@@ -94,9 +93,7 @@ class JacobianByDoubleBackward(OutputJacobian):
         # If a parameter reaches no output, its row of J' is zero and has no graph. Products need
         # the graphs, not what their ends are worth.
         self._transposed = [
-            (i, get_gradient_edge(g))
-            for i, g in enumerate(gradient)
-            if g is not None and g.requires_grad
+            (i, graph_of(g)) for i, g in enumerate(gradient) if g is not None and g.requires_grad
         ]
         return [None if g is None else g.detach() for g in gradient]
 

@@ -17,8 +17,9 @@ __all__ = ["basis_capacity", "solve_inner_problem"]
 
 #: Memory that directions and their products may take in a refresh.
 BASIS_BYTES = 2**31
-#: What a solve in units of its own keeps of them: U g, the way down from there, and one more.
-OWN_DIRECTIONS = 3
+#: What a solve in units of its own keeps of them: U g, the way down from there, and one more; in
+#: small networks, where memory is nothing, two more that let U move further.
+OWN_DIRECTIONS, MORE_OWN, MORE_BYTES = 3, 5, 2**26
 
 
 def solve_inner_problem(
@@ -81,9 +82,9 @@ def runs_in_buffers(blocks: BlockDiagonal, solver: InnerSolver) -> bool:
 def basis_capacity(layout: Layout, steps: int, own_units: bool = False) -> int:
     """Return how many directions a solve keeps: one a step, within ``BASIS_BYTES``, at least 8.
 
-    In units of its own ``OWN_DIRECTIONS``.
+    In units of its own ``OWN_DIRECTIONS``, or as many as ``MORE_BYTES`` hold up to ``MORE_OWN``.
     """
-    if own_units:
-        return OWN_DIRECTIONS
     pair = 2 * layout.width * layout.dtype.itemsize
+    if own_units:
+        return max(OWN_DIRECTIONS, min(MORE_OWN, MORE_BYTES // max(pair, 1)))
     return min(steps, max(8, BASIS_BYTES // max(pair, 1)))
