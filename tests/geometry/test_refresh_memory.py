@@ -76,7 +76,8 @@ def test_memory_of_a_refresh_is_what_it_allocates(kind, structure, settings, pro
     with Allocations() as made:
         report = geometry.refresh([problem])
     told = geometry.memory(products=report.products)["refresh"]
-    assert told == pytest.approx(made.peak, rel=0.15)
+    # The values that graphs of torch 2.8 keep are told roughly.
+    assert told == pytest.approx(made.peak, rel=0.15 if EDGES_KEEP_GRAPHS else 0.25)
 
 
 @pytest.mark.parametrize("kind", [llqr.LLQR, llqr.LLQR.paper, llqr.NaturalGradient])

@@ -20,6 +20,7 @@ from ..curvature import (
     check_scale,
     quadratic_model,
 )
+from ..curvature._graphs import EDGES_KEEP_GRAPHS
 from ._base import NormStatistics
 from ._metric_settings import SATURATED, Application, Learned, MetricSettings, describe_metric
 from ._refresh_progress import RefreshProgress
@@ -407,7 +408,7 @@ class LLQR(StructuredGeometry):
             # C d as tensors and flat, and d as tensors if they are put together.
             product=2 + cut,
             capacity=basis_capacity(self.layout, settings.steps, settings.lr == "auto"),
-            graph_keeps=not self.curvature.gauss_newton,
+            graph_keeps=(0 if EDGES_KEEP_GRAPHS else 2) if self.curvature.gauss_newton else 1,
         )
         directions = counted.directions
         if products is not None:  # that of J at the new U comes when those of the solve are gone

@@ -257,21 +257,24 @@ SLOWER: dict[str, tuple[Callable[[], Net], str, str, float]] = {
 }
 
 
-def grid_sample_is_twice_differentiable() -> bool:
-    """It is not in every version of torch."""
-    grid = torch.zeros(1, 1, 1, 2, dtype=F64, requires_grad=True)
-    sampled = F.grid_sample(IMAGE[:1], grid, align_corners=False).sum()
+def is_twice_differentiable(f: Callable[[Tensor], Tensor], *shape: int) -> bool:
+    """Ask torch: grid_sample and cdist are not in every version."""
+    x = torch.zeros(shape, dtype=F64, requires_grad=True)
     try:
-        (first,) = torch.autograd.grad(sampled, grid, create_graph=True)
-        torch.autograd.grad(first.sum(), grid)
+        (first,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
+        torch.autograd.grad(first.sum(), x)
     except RuntimeError:
         return False
     return True
 
 
-if not grid_sample_is_twice_differentiable():
+if not is_twice_differentiable(
+    lambda grid: F.grid_sample(IMAGE[:1], grid, align_corners=False), 1, 1, 1, 2
+):
     net = FINE.pop("grid-sample")
     SLOWER["grid-sample"] = (net, "grid_sampler", "central differences", 1e-6)
+if is_twice_differentiable(lambda x: torch.cdist(x, IMAGE[0, 0, :4, :4]), 2, 4):
+    FINE["cdist"] = SLOWER.pop("cdist")[0]
 
 
 def explicit(net: Net) -> Tensor:

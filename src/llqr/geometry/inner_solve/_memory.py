@@ -40,7 +40,7 @@ class RefreshMemory:
         projects: whether the result of the solve is projected into bounds.
         product: vectors that a product takes, its result among them.
         capacity: how many directions a solve keeps.
-        graph_keeps: whether the graph keeps g.
+        graph_keeps: vectors that the graph keeps: g, and where edges do not, the ends of J'u.
     """
 
     blocks: BlockDiagonal
@@ -51,7 +51,7 @@ class RefreshMemory:
     projects: bool
     product: int
     capacity: int
-    graph_keeps: bool
+    graph_keeps: int
 
     @property
     def on_coefficients(self) -> bool:
