@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .methods import ABLATION, METHODS, Method
+from .methods import ABLATION, METHODS, TRANSLATING, Method
 from .problems import PROBLEMS
 from .training import Device
 
@@ -93,7 +93,7 @@ STUDIES = {
         problems={
             "smoke": ("cnn-noise", "characters"),
             "small": ("cnn", "cnn-noise", "cnn-few", "autoencoder", "characters"),
-            "full": tuple(p for p in PROBLEMS if p != "resnet-wide"),
+            "full": tuple(p for p in PROBLEMS if p not in ("resnet-wide", "translation")),
         },
         claimed=[name for name, row in METHODS.items() if row.geometry is not None],
         pictured=("SGDM", "SAM", "AdamW", "SOAP", "SOAP + SAM", "NG", "NG + SAM along g"),
@@ -106,6 +106,16 @@ STUDIES = {
         claimed=(),
         baselines=("NG", "SGDM"),
         pictured=("SGDM", "NG", "LLQR, one gradient"),
+    ),
+    "translation": Study(
+        title="Short sentences of LibreOffice's help, German to English",
+        methods=TRANSLATING,
+        chosen={},
+        problems=dict.fromkeys(("smoke", "small", "full"), ("translation",)),
+        claimed=("NG on AdamW", "NG on AdamW, damping 3"),
+        baselines=("AdamW + SAM", "AdamW"),
+        pictured=tuple(TRANSLATING),
+        efforts=EFFORTS | {"small": Effort(3, 1, 5, 1)},
     ),
     "gpu": Study(
         title="The core on one accelerator: Fashion-MNIST, ResNet-18, bfloat16",
