@@ -106,6 +106,7 @@ STUDIES = {
         claimed=(),
         baselines=("NG", "SGDM"),
         pictured=("SGDM", "NG", "LLQR, one gradient"),
+        efforts=EFFORTS | {"small": Effort(6, 1, 3, 1)},
     ),
     "translation": Study(
         title="Short sentences of LibreOffice's help, German to English",
