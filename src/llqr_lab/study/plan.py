@@ -116,7 +116,8 @@ STUDIES = {
         claimed=("NG on AdamW", "NG on AdamW, damping 3"),
         baselines=("AdamW + SAM", "AdamW"),
         pictured=tuple(TRANSLATING),
-        efforts=EFFORTS | {"small": Effort(3, 1, 5, 1)},
+        # Long enough to translate, so no search at the small scale: the usual rates and radii.
+        efforts=EFFORTS | {"small": Effort(0, 1, 3, 1)},
     ),
     "gpu": Study(
         title="The core on one accelerator: Fashion-MNIST, ResNet-18, bfloat16",

@@ -203,7 +203,7 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
 
 def _translation(steps: int, extent: int, **network: Any) -> Size:
     return Size(
-        steps=steps, batch=85, train=30_000, pool=30_000, validation=2_000, test=2_000,
+        steps=steps, batch=128, train=30_000, pool=30_000, validation=2_000, test=2_000,
         source="help-texts", extent=extent, network=network,
     )  # fmt: skip
 
@@ -267,7 +267,7 @@ PROBLEMS: dict[str, Problem] = {
         rates={"sgd": 0.3, "adam": 5e-3},
         sizes={
             "smoke": _smoke(16, "number-words", tokens=60, width=8, hidden=16, heads=2, layers=1),
-            "small": _translation(150, 12, tokens=1000, width=64, hidden=128, heads=2, layers=1),
+            "small": _translation(200, 12, tokens=1000, width=64, hidden=128, heads=2, layers=1),
             "full": _translation(4_000, 24, tokens=2000, width=128, hidden=256, heads=4, layers=3),
         },
     ),
