@@ -204,8 +204,13 @@ EXPERIMENTS = {
 }
 
 
-FASHION_METHODS = ("SGDM", "AdamW", "SAM", "F-SAM", "LLQR (NGD)", "LLQR+SAM (NGD)")
-HELP_METHODS = ("AdamW", "SAM", "LLQR (NGD)", "LLQR+SAM (NGD)")
+WITH_U = ("LLQR (NGD)", "LLQR+SAM (NGD)", "NG", "NG+SAM")
+FASHION_METHODS = ("SGDM", "AdamW", "SAM", "F-SAM", *WITH_U)
+HELP_METHODS = ("AdamW", "SAM", *WITH_U)
+# A method with U takes what was searched for the same method without.
+ALSO_SAMS = {"SAM": ("SAM", "LLQR+SAM (NGD)", "NG+SAM")}
+ALSO_SGDMS = {"SGDM": ("SGDM", "LLQR (NGD)", "NG"), **ALSO_SAMS}
+ALSO_ADAMWS = {"AdamW": ("AdamW", "LLQR (NGD)", "NG"), **ALSO_SAMS}
 NOTHING = Group("", [])
 # No experiments of the paper: they have one size.
 EXPERIMENTS |= {
@@ -215,7 +220,10 @@ EXPERIMENTS |= {
         ["vgg16-bn"],
         FASHION_METHODS,
         (SUPERVISED, LLQR, PROBES, FASHION),
-        [Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW), *tuned_settings(name)],
+        [
+            Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
+            *tuned_settings(name, ALSO_SGDMS),
+        ],
         small=NOTHING,
     )
     for name, title in (("fashion", ""), ("fashion-noise", ", 40 % of the training labels wrong"))
@@ -226,7 +234,7 @@ EXPERIMENTS["help-texts"] = Experiment(
     ["transformer-iwslt"],
     HELP_METHODS,
     (LLQR, IWSLT14, HELP_TEXTS),
-    list(tuned_settings("help-texts")),
+    list(tuned_settings("help-texts", ALSO_ADAMWS)),
     small=NOTHING,
 )
 OWN = ("fashion", "fashion-noise", "help-texts")  # of docs/results.md
@@ -239,7 +247,7 @@ EXPERIMENTS["demo"] = Experiment(
     [
         Setting("base.optimizer", "AdamW", Source.SCALE, method=ADAMW),
         Setting("base.weight_decay", 0.01, Source.SCALE, "torch's default", method=ADAMW),
-        *tuned_settings("demo", DEMO_METHODS, DEMO_KEYS),
+        *tuned_settings("demo", {k: [v] for k, v in DEMO_METHODS.items()}, DEMO_KEYS),
     ],
     small=NOTHING,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .scales import SMALL_TRANSLATOR
@@ -24,10 +24,22 @@ LEARNED = [
     Setting("optimizer.buffers", "clean", SCALE, "llqr's default"),
 ]
 
+LEARNERS = Some("LLQR", ["LLQR (NGD)", "LLQR+SAM (NGD)"])
+WITH_U = Some("methods with U", [*LEARNERS.names, "NG", "NG+SAM"])
+# What the searches below leave alone: U has the library's defaults, at the recipe's cadence.
+DEFAULTS = [
+    *LEARNED,
+    Setting("llqr.structure", "diagonal", SCALE, "llqr's default", method=LEARNERS),
+    Setting("llqr.lr", "auto", SCALE, "llqr's default"),
+    Setting("llqr.bases", "learned", SCALE, "llqr's default"),
+    Setting("llqr.batch_norm", "batch", SCALE, "llqr's default"),
+    Setting("optimizer.graft", True, SCALE, "base.lr keeps its scale", method=WITH_U),
+]
+
 FASHION = Group(
     "Fashion-MNIST",
     [
-        *LEARNED,
+        *DEFAULTS,
         Setting("data.limit", 6000, SCALE, "training images, and as many of the test set"),
         Setting("data.crop", "none", SCALE),
         Setting("data.padding", 0, SCALE),
@@ -48,7 +60,7 @@ FASHION = Group(
 HELP_TEXTS = Group(
     "Help texts, German to English",
     [
-        *LEARNED,
+        *DEFAULTS,
         Setting("data.limit", 4000, SCALE, "training pairs, and a tenth as many to validate"),
         Setting("data.bpe", 2000, SCALE),
         *SMALL_TRANSLATOR,
@@ -65,20 +77,24 @@ HELP_TEXTS = Group(
 
 
 def tuned_settings(
-    experiment: str, names: Mapping[str, str] | None = None, keys: Mapping[str, str] | None = None
+    experiment: str,
+    names: Mapping[str, Sequence[str]] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Iterator[Setting]:
     """Yield what the search of an experiment found, if there was one.
 
     Args:
         experiment: its name.
-        names: of the methods, from the file's to those of :data:`METHODS`; None: they are the same.
+        names: the methods of :data:`METHODS` that take what the file has of a method; None or one
+            that is not there: the method itself.
         keys: of the settings, from the file's to the protocols'; None: they are the same.
     """
     path = TUNED / f"{experiment}.json"
     if path.exists():
         for name, found in json.loads(path.read_text())["methods"].items():
-            method = names[name] if names else name
-            assert method in METHODS
+            methods = [name] if names is None else names.get(name, [name])
+            assert set(methods) <= set(METHODS)
             for key, value in found["settings"].items():
                 dotted = keys[key] if keys else key
-                yield Setting(dotted, value, Source.TUNED, method=Some(method, [method]))
+                some = Some(", ".join(methods), methods)
+                yield Setting(dotted, value, Source.TUNED, method=some)

@@ -3,9 +3,10 @@
 Every method gets the same number of runs: a Latin hypercube of its space, and rungs in which the
 best so far run on further seeds. What counts is the metric after the last epoch on examples that
 are held out of the training set (images) or on the validation pairs (text), at seeds that the
-experiments do not use. Methods share draws: configuration i of LLQR+SAM has the learning rate and
-the rho of configuration i of SAM. A search that was killed goes on when the same command is given
-again.
+experiments do not use. Methods share draws: configuration i of SAM has the learning rate of
+configuration i of SGDM. Methods with U are not searched: they have the library's defaults, and what
+was found for the same method without U. A search that was killed goes on when the same command is
+given again.
 """
 
 from __future__ import annotations
@@ -34,21 +35,6 @@ SGD: Space = {"base.lr": {"log": [0.01, 0.5]}, "base.weight_decay": {"log": [1e-
 ADAMW: Space = {"base.lr": {"log": [3e-4, 3e-2]}, "base.weight_decay": {"log": [1e-3, 1.0]}}
 RHO: Space = {"probe.rho": {"log": [0.02, 0.4]}}
 DECAY: Space = {"probe.decay": {"choice": [0.6, 0.9, 0.95]}}
-LEARNED: Space = {
-    "geometry": {
-        "choice": [
-            {"llqr.structure": structure, "llqr.lr": rate}
-            for structure, rates in {
-                "diagonal": (0.1, 1.0, 10.0),
-                "kfac": (0.01, 0.1),
-                "e-kfac": (0.1, 1.0),
-            }.items()
-            for rate in rates
-        ]
-    },
-    "llqr.ema": {"choice": [0.0, 0.5, 0.9]},
-    "optimizer.graft": {"choice": [False, True]},
-}
 TEXT: Space = {"base.lr": {"log": [1e-3, 8e-3]}, "base.weight_decay": {"log": [1e-4, 1e-1]}}
 TEXT_RHO: Space = {"probe.rho": {"log": [0.005, 0.2]}}
 IMAGES: dict[str, Space] = {
@@ -56,8 +42,6 @@ IMAGES: dict[str, Space] = {
     "AdamW": ADAMW,
     "SAM": SGD | RHO,
     "F-SAM": SGD | RHO | DECAY,
-    "LLQR (NGD)": SGD | LEARNED,
-    "LLQR+SAM (NGD)": SGD | RHO | LEARNED,
 }
 SPACES: dict[str, dict[str, Space]] = {
     "fashion": IMAGES,
@@ -65,8 +49,6 @@ SPACES: dict[str, dict[str, Space]] = {
     "help-texts": {
         "AdamW": TEXT,
         "SAM": TEXT | TEXT_RHO,
-        "LLQR (NGD)": TEXT | LEARNED,
-        "LLQR+SAM (NGD)": TEXT | TEXT_RHO | LEARNED,
     },
 }
 # Text has three parts: its search looks at the validation pairs.

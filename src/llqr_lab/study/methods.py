@@ -14,7 +14,7 @@ import llqr
 
 from .bases import BASES, Base
 
-__all__ = ["ABLATION", "METHODS", "Method", "Range"]
+__all__ = ["ABLATION", "METHODS", "TRANSLATING", "Method", "Range"]
 
 MakeGeometry = Callable[[], llqr.Geometry]
 MakePerturbation = Callable[[float], llqr.Perturbation]
@@ -143,6 +143,12 @@ METHODS: dict[str, Method] = {
     **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
     **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
     **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
+}
+#: What docs/how-to-choose.md advises for small language models.
+DAMPED = Method(base="AdamW", geometry=partial(llqr.NaturalGradient, damping=3.0), options=GRAFT)
+TRANSLATING: dict[str, Method] = {
+    **{name: METHODS[name] for name in ("AdamW", "AdamW + SAM", "SOAP", "NG on AdamW")},
+    "NG on AdamW, damping 3": DAMPED,
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..common.pages import fill_between
 from .plan import STUDIES, two_by_twos
-from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
+from .readings import Difference, gain, interaction, metrics_of, time_to, unit_of, verdict
 
 __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 
@@ -105,7 +105,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _digits(problem: Mapping[str, Any]) -> int:
-    return 2 if problem["metric"] == "accuracy" else 4
+    return 4 if problem["metric"] == "loss" else 2
 
 
 def _shown(difference: Difference | None, digits: int) -> str:
@@ -199,7 +199,7 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
     first, *others = STUDIES[results["study"]].baselines
     target = others[0] if others else first
     size, digits = problem["size"], _digits(problem)
-    unit = "accuracy, %" if problem["metric"] == "accuracy" else "loss"
+    unit = unit_of(problem)
     header = [
         "method", "ms per step", "lr", "rho", f"equal steps: test {unit}", f"better than {first}",
         "steps in equal seconds", f"test {unit}", f"better than {first}",

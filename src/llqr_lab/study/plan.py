@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .methods import ABLATION, METHODS, Method
+from .methods import ABLATION, METHODS, TRANSLATING, Method
 from .problems import PROBLEMS
 from .training import Device
 
@@ -97,7 +97,7 @@ STUDIES = {
         problems={
             "smoke": ("cnn-noise", "characters"),
             "small": ("cnn", "cnn-noise", "cnn-few", "autoencoder", "characters"),
-            "full": tuple(p for p in PROBLEMS if p != "resnet-wide"),
+            "full": tuple(p for p in PROBLEMS if p not in ("resnet-wide", "translation")),
         },
         claimed=[name for name, row in METHODS.items() if row.geometry is not None],
         pictured=(
@@ -119,6 +119,18 @@ STUDIES = {
         claimed=(),
         baselines=("NG", "SGDM"),
         pictured=("SGDM", "NG", "LLQR, one gradient"),
+        efforts=EFFORTS | {"small": Effort(6, 1, 3, 1)},
+    ),
+    "translation": Study(
+        title="Short sentences of LibreOffice's help, German to English",
+        methods=TRANSLATING,
+        chosen={},
+        problems=dict.fromkeys(("smoke", "small", "full"), ("translation",)),
+        claimed=("NG on AdamW", "NG on AdamW, damping 3"),
+        baselines=("AdamW + SAM", "AdamW"),
+        pictured=tuple(TRANSLATING),
+        # Long enough to translate, so no search at the small scale: the usual rates and radii.
+        efforts=EFFORTS | {"small": Effort(0, 1, 3, 1)},
     ),
     "gpu": Study(
         title="The core on one accelerator: Fashion-MNIST, ResNet-18, bfloat16",

@@ -18,12 +18,13 @@ from ..models.resnet import resnet18
 from ..models.small_cnn import small_cnn
 from ..models.vit import VisionTransformer
 from ..recipes.draws import generator_for, seed_of
-from .data import Data, Examples, image_set, seed_data, text_set
+from .data import Data, Examples, image_set, pair_set, seed_data, text_set
+from .translation import PairTranslator, bleu, token_loss
 
 __all__ = ["PROBLEMS", "SCALES", "Problem", "Size"]
 
 SCALES = ("smoke", "small", "full")
-Metric = Literal["accuracy", "loss"]
+Metric = Literal["accuracy", "bleu", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Size:
         validation: examples that tuning looks at.
         test: examples of the results.
         source: of the data.
-        extent: side of the images, or characters of a piece of text.
+        extent: side of the images, characters of a piece of text, or tokens of a sentence.
         network: sizes of the network.
     """
 
@@ -89,13 +90,13 @@ class Problem:
 
     @property
     def metric(self) -> Metric:
-        """What the tables show: the accuracy in percent, or the loss."""
+        """What the tables show: the accuracy in percent, the BLEU, or the loss."""
         return self.kind.metric
 
     @property
     def sign(self) -> int:
         """1 if a higher metric is better, else -1."""
-        return 1 if self.metric == "accuracy" else -1
+        return -1 if self.metric == "loss" else 1
 
     def network(self, size: Size, seed: int) -> nn.Module:
         """Return the network; its weights depend only on the seed."""
@@ -105,6 +106,10 @@ class Problem:
     def data(self, size: Size, seed: int, device: torch.device) -> Data:
         """Return the data of a seed."""
         return seed_data(self.kind.data(size), seed, size.train, self.noise, device)
+
+    def bleu(self, size: Size, network: nn.Module, examples: Examples) -> float:
+        """Return the BLEU of a network that translates."""
+        return bleu(size.source, size.network["tokens"], network, examples)
 
     def augmented(self, batch: Examples, seed: int, step: int) -> Examples:
         """Return the examples of a step as they are trained on."""
@@ -133,6 +138,11 @@ def _pixels(size: Size) -> Data:
 def _text(size: Size) -> Data:
     tokens = size.network["tokens"]
     return text_set(size.source, size.extent, tokens, size.pool, size.validation, size.test)
+
+
+def _sentences(size: Size) -> Data:
+    tokens = size.network["tokens"]
+    return pair_set(size.source, size.extent, tokens, size.pool, size.validation, size.test)
 
 
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -164,6 +174,7 @@ AUTOENCODER = Kind(
 LANGUAGE = Kind(
     _text, lambda s: LanguageModel(length=s.extent, **s.network), _cross_entropy, "loss"
 )
+TRANSLATION = Kind(_sentences, lambda s: PairTranslator(**s.network), token_loss, "bleu")
 
 
 def _smoke(extent: int = 8, source: str = "digits", **network: Any) -> Size:
@@ -187,6 +198,13 @@ def _help(steps: int, train: int, extent: int, batch: int, **network: Any) -> Si
     return Size(
         steps=steps, batch=batch, train=train, pool=train, validation=1_000, test=1_000,
         source="help-texts", extent=extent, network={"tokens": 96, **network},
+    )  # fmt: skip
+
+
+def _translation(steps: int, extent: int, **network: Any) -> Size:
+    return Size(
+        steps=steps, batch=128, train=30_000, pool=30_000, validation=2_000, test=2_000,
+        source="help-texts", extent=extent, network=network,
     )  # fmt: skip
 
 
@@ -241,6 +259,16 @@ PROBLEMS: dict[str, Problem] = {
             "smoke": _smoke(16, "number-words", tokens=30, width=8, depth=1, heads=2),
             "small": _help(180, 20_000, 32, 16, width=32, depth=2, heads=2),
             "full": _help(4_000, 30_000, 64, 32, width=128, depth=4, heads=4),
+        },
+    ),
+    "translation": Problem(
+        title="translation of short sentences, German to English",
+        kind=TRANSLATION,
+        rates={"sgd": 0.3, "adam": 5e-3},
+        sizes={
+            "smoke": _smoke(16, "number-words", tokens=60, width=8, hidden=16, heads=2, layers=1),
+            "small": _translation(200, 12, tokens=1000, width=64, hidden=128, heads=2, layers=1),
+            "full": _translation(4_000, 24, tokens=2000, width=128, hidden=256, heads=4, layers=3),
         },
     ),
     "resnet": Problem(

@@ -25,6 +25,7 @@ __all__ = ["GRID", "Device", "Run", "Training", "rate_factor", "train"]
 
 GRID = 8  # points of the curve of a result, beside its beginning; a run of a search has one
 GLANCE = 800  # examples that a point of the curve is measured on, the same at all points
+TRANSLATED = 200  # the same, where each of them has to be translated
 WARM = 0.05  # share of the steps in which the learning rate rises
 CHUNK = 500  # examples of a forward without gradients
 
@@ -158,9 +159,12 @@ class Training:
 
     def look(self, part: str) -> tuple[float, float]:
         """Return the training loss and the metric of a few examples, in evaluation mode."""
-        network, few = self._shown_network(), slice(GLANCE)
-        loss = self._mean(network, self.data.train.at(few), "loss")
-        return loss, self._mean(network, getattr(self.data, part).at(few), self.problem.metric)
+        network, count = self._shown_network(), GLANCE
+        loss = self._mean(network, self.data.train.at(slice(count)), "loss")
+        if self.problem.metric == "bleu":
+            count = TRANSLATED
+        few = getattr(self.data, part).at(slice(count))
+        return loss, self._mean(network, few, self.problem.metric)
 
     def result(self, part: str) -> float:
         """Return the metric of all examples of a part, "validation" or "test"."""
@@ -181,6 +185,8 @@ class Training:
 
     @torch.no_grad()
     def _mean(self, network: nn.Module, examples: Examples, what: str) -> float:
+        if what == "bleu":
+            return self.problem.bleu(self.size, network, examples)
         total = 0.0
         for x, y in zip(*(part.split(CHUNK) for part in examples), strict=True):
             with self.device.autocast():

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from llqr_lab.cli import main
+from llqr_lab.data.tokens import EOS, PAD
+from llqr_lab.study import translation
 from llqr_lab.study.data import Examples
 from llqr_lab.study.methods import METHODS, Method
 from llqr_lab.study.page import in_short, marks, section
@@ -100,7 +102,8 @@ def test_every_problem_trains_the_same_for_all_methods(name):
     assert torch.equal(batches[0].inputs, batches[1].inputs)
     first.step()
     second.step()
-    assert all(0 < value < 1000 for value in first.look("test"))
+    loss, metric = first.look("test")
+    assert 0 < loss < 1000 and 0 <= metric < 1000
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].base == "schedule-free AdamW"])
@@ -141,3 +144,29 @@ def test_wrong_labels_are_of_training_only():
     assert float(wrong) == pytest.approx(0.3, abs=0.01)
     assert torch.equal(noisy.test.targets, clean.test.targets)
     assert torch.equal(noisy.validation.targets, clean.validation.targets)
+
+
+def test_sentences_are_short_and_padding_counts_nowhere(monkeypatch):
+    """A naive computation: pair by pair, without padding."""
+    problem = PROBLEMS["translation"]
+    size = problem.sizes["smoke"]
+    network = problem.network(size, 0).double()
+    few = problem.data(size, 0, torch.device("cpu")).train.at(slice(5))
+    assert few.inputs.shape == (5, 2, size.extent) and (few.targets == PAD).any()
+    with torch.no_grad():
+        loss = problem.kind.loss(network(few.inputs), few.targets)
+        logs, count = 0.0, 0
+        for (source, prefix), target in zip(few.inputs, few.targets, strict=True):
+            n = int((target != PAD).sum())
+            assert target[n - 1] == EOS and prefix[0] == EOS
+            assert torch.equal(prefix[1:n], target[: n - 1])
+            logits = network.translator(source[None, source != PAD], prefix[None, :n])[0]
+            logs += float(logits.log_softmax(1)[range(n), target[:n]].sum())
+            count += n
+    assert float(loss) == pytest.approx(-logs / count, rel=1e-12)
+    # Who translates as the text does has 100, who repeats one sentence has not.
+    right = [row[: int((row != PAD).sum()) - 1].tolist() for row in few.targets]
+    monkeypatch.setattr(translation, "beam_search", lambda *_, **__: right)
+    assert problem.bleu(size, network, few) == pytest.approx(100)
+    monkeypatch.setattr(translation, "beam_search", lambda *_, **__: right[:1] * 5)
+    assert problem.bleu(size, network, few) < 90
