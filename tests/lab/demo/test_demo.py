@@ -39,7 +39,7 @@ def test_it_says_where_its_files_are(demo):
     ]
     assert f"written to {out}" in text
     assert "these numbers mean little" in text
-    assert "docs/how-to-choose.md" in text
+    assert "How to choose" in text
 
 
 def test_results(demo):
