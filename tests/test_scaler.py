@@ -201,3 +201,19 @@ def test_the_scaler_reads_no_special_attribute_of_the_base():
         SCALED_WAYS["passes, step unscales"](two, plain, scaler_of())
     for a, b in zip(problem.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_scaler_saw_is_forgotten_with_its_gradients():
+    """A step that is given up after its passes says nothing of the next one's gradients."""
+    problem = mlp()
+    optimizer = optimizer_of(problem, perturbation=llqr.SAM(0.05))
+    scaler = torch.amp.GradScaler("cpu")
+    for _ in optimizer.passes(scaler):
+        scaler.scale(problem.loss()).backward()
+    optimizer.zero_grad()
+    problem.loss().backward()
+    next(problem.model.parameters()).grad.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="without a perturbed pass|not finite"):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(p.isfinite().all() for p in problem.model.parameters())

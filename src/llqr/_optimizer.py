@@ -307,6 +307,11 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self._read_groups()
             raise
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the base's parameters."""
+        self._passes.found_finite = False
+        super().zero_grad(set_to_none)
+
     def train(self) -> None:
         """Move the weights to where the base trains them, if it tells the two apart.
 

@@ -1,5 +1,7 @@
 """Hugging Face Accelerate against the loop by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -195,3 +197,28 @@ def test_a_loss_in_the_place_of_a_forward_is_refused():
     accelerator, model, optimizer, batches = prepared()
     with pytest.raises(TypeError, match="forward: expected a function that returns the loss"):
         TwoPasses(accelerator, optimizer).backward(model(next(iter(batches))[0]).sum())
+
+
+#: Has the name of an attribute that the forward below reads.
+loss = torch.zeros(())
+last = None
+
+
+def test_a_forward_may_read_attributes_and_keep_what_it_computed():
+    """Their names are also those of global variables, which hold other tensors each time."""
+    global loss
+    accelerator, model, optimizer, batches = prepared(accumulate=2)
+    two_passes = TwoPasses(accelerator, optimizer)
+    for x, y in batches:
+
+        def forward(x=x, y=y):
+            global last
+            last = model(x)
+            out = SimpleNamespace(loss=nn.functional.cross_entropy(last, y), logits=last)
+            return out.loss, out.logits
+
+        with accelerator.accumulate(model):
+            loss = two_passes.backward(forward)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.optimizer.skipped_steps == 0

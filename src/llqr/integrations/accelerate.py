@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable
 from types import CellType
 from typing import Any
@@ -96,9 +97,16 @@ def _tensors_read_by(function: Callable[..., Any]) -> dict[str, list[Tensor]]:
         return {}
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     values = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+    used = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    # By their instructions: code.co_names has the names of attributes as well.
     known = function.__globals__
-    values |= {name: known[name] for name in code.co_names if name in known}
-    return {name: found for name, value in values.items() if (found := tensors_in(value))}
+    values |= {name: known[name] for op, name in used if op == "LOAD_GLOBAL" and name in known}
+    written = {name for op, name in used if op in ("STORE_DEREF", "STORE_GLOBAL")}
+    return {
+        name: found
+        for name, value in values.items()
+        if name not in written and (found := tensors_in(value))
+    }
 
 
 def _is_filled(cell: CellType) -> bool:
