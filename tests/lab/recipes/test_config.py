@@ -62,7 +62,8 @@ def test_every_experiment_that_runs_has_a_recipe():
 
 @pytest.mark.parametrize("scale", ["paper", "small", "smoke"])
 def test_configurations_are_the_protocols(configurations, scale):
-    for recipe, dataset, model, method in RUNS:
+    # The smaller scales change the same few values of many runs: every fifth is enough.
+    for recipe, dataset, model, method in RUNS if scale == "paper" else RUNS[::5]:
         config = configurations[recipe]
         config.update(dataset=slug(dataset), model=slug(model), method=slug(method), scale=scale)
         protocol = resolve_settings(recipe, dataset, model, method, scale)
