@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ..common.vision import is_packaged
-from ..protocols import EXPERIMENTS, METHODS, Experiment, resolve_settings, slug
+from ..protocols import EXPERIMENTS, METHODS, Experiment, Setting, resolve_settings, slug
 
 __all__ = [
     "CONF",
@@ -88,13 +88,17 @@ _resolved = cache(resolve_settings)  # a configuration asks for every key by its
 
 
 def _resolve_protocol(key: str, *, _root_: DictConfig) -> Any:
-    found = _resolved(**chosen_names(_root_))
-    if key not in found:
+    return _value_in(_resolved(**chosen_names(_root_)), key, _root_)
+
+
+def _value_in(protocol: Mapping[str, Setting], key: str, config: DictConfig) -> Any:
+    """Return what the protocol says of a key, or the configuration of the key that it follows."""
+    if key not in protocol:
         return None
-    if leader := found[key].follows:
+    if leader := protocol[key].follows:
         word, _, name = leader.partition(".")
-        return _root_[_group_of(word)][name]
-    return _as_lists(found[key].value)
+        return config[_group_of(word)][name]
+    return _as_lists(protocol[key].value)
 
 
 def _group_of(word: str) -> str:
@@ -137,10 +141,10 @@ def resolve_config(config: DictConfig) -> DictConfig:
         ValueError: the recipe has no such dataset, model or method, or what has to be a number is
             something else.
     """
-    chosen_names(config)
-    _refuse_other_types(config)
+    _resolved(**chosen_names(config))  # what it refuses OmegaConf would wrap in lines of its own
     # Not OmegaConf.resolve: it has no place for a list that a resolver returns.
     whole = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    _refuse_other_types(whole)
     OmegaConf.set_struct(whole, True)
     return whole
 
@@ -217,12 +221,13 @@ def written_keys(recipe: str) -> dict[str, Any]:
 
 def expected_values(config: DictConfig) -> dict[str, Any]:
     """Return the value that each key has if nothing is given, by the keys as they are typed."""
+    protocol = _resolved(**chosen_names(config))
 
     def expected_value(written: Any) -> Any:
         if not isinstance(written, str) or not written.startswith("${protocol:"):
             return written
         key = written.removeprefix("${protocol:").removesuffix("}")
-        return _resolve_protocol(key, _root_=config)
+        return _value_in(protocol, key, config)
 
     return {key: expected_value(written) for key, written in written_keys(config.recipe).items()}
 
