@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.pages import fill_between
+from .metrics import METRICS
 from .plan import STUDIES, two_by_twos
-from .readings import Difference, gain, interaction, metrics_of, time_to, unit_of, verdict
+from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
 
 __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 
@@ -75,7 +76,7 @@ def in_short(results: Results | None) -> str:
         ]
         for method in IN_SHORT
     ]
-    units = ("%" if p["metric"] == "accuracy" else "loss" for p in problems.values())
+    units = (METRICS[p["metric"]].unit for p in problems.values())
     return _table(
         ["method", *(f"{n}, {unit}" for n, unit in zip(problems, units, strict=True))], rows
     )
@@ -105,7 +106,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _digits(problem: Mapping[str, Any]) -> int:
-    return 4 if problem["metric"] == "loss" else 2
+    return METRICS[problem["metric"]].digits
 
 
 def _shown(difference: Difference | None, digits: int) -> str:
@@ -199,7 +200,7 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
     first, *others = STUDIES[results["study"]].baselines
     target = others[0] if others else first
     size, digits = problem["size"], _digits(problem)
-    unit = unit_of(problem)
+    unit = METRICS[problem["metric"]].title
     header = [
         "method", "ms per step", "lr", "rho", f"equal steps: test {unit}", f"better than {first}",
         "steps in equal seconds", f"test {unit}", f"better than {first}",

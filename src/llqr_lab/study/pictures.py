@@ -9,8 +9,8 @@ from typing import Any
 
 from ..common.drawing import new_figure
 from .costs import seconds_at
+from .metrics import METRICS
 from .plan import STUDIES
-from .readings import unit_of
 
 __all__ = ["draw_study"]
 
@@ -45,7 +45,7 @@ def _draw_problem(study: str, name: str, problem: Mapping[str, Any], folder: Pat
             axes.plot(seconds[1:], means[1:], ".-", color=colour, label=method, lw=1.5, ms=4)
     left.set_yscale("log")
     left.set_ylabel("training loss")
-    right.set_ylabel(f"test {unit_of(problem)}")
+    right.set_ylabel(f"test {METRICS[problem['metric']].title}")
     for axes in (left, right):
         axes.set_xlabel("seconds of one core")
         axes.grid(alpha=0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from ..models.small_cnn import small_cnn
 from ..models.vit import VisionTransformer
 from ..recipes.draws import generator_for, seed_of
 from .data import Data, Examples, image_set, pair_set, seed_data, text_set
+from .metrics import METRICS, MetricName
 from .translation import PairTranslator, bleu, token_loss
 
 __all__ = ["PROBLEMS", "SCALES", "Problem", "Size"]
 
 SCALES = ("smoke", "small", "full")
-Metric = Literal["accuracy", "bleu", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Kind:
     data: Callable[[Size], Data]
     network: Callable[[Size], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    metric: Metric
+    metric: MetricName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +89,14 @@ class Problem:
     augment: bool = False
 
     @property
-    def metric(self) -> Metric:
+    def metric(self) -> MetricName:
         """What the tables show: the accuracy in percent, the BLEU, or the loss."""
         return self.kind.metric
 
     @property
     def sign(self) -> int:
         """1 if a higher metric is better, else -1."""
-        return -1 if self.metric == "loss" else 1
+        return METRICS[self.metric].sign
 
     def network(self, size: Size, seed: int) -> nn.Module:
         """Return the network; its weights depend only on the seed."""

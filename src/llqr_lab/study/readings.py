@@ -21,7 +21,6 @@ __all__ = [
     "interaction",
     "metrics_of",
     "time_to",
-    "unit_of",
     "verdict",
     "write_results",
 ]
@@ -89,16 +88,6 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
         return "{\n" + ",\n".join(inner) + "\n}"
 
     return write_whole(path, text(results, 4) + "\n")
-
-
-def unit_of(problem: Mapping[str, Any]) -> str:
-    """Return what a problem's metric is called.
-
-    Example:
-        >>> unit_of({"metric": "accuracy"})
-        'accuracy, %'
-    """
-    return {"accuracy": "accuracy, %", "bleu": "BLEU", "loss": "loss"}[problem["metric"]]
 
 
 def metrics_of(entry: Entry, reading: str) -> dict[int, float]:

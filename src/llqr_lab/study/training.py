@@ -19,13 +19,12 @@ import llqr
 from ..recipes.draws import generator_for
 from .data import Examples
 from .methods import Method
+from .metrics import METRICS, MetricName
 from .problems import Problem, Size
 
 __all__ = ["GRID", "Device", "Run", "Training", "rate_factor", "train"]
 
 GRID = 8  # points of the curve of a result, beside its beginning; a run of a search has one
-GLANCE = 800  # examples that a point of the curve is measured on, the same at all points
-TRANSLATED = 200  # the same, where each of them has to be translated
 WARM = 0.05  # share of the steps in which the learning rate rises
 CHUNK = 500  # examples of a forward without gradients
 
@@ -159,12 +158,13 @@ class Training:
 
     def look(self, part: str) -> tuple[float, float]:
         """Return the training loss and the metric of a few examples, in evaluation mode."""
-        network, count = self._shown_network(), GLANCE
-        loss = self._mean(network, self.data.train.at(slice(count)), "loss")
-        if self.problem.metric == "bleu":
-            count = TRANSLATED
-        few = getattr(self.data, part).at(slice(count))
-        return loss, self._mean(network, few, self.problem.metric)
+        network = self._shown_network()
+
+        def measure(part: str, metric: MetricName) -> float:
+            few = getattr(self.data, part).at(slice(METRICS[metric].glance))
+            return self._mean(network, few, metric)
+
+        return measure("train", "loss"), measure(part, self.problem.metric)
 
     def result(self, part: str) -> float:
         """Return the metric of all examples of a part, "validation" or "test"."""
