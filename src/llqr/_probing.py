@@ -281,8 +281,7 @@ class Probing:
         with without_autocast(*self._parameters.devices):
             chosen = self._perturbation.combine(clean, wide)
         scale = loss_scale(scaler, second)
-        unscaled = isinstance(scale, float) and scale == 1.0
-        found = chosen if unscaled else scale_tensors(chosen, scale)
+        found = chosen if scale is None else scale_tensors(chosen, scale)
         if found is not wide:  # else p.grad is what was chosen, if it was not widened
             copy_all(local_all(second.values()), local_all([found[n] for n in second]))
 
@@ -305,13 +304,17 @@ class Probing:
         self.observed, self.clean = False, None
 
 
-def loss_scale(scaler: Any, gradients: Mapping[str, Tensor]) -> Scalar:
-    """Return the factor that a GradScaler puts on the loss, on the gradients' device if there."""
+def loss_scale(scaler: Any, gradients: Mapping[str, Tensor]) -> Scalar | None:
+    """Return the factor that a GradScaler puts on the loss; None: it is known to be one.
+
+    It stays on the gradients' device where a read would take a wait.
+    """
     if scaler is None:
-        return 1.0
+        return None
     devices = set(map(DEVICE, gradients.values()))
     if reads_are_free(devices):
-        return float(scaler.get_scale())
+        factor = float(scaler.get_scale())
+        return None if factor == 1.0 else factor
     scale: Tensor = scaler.scale(torch.ones((), device=devices.pop()))
     return scale
 
@@ -319,7 +322,7 @@ def loss_scale(scaler: Any, gradients: Mapping[str, Tensor]) -> Scalar:
 def widen_gradients(gradients: Mapping[str, Tensor], scaler: Any) -> dict[str, Tensor]:
     """Return gradients in at least float32, without the scale of the loss."""
     wide, scale = widen_to_float32(gradients), loss_scale(scaler, gradients)
-    if isinstance(scale, float) and scale == 1.0:
+    if scale is None:
         return wide
     return dict(zip(wide, torch._foreach_div(list(wide.values()), scale), strict=True))
 

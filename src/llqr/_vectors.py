@@ -343,11 +343,8 @@ def total_on_device(a: Tensors, b: Tensors) -> Tensor:
 
 def _square_from_norms(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares over all tensors, from their norms; nothing is read."""
-    return (
-        torch.stack(torch._foreach_norm(tensors, dtype=widest_dtype(tensors[0].device)))
-        .square()
-        .sum()
-    )
+    norms = torch._foreach_norm(tensors, dtype=widest_dtype(tensors[0].device))
+    return torch.stack(norms).square().sum()
 
 
 def _total_on_one_device(xs: list[Tensor], ys: list[Tensor]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._allocations import bytes_of
 from .._html import format_table
-from .._vectors import DTYPE, SHAPE, Tensors, former_names
+from .._vectors import DTYPE, Tensors, former_names
 from .._warnings import warn_caller
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, NormStatistics, shape_text
@@ -215,9 +215,7 @@ class StructuredGeometry(Geometry):
 
     def _move_to_device_of(self, tensor: Tensor) -> None:
         """Take U where the parameters went since: to another device, to double, or in shape."""
-        # Mapped without a loop in Python, since this runs in every step over all parameters.
-        now = list(self.parameters.values())
-        if self.layout.forms != (list(map(DTYPE, now)), list(map(SHAPE, now))):
+        if not self.layout.fits(self.parameters):
             self.bind(self.model, self.parameters)
         device = tensor.device
         held = {v.device for s in self.states for v in s.values()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._vectors import DTYPE, SHAPE, Tensors
 from ...distributed import Ranks
 from ...distributed._sharded import any_sharded, is_sharded, local, rows_of, sharded_like
 from ._blocks import (
@@ -62,11 +63,7 @@ class Layout:
             )
             for name, p in parameters.items()
         }
-        #: What the layout was made for; a parameter may change either later.
-        self.forms = (
-            [p.dtype for p in parameters.values()],
-            [p.shape for p in parameters.values()],
-        )
+        self._forms = _forms_of(parameters)
         wide = {name: _state_dtype(p) for name, p in parameters.items()}
         self.dtype = max(wide.values(), key=lambda t: t.itemsize, default=torch.float32)
         #: The kind that was asked for, for each parameter.
@@ -88,6 +85,10 @@ class Layout:
         coarsest = max((torch.finfo(p.dtype).eps for p in parameters.values()), default=0.0)
         rounding = max(32 * torch.finfo(self.dtype).eps, 2 * coarsest)
         self.space = FlatSpace(self.groups, len(plans), self.dtype, rounding, ranks)
+
+    def fits(self, parameters: Tensors) -> bool:
+        """Tell whether parameters have the dtypes and shapes that the layout was made for."""
+        return self._forms == _forms_of(parameters)
 
     # -- cutting -------------------------------------------------------------------------------
 
@@ -300,6 +301,12 @@ class Layout:
     def slices_of(self, name: str) -> list[Slice]:
         """Return the slices that a parameter was cut into."""
         return [part for part, _ in self._all[name]]
+
+
+def _forms_of(parameters: Tensors) -> tuple[list[torch.dtype], list[torch.Size]]:
+    # Mapped without a loop in Python, since every step compares all parameters.
+    tensors = list(parameters.values())
+    return list(map(DTYPE, tensors)), list(map(SHAPE, tensors))
 
 
 def _startable(run: Tensor, shape: tuple[int, ...]) -> Tensor:
