@@ -33,7 +33,7 @@ class Effort:
 
 EFFORTS = {
     "smoke": Effort(2, 1, 2, 1),
-    "small": Effort(6, 1, 5, 1),
+    "small": Effort(6, 1, 10, 1),
     "full": Effort(20, 2, 10, 3),
 }
 
@@ -70,6 +70,7 @@ SMALL_METHODS = (
     "SAM",
     "SAM(interval=5)",
     "AdamW",
+    "AdamW + SAM",
     "Muon + SAM",
     "SOAP",
     "SOAP + SAM",
@@ -81,9 +82,10 @@ SMALL_METHODS = (
     "NG + SAM along g",
     "NG + SAM along g (interval=5)",
     "NG by layer",
-    "NG by layer + SAM",
-    "NG by layer + SAM along g",
-    "NG by layer + SAM along g (interval=5)",
+    "NG on AdamW",
+    "NG on AdamW + SAM",
+    "NG on AdamW + SAM along g",
+    "NG on AdamW + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
 ABLATED = ("cnn", "cnn-noise")
@@ -96,7 +98,15 @@ STUDIES = {
         chosen={"smoke": SMOKE_METHODS, "small": SMALL_METHODS},
         problems={
             "smoke": ("cnn-noise", "characters"),
-            "small": ("cnn", "cnn-noise", "cnn-few", "autoencoder", "characters"),
+            "small": (
+                "cnn",
+                "cnn-noise",
+                "cnn-few",
+                "autoencoder",
+                "characters",
+                "resnet",
+                "vit",
+            ),
             "full": tuple(p for p in PROBLEMS if p not in ("resnet-wide", "translation")),
         },
         claimed=[name for name, row in METHODS.items() if row.geometry is not None],
@@ -107,7 +117,7 @@ STUDIES = {
             "SOAP",
             "SOAP + SAM",
             "NG",
-            "NG by layer",
+            "NG on AdamW",
             "NG + SAM along g",
         ),
     ),
