@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,18 @@ from replaced import Heads, Net, ready
 WAYS = [("fisher", w) for w in _table.GAUSS_NEWTON_WAYS] + [
     ("newton", w) for w in _table.NEWTON_WAYS
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_by_torch() -> None:
+    """At its first use in a process torch compiles derivatives of forward mode.
+
+    The frames of that, ours among them, are left to the collector.
+    """
+    dual = torch.autograd.forward_ad
+    with warnings.catch_warnings(), dual.dual_level():
+        warnings.simplefilter("ignore")
+        probed()(dual.make_dual(torch.randn(4, 2, 5, dtype=F64), torch.randn(4, 2, 5, dtype=F64)))
 
 
 @pytest.fixture(autouse=True)
