@@ -28,7 +28,7 @@ _llqr() {{
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
     case "${{COMPREPLY[0]}}" in *=) compopt -o nospace 2> /dev/null ;; esac
 }}
-complete -o default -F _llqr llqr"""
+complete {options} -F _llqr llqr"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +41,16 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the script: commands, their options, and the recipes and keys of ``llqr run``."""
     from .cli import COMMANDS
 
+    options = "-o default"
     if arguments.shell == "zsh":
+        options += " -o nospace"  # it has no compopt, and a space after KEY= would end the value
         print("autoload -U +X compinit && compinit; autoload -U +X bashcompinit && bashcompinit")
     words = {name: _options_of(module) for name, (module, _) in COMMANDS.items()}
     keys = dict.fromkeys(key for recipe in RECIPES for key in written_keys(recipe))
     words["run"] += [*RECIPES, *(f"{key}=" for key in keys if key != "recipe"), "--multirun"]
     words["select"] += RECIPES
     cases = "\n".join(f'        {name}) words="{" ".join(w)}" ;;' for name, w in words.items())
-    print(SCRIPT.format(commands=" ".join(COMMANDS), cases=cases))
+    print(SCRIPT.format(commands=" ".join(COMMANDS), cases=cases, options=options))
     return 0
 
 

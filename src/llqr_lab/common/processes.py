@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["available_workers", "run_all"]
+__all__ = ["available_workers", "one_thread", "run_all"]
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -58,7 +58,7 @@ def _results_as_they_come(
 ) -> Iterator[tuple[int, Result]]:
     if workers == 1:
         for index, job in enumerate(jobs):
-            with _one_thread():
+            with one_thread():
                 result = function(job)
             yield index, result
         return
@@ -76,7 +76,8 @@ def _results_as_they_come(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as in the processes of :func:`run_all`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..common.processes import one_thread
 from .plan import READINGS
 from .problems import PROBLEMS
 from .run import Setup
@@ -22,12 +23,13 @@ def estimate_lines(setup: Setup) -> list[str]:
         problem, size = PROBLEMS[name], setup.size(name)
         settings = {n: r.start for n, r in row.ranges(problem.rates).items()}
         training = Training(problem, size, row, settings, 0, STEPS + 3, setup.device)
-        for _ in range(3):
-            training.step()
-        began = setup.device.seconds()
-        for _ in range(STEPS):
-            training.step()
-        budget = size.steps * (setup.device.seconds() - began) / STEPS
+        with one_thread():
+            for _ in range(3):
+                training.step()
+            began = setup.device.seconds()
+            for _ in range(STEPS):
+                training.step()
+            budget = size.steps * (setup.device.seconds() - began) / STEPS
         fixed = effort.tuning * effort.tuning_seeds + effort.seeds  # at equal seconds
         count = len(setup.methods)
         stepwise = OTHERS * (effort.seeds + effort.rounds)
