@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -138,13 +139,13 @@ def resolve_config(config: DictConfig) -> DictConfig:
     A value of the protocols costs a millisecond each time it is asked for; a step asks for several.
 
     Raises:
-        ValueError: the recipe has no such dataset, model or method, or what has to be a number is
-            something else.
+        ValueError: the recipe has no such dataset, model or method, or a value is not one that its
+            key can have.
     """
     _resolved(**chosen_names(config))  # what it refuses OmegaConf would wrap in lines of its own
     # Not OmegaConf.resolve: it has no place for a list that a resolver returns.
     whole = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    _refuse_other_types(whole)
+    _refuse_wrong_values(whole)
     OmegaConf.set_struct(whole, True)
     return whole
 
@@ -153,8 +154,32 @@ def resolve_config(config: DictConfig) -> DictConfig:
 NUMBERS_ONLY = ("", "train", "base", "refresh", "input")
 
 
+#: The least and the greatest value of what would only be refused, or be wrong, once a run has begun.
+LIMITS = {
+    **dict.fromkeys(("train.epochs", "train.batch", "checkpoint_every", "log_every"), (1, math.inf)),
+    **dict.fromkeys(("keep_every", "train.warmup_steps", "train.final_lr"), (0, math.inf)),
+    "train.label_smoothing": (0, 1),
+}
+PRECISIONS = ("float32", "bfloat16")
+
+
+def _refuse_wrong_values(config: DictConfig) -> None:
+    """Refuse what a key cannot be, before anything is recorded under it."""
+    _refuse_other_types(config)
+    for key, (low, high) in LIMITS.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{key}: expected a number {limit}, got {value!r}")
+    if (precision := config.train.precision) not in PRECISIONS:
+        raise ValueError(
+            f"train.precision: expected {' or '.join(PRECISIONS)}, got {precision!r}; "
+            "float16 needs a gradient scaler, which these runs do not have"
+        )
+
+
 def _refuse_other_types(config: DictConfig) -> None:
-    """Refuse words in the place of numbers, before anything is recorded under them."""
+    """Refuse words in the place of numbers."""
     for key, usual in expected_values(config).items():
         value = OmegaConf.select(config, key)
         if key.rpartition(".")[0] not in NUMBERS_ONLY or value is None or usual is None:

@@ -219,11 +219,6 @@ class Training:
     def _in_precision(self, forward: Forward) -> Forward:
         if self.config.train.precision == "float32":
             return forward
-        if self.config.train.precision != "bfloat16":
-            raise ValueError(
-                f"train.precision: expected float32 or bfloat16, got "
-                f"{self.config.train.precision!r}"
-            )
 
         def mixed_forward() -> tuple[Tensor, Tensor]:
             with torch.autocast(self.workers.device.type, torch.bfloat16):

@@ -103,9 +103,12 @@ def test_typing_errors_are_refused():
         ("seed=0.5", "seed: expected an integer, got 0.5"),
         ("base.lr=fast", "base.lr: expected a number, got 'fast'"),
         ("force=1", "force: expected true or false, got 1"),
+        ("train.epochs=0", "train.epochs: expected a number at least 1, got 0"),
+        ("train.label_smoothing=2", "expected a number between 0 and 1, got 2"),
+        ("train.precision=float16", "train.precision: expected float32 or bfloat16, got 'float16'"),
     ],
 )
-def test_words_are_no_numbers(given, said):
+def test_values_that_a_key_cannot_have(given, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         resolve_config(compose_config("table1", [given]))
 

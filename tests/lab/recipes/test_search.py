@@ -20,7 +20,8 @@ def test_a_run_that_fails_is_the_worst(monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr(recipe_run, "measure_run", broken)
-    assert search.run_trial(trial) == {"metric": 0.0, "error": "RuntimeError: no"}
+    sound = search.Trial("demo", "SGDM", {"base.lr": 0.1}, 1000, {})
+    assert search.run_trial(sound) == {"metric": 0.0, "error": "RuntimeError: no"}
 
 
 @pytest.mark.parametrize("experiment", search.SPACES)
