@@ -154,9 +154,10 @@ def resolve_config(config: DictConfig) -> DictConfig:
 NUMBERS_ONLY = ("", "train", "base", "refresh", "input")
 
 
-#: The least and the greatest value of what would only be refused, or be wrong, once a run has begun.
+#: The least and the greatest value of what would be refused, or be wrong, only in a run.
 LIMITS = {
-    **dict.fromkeys(("train.epochs", "train.batch", "checkpoint_every", "log_every"), (1, math.inf)),
+    **dict.fromkeys(("train.epochs", "train.batch"), (1, math.inf)),
+    **dict.fromkeys(("checkpoint_every", "log_every"), (1, math.inf)),
     **dict.fromkeys(("keep_every", "train.warmup_steps", "train.final_lr"), (0, math.inf)),
     "train.label_smoothing": (0, 1),
 }
