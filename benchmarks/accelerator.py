@@ -32,7 +32,7 @@ def main() -> int:
     if options.child:
         from accelerator_parts import run_part
 
-        run_part(options)
+        run_part(options, BUDGETS[options.child[0]])
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.out or Path(scratch)

@@ -16,15 +16,13 @@ from ._report import Report
 __all__ = ["run_part"]
 
 
-def run_part(options: argparse.Namespace) -> None:
-    """Run the part that ``options.child`` names; its rows go to the log that it names."""
-    from accelerator import BUDGETS  # the command's own file, a module beside this folder
-
+def run_part(options: argparse.Namespace, budget: float) -> None:
+    """Run the part that ``options.child`` names for ``budget`` seconds; its rows go to its log."""
     part, log = options.child
     report = Report(
         part,
         Path(log),
-        budget=BUDGETS[part],
+        budget=budget,
         device=options.device,
         reduced=options.reduced,
         match=options.match,
