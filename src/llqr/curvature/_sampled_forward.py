@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_overruled
+from .._vectors import copy_all
 from ._curvatures import Curvature, square_root_of
 from ._exact_derivatives import ExactDerivatives
 from ._forwards import (
@@ -153,11 +154,13 @@ class _Graph:
             # faster only for small multilayer perceptrons, on a CPU and on a GPU.
             for k, s in enumerate(zip(*samples, strict=True), start):
                 image = self._transposed_product([x * lift for x in s])
-                for row, w in zip(rows, image, strict=True):
-                    if w is None:
-                        row[k].zero_()
-                    else:
-                        torch.mul(w.to(row.dtype), factor / lift, out=row[k])
+                written = [(row[k], w) for row, w in zip(rows, image, strict=True)]
+                filled = [row for row, w in written if w is not None]
+                copy_all(filled, [w for w in image if w is not None])
+                for row in [row for row, w in written if w is None]:
+                    row.zero_()
+                if filled:
+                    torch._foreach_mul_(filled, factor / lift)
 
     @cached_property
     def _draw_at_outputs(self) -> Callable[..., list[Tensor]]:

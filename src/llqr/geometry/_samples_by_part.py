@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._allocations import bytes_of
+from .._devices import widen
 from .layout import Layout
 from .structures import States
 from .structures.closed_form import ClosedForm
@@ -65,11 +66,14 @@ def own_samples(part: ClosedForm, flat: Tensor) -> Tensor:
 def are_squarable(drawn: Sequence[Tensor]) -> bool:
     """Tell whether all entries are finite, and so are sums of their squares."""
     filled = [w for w in drawn if w.numel()]
-    largest = [float(torch.stack(w.aminmax()).abs().max()) for w in filled]
+    if not filled:
+        return True
+    device = filled[0].device
+    largest = [widen(torch.stack(w.aminmax()).abs().max()).to(device) for w in filled]
     # Python's numbers, since float32 would overflow in the product; a NaN is in no range.
     return all(
         0 <= value and value * value < torch.finfo(w.dtype).max / w.numel()
-        for w, value in zip(filled, largest, strict=True)
+        for w, value in zip(filled, torch.stack(largest).tolist(), strict=True)  # one read
     )
 
 
