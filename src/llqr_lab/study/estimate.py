@@ -40,6 +40,11 @@ def estimate_lines(setup: Setup) -> list[str]:
     lines.append(
         f"{setup.name} at scale {setup.scale}: {len(setup.methods)} methods x {effort.tuning} "
         f"settings and {effort.seeds} seeds in {len(READINGS)} readings: about {total:.0f} seconds "
-        f"of one processor, {total / 60:.0f} minutes"
+        f"of one processor, {_duration(total)}"
     )
     return lines
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{60 * hours:.0f} minutes" if hours < 3 else f"{hours:,.0f} hours"
