@@ -105,6 +105,7 @@ STUDIES = {
             "smoke": ("cnn-noise", "characters"),
             "small": (
                 "cnn",
+                "cnn-long",
                 "cnn-noise",
                 "cnn-few",
                 "autoencoder",

@@ -220,6 +220,16 @@ PROBLEMS: dict[str, Problem] = {
             "full": _fashion(3_000, 50_000),
         },
     ),
+    "cnn-long": Problem(
+        title="CNN with batch norm, ten epochs",
+        kind=CNN,
+        rates=SGD_AND_ADAM,
+        sizes={
+            "smoke": _smoke(),
+            "small": _fashion(1_000, 12_000, width=8),
+            "full": _fashion(10_000, 50_000),
+        },
+    ),
     "cnn-noise": Problem(
         title="CNN with batch norm, 30 % of the training labels wrong",
         kind=CNN,
