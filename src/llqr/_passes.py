@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._autocast import AS_IT_IS
 from ._current_pass import RunningPass
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
@@ -144,7 +145,7 @@ class Passes:
         random = RandomState(*self._parameters.devices) if replays else None
         clear_gradients(self._parameters.base)
         quiet = ranks.no_gradient_sync(self.local_probes and twice)
-        place = self._ahead(record) if ahead else nullcontext()
+        place = self._ahead(record) if ahead else AS_IT_IS
         with quiet, place, RunningPass("clean") as record.running:
             yield 0
         if self._open is not record:
@@ -166,7 +167,8 @@ class Passes:
         """Run the body, the only pass, at theta + eps: eps is known before it."""
         self.displaced = self._probing.displaces
         try:
-            self._move_weights(record, self._probing.find_displacement({}, None)[0])
+            with torch.no_grad():
+                self._move_weights(record, self._probing.find_displacement({}, None)[0])
             yield
             self.probed = self.displaced
         finally:
@@ -231,27 +233,30 @@ class Passes:
         """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
         record = self._open
         clean = self._parameters.require_gradients(after)
-        eps, healthy = self._probing.find_displacement(clean, scaler, radii)
-        displaces = self._probing.any_moves(radii)
-        # The clean gradients are as large as the model: only who combines both keeps them.
-        combines = healthy is not False and displaces and self._probing.combines
-        kept = copy_gradients(clean, scaler) if combines else None
-        del clean
-        others = self._parameters.parameters_not_held(modules)
-        if start is not None:
-            record.lost += start.learn()
-        record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
-        # Gradients of parameters that are not ours would add up over the two passes.
-        record.gradients = [(p, p.grad) for p in others]
         try:
-            # The second pass has the loss of the first. Before the weights move: a buffer may be a
-            # view of one.
-            if start is not None:
-                start.restore()
-            # Before the gradients are cleared: eps may be a multiple of them, and a base may fill
-            # them with zeros.
-            self._move_weights(record, eps)
-            del eps  # as large as the model
+            with torch.no_grad():
+                eps, healthy = self._probing.find_displacement(clean, scaler, radii)
+                displaces = self._probing.any_moves(radii)
+                # The clean gradients are as large as the model: only who combines both keeps them.
+                combines = healthy is not False and displaces and self._probing.combines
+                kept = copy_gradients(clean, scaler) if combines else None
+                del clean
+                others = self._parameters.parameters_not_held(modules)
+                if start is not None:
+                    record.lost += start.learn()
+                record.after = self._state_after_clean(
+                    modules, others, eps, known_start=start is not None
+                )
+                # Gradients of parameters that are not ours would add up over the two passes.
+                record.gradients = [(p, p.grad) for p in others]
+                # The second pass has the loss of the first. Before the weights move: a buffer may
+                # be a view of one.
+                if start is not None:
+                    start.restore()
+                # Before the gradients are cleared: eps may be a multiple of them, and a base may
+                # fill them with zeros.
+                self._move_weights(record, eps)
+                del eps  # as large as the model
             clear_gradients(self._parameters.base)
             for p, _ in record.gradients:
                 p.grad = None
@@ -280,9 +285,8 @@ class Passes:
 
     # -- weights and state ---------------------------------------------------------------------
 
-    @torch.no_grad()
     def _move_weights(self, record: PassRecord, eps: Tensors) -> None:
-        """Form theta + eps, keeping copies of theta (algorithm 1, line 6)."""
+        """Form theta + eps, without a graph, keeping copies of theta (algorithm 1, line 6)."""
         named = self._parameters.named
         if not eps:
             return

@@ -32,9 +32,10 @@ class RandomState:
         self._twisters = [PYTHON.state()]
         if "numpy.random" in sys.modules:
             self._twisters.append(NUMPY.state())
-        accelerators = {d for d in devices if d is not None and d.type not in ("cpu", "meta")}
         self._accelerators = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in accelerators
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in devices
+            if device is not None and device.type not in ("cpu", "meta")
         }
 
     def restore(self) -> None:
