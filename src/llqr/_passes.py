@@ -159,8 +159,7 @@ class Passes:
             self._finish_only_pass(scaler)
             return
         after = "the first pass"
-        with self._displaced(after, scaler, radii, modules, start=start, random=random):
-            yield 1
+        yield from self._run_displaced(after, scaler, radii, modules, start=start, random=random)
 
     @contextmanager
     def _ahead(self, record: PassRecord) -> Iterator[None]:
@@ -217,11 +216,11 @@ class Passes:
             return
         modules, radii = self._modules.all(), self._probing.radii_of_groups()
         after = "the clean backward"
-        with self._displaced(after, scaler, radii, modules, start=start, random=None):
+        displaced = contextmanager(self._run_displaced)
+        with displaced(after, scaler, radii, modules, start=start, random=None):
             yield
 
-    @contextmanager
-    def _displaced(
+    def _run_displaced(
         self,
         after: str,
         scaler: Any,
@@ -229,8 +228,8 @@ class Passes:
         modules: list[nn.Module],
         start: ForwardState | None,
         random: RandomState | None,
-    ) -> Iterator[None]:
-        """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
+    ) -> Iterator[int]:
+        """Yield once, at theta + eps; afterwards p.grad holds the gradient to step with."""
         record = self._open
         clean = self._parameters.require_gradients(after)
         try:
@@ -264,7 +263,7 @@ class Passes:
                 random.restore()
             self.displaced = True
             with RunningPass("perturbed") as record.running:
-                yield
+                yield 1
         finally:
             if self._open is record:
                 self.displaced = False

@@ -28,7 +28,9 @@ from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
 
-DEVICE = attrgetter("device")
+#: Whether this torch has processes at all, which does not change.
+AVAILABLE = dist.is_available()
+IS_CPU = attrgetter("is_cpu")
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
 
@@ -68,7 +70,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """How many processes there are; looked up anew, since they may be joined at any time."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (AVAILABLE and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.group)
 
@@ -172,6 +174,8 @@ class Ranks:
 
     def _refuse_join(self) -> None:
         """Raise inside ``join``, where a process without data answers the wrapper's calls alone."""
+        if self._wrapper is None:
+            return
         config = getattr(self._wrapper, "_join_config", None)
         if config is not None and config.enable:
             raise RuntimeError(
@@ -262,8 +266,7 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
     own = local_all(tensors.values())
-    one_place = len(set(map(DEVICE, own))) == 1
-    if one_place and own[0].is_cpu and math.isfinite(_sum_on_cpu(own)):
+    if own and all(map(IS_CPU, own)) and math.isfinite(_sum_on_cpu(own)):
         return True
     return math.isfinite(_largest(tensors))  # a sum may also leave the range
 
