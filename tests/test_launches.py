@@ -99,6 +99,14 @@ def test_calls_do_not_grow_with_the_number_of_parameters(method):
     assert many <= bound
 
 
+def test_cut_blocks_are_gathered_in_one_call_and_joined_in_one_per_row_of_blocks():
+    model = nn.Linear(12, 12, bias=False)  # 3 x 3 blocks
+    metric = llqr.LLQR("kfac", block_size=4)
+    metric.bind(model)
+    products = 2
+    assert calls_of(lambda: metric.apply({"weight": torch.randn(12, 12)})) - 1 == 1 + products + 3
+
+
 def trained(method, **more):
     """An optimizer and its problem after three steps."""
     problem = Problem(2)

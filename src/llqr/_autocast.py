@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["autocast_off", "autocast_overruled", "without_autocast"]
+__all__ = ["AS_IT_IS", "autocast_off", "autocast_overruled", "without_autocast"]
+
+
+#: Changes nothing; one for all, since a step enters several.
+AS_IT_IS = nullcontext()
 
 
 def without_autocast(*devices: torch.device) -> AbstractContextManager[Any]:
     """Switch the caller's autocast off for the body, on the devices where it is on."""
-    on = [kind for kind in {d.type for d in devices} if torch.is_autocast_enabled(kind)]
+    on = {d.type for d in devices if torch.is_autocast_enabled(d.type)}
     if not on:
-        return nullcontext()
+        return AS_IT_IS
     stack = ExitStack()
     for kind in on:
         stack.enter_context(torch.autocast(kind, enabled=False))
@@ -45,7 +49,7 @@ def autocast_off(device: torch.device, notice: Callable[[], None]) -> Iterator[N
 
 def autocast_overruled() -> AbstractContextManager[Any]:
     """Return what a forward runs within: it follows the ``autocast_off`` around it, if any."""
-    return _overruling.get() or nullcontext()
+    return _overruling.get()
 
 
 class _AutocastOverruled(TorchFunctionMode):
@@ -70,4 +74,4 @@ class _AutocastOverruled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_overruling: ContextVar[_AutocastOverruled | None] = ContextVar("overruling", default=None)
+_overruling: ContextVar[AbstractContextManager[Any]] = ContextVar("overruling", default=AS_IT_IS)

@@ -156,10 +156,11 @@ class Buffers:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._names, self._tensors, self._counts = entries_of(self._modules)
-        self._metrics = [MetricState(module) for module in metrics_among(self._modules)]
-        buffers = [b for b in self._tensors if b is not None]
-        states = [t for metric in self._metrics for t in metric.tensors()]
-        self._values = TensorValues([*buffers, *states]) if buffers or states else NOTHING
+        self._metrics = metrics_among(self._modules)
+        tensors = [b for b in self._tensors if b is not None]
+        for metric in self._metrics:
+            tensors += metric.tensors()
+        self._values = TensorValues(tensors) if tensors else NOTHING
 
     def restore(self) -> None:
         """Put the very tensors back, with the values that they had."""
@@ -233,12 +234,12 @@ class MetricState:
 METRIC_FLAGS = ("_update_count", "_computed")
 
 
-def metrics_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the metrics of torchmetrics."""
+def metrics_among(modules: Iterable[nn.Module]) -> list[MetricState]:
+    """Return the states of the metrics of torchmetrics."""
     torchmetrics = sys.modules.get("torchmetrics")
     if torchmetrics is None:
         return []
-    return [module for module in modules if isinstance(module, torchmetrics.Metric)]
+    return [MetricState(m) for m in modules if isinstance(m, torchmetrics.Metric)]
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -272,8 +273,10 @@ class WrittenParameters:
                 teacher as large as they are, but not the large frozen body under an adapter.
         """
         watched = [p for p in parameters if is_plain(p)]
+        if not watched:
+            return NO_PARAMETERS
         copy_of_all = False
-        if watched and moment not in self._looked:
+        if moment not in self._looked:
             self._looked.add(moment)
             limit = max(COPIED_ANYWAY, 2 * sum(p.nbytes for p in held))
             copy_of_all = sum(p.nbytes for p in watched) <= limit
@@ -308,12 +311,9 @@ class ParameterValues:
         self, written: WrittenParameters, parameters: list[Tensor], *, copy_of_all: bool
     ) -> None:
         self._written, self._all_copied = written, copy_of_all
-        self._copied, self._not_copied = NOTHING, list[tuple[Tensor, int, int]]()
-        if not parameters:
-            return
         known = written.known_ids
         copied = [p for p in parameters if copy_of_all or id(p) in known]
-        self._copied = TensorValues(copied)
+        self._copied = TensorValues(copied) if copied else NOTHING
         kept = {id(p) for p in copied}
         self._not_copied = [(p, p._version, p.data_ptr()) for p in parameters if id(p) not in kept]
 
@@ -330,6 +330,10 @@ class ParameterValues:
     def restore(self) -> None:
         """Write the copied values back."""
         self._copied.restore()
+
+
+#: The values of no parameters.
+NO_PARAMETERS = ParameterValues(WrittenParameters(), [], copy_of_all=False)
 
 
 class ForwardState:

@@ -18,7 +18,14 @@ from ._parameters import NamedParameters
 from ._passes import Passes, check_scaler
 from ._probing import Probing
 from ._progress import Progress
-from ._refresher import Forward, HookHandle, Refresher, RefreshHook, as_forwards
+from ._refresher import (
+    Forward,
+    HookHandle,
+    Refresher,
+    RefreshHook,
+    as_forwards,
+    call_and_unpack,
+)
 from ._step_modules import StepModules, refuse_meta
 from ._update import Graft, Update, check_graft
 from ._wrapper import (
@@ -493,7 +500,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         for i, (weight, run) in enumerate(zip(weights, forwards, strict=True), 1):
             # The last backward sends the sum.
             with self.ranks.no_gradient_sync(i < len(forwards)):
-                loss, _outputs = split_loss_and_outputs(run())
+                loss, _outputs = split_loss_and_outputs(call_and_unpack(run))
                 joined = loss if len(forwards) == 1 else weight * loss
                 (joined if scaler is None else scaler.scale(joined)).backward()
             losses.append(joined.detach())

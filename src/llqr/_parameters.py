@@ -16,7 +16,7 @@ from .geometry.layout import layers_of, unwrap_model
 __all__ = ["NamedParameters", "check_group_options"]
 
 # Attributes that are read of all parameters in every step, without a loop in Python.
-DEVICE, GRADIENT, LAYOUT = attrgetter("device"), attrgetter("grad"), attrgetter("layout")
+DEVICE, LAYOUT = attrgetter("device"), attrgetter("layout")
 STRIDED = frozenset({torch.strided})
 
 REFUSED_OPTIONS = {
@@ -169,8 +169,12 @@ class NamedParameters:
     def parameters_not_held(self, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
         """Return the parameters of the modules that the base does not hold."""
         held = self._held
-        found = (p for module in modules for p in module._parameters.values())
-        return [p for p in found if p is not None and id(p) not in held]
+        return [
+            p
+            for module in modules
+            for p in module._parameters.values()
+            if p is not None and id(p) not in held
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -184,8 +188,7 @@ class NamedParameters:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return p.grad of all parameters that have one; refuse sparse ones."""
-        grads = zip(self.named, map(GRADIENT, self.named.values()), strict=True)
-        found = {name: gradient for name, gradient in grads if gradient is not None}
+        found = {name: g for name, p in self.named.items() if (g := p.grad) is not None}
         if STRIDED.issuperset(map(LAYOUT, found.values())):
             return found
         for name, gradient in found.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._autocast import AS_IT_IS
 from ._current_pass import RunningPass
 from ._module_state import ForwardState
 from ._parameters import NamedParameters
@@ -144,7 +145,7 @@ class Passes:
         random = RandomState(*self._parameters.devices) if replays else None
         clear_gradients(self._parameters.base)
         quiet = ranks.no_gradient_sync(self.local_probes and twice)
-        place = self._ahead(record) if ahead else nullcontext()
+        place = self._ahead(record) if ahead else AS_IT_IS
         with quiet, place, RunningPass("clean") as record.running:
             yield 0
         if self._open is not record:
@@ -158,15 +159,15 @@ class Passes:
             self._finish_only_pass(scaler)
             return
         after = "the first pass"
-        with self._displaced(after, scaler, radii, modules, start=start, random=random):
-            yield 1
+        yield from self._run_displaced(after, scaler, radii, modules, start=start, random=random)
 
     @contextmanager
     def _ahead(self, record: PassRecord) -> Iterator[None]:
         """Run the body, the only pass, at theta + eps: eps is known before it."""
         self.displaced = self._probing.displaces
         try:
-            self._move_weights(record, self._probing.find_displacement({}, None)[0])
+            with torch.no_grad():
+                self._move_weights(record, self._probing.find_displacement({}, None)[0])
             yield
             self.probed = self.displaced
         finally:
@@ -215,11 +216,11 @@ class Passes:
             return
         modules, radii = self._modules.all(), self._probing.radii_of_groups()
         after = "the clean backward"
-        with self._displaced(after, scaler, radii, modules, start=start, random=None):
+        displaced = contextmanager(self._run_displaced)
+        with displaced(after, scaler, radii, modules, start=start, random=None):
             yield
 
-    @contextmanager
-    def _displaced(
+    def _run_displaced(
         self,
         after: str,
         scaler: Any,
@@ -227,31 +228,34 @@ class Passes:
         modules: list[nn.Module],
         start: ForwardState | None,
         random: RandomState | None,
-    ) -> Iterator[None]:
-        """Run the body at theta + eps; afterwards p.grad holds the gradient to step with."""
+    ) -> Iterator[int]:
+        """Yield once, at theta + eps; afterwards p.grad holds the gradient to step with."""
         record = self._open
         clean = self._parameters.require_gradients(after)
-        eps, healthy = self._probing.find_displacement(clean, scaler, radii)
-        displaces = self._probing.any_moves(radii)
-        # The clean gradients are as large as the model: only who combines both keeps them.
-        combines = healthy is not False and displaces and self._probing.combines
-        kept = copy_gradients(clean, scaler) if combines else None
-        del clean
-        others = self._parameters.parameters_not_held(modules)
-        if start is not None:
-            record.lost += start.learn()
-        record.after = self._state_after_clean(modules, others, eps, known_start=start is not None)
-        # Gradients of parameters that are not ours would add up over the two passes.
-        record.gradients = [(p, p.grad) for p in others]
         try:
-            # The second pass has the loss of the first. Before the weights move: a buffer may be a
-            # view of one.
-            if start is not None:
-                start.restore()
-            # Before the gradients are cleared: eps may be a multiple of them, and a base may fill
-            # them with zeros.
-            self._move_weights(record, eps)
-            del eps  # as large as the model
+            with torch.no_grad():
+                eps, healthy = self._probing.find_displacement(clean, scaler, radii)
+                displaces = self._probing.any_moves(radii)
+                # The clean gradients are as large as the model: only who combines both keeps them.
+                combines = healthy is not False and displaces and self._probing.combines
+                kept = copy_gradients(clean, scaler) if combines else None
+                del clean
+                others = self._parameters.parameters_not_held(modules)
+                if start is not None:
+                    record.lost += start.learn()
+                record.after = self._state_after_clean(
+                    modules, others, eps, known_start=start is not None
+                )
+                # Gradients of parameters that are not ours would add up over the two passes.
+                record.gradients = [(p, p.grad) for p in others]
+                # The second pass has the loss of the first. Before the weights move: a buffer may
+                # be a view of one.
+                if start is not None:
+                    start.restore()
+                # Before the gradients are cleared: eps may be a multiple of them, and a base may
+                # fill them with zeros.
+                self._move_weights(record, eps)
+                del eps  # as large as the model
             clear_gradients(self._parameters.base)
             for p, _ in record.gradients:
                 p.grad = None
@@ -259,7 +263,7 @@ class Passes:
                 random.restore()
             self.displaced = True
             with RunningPass("perturbed") as record.running:
-                yield
+                yield 1
         finally:
             if self._open is record:
                 self.displaced = False
@@ -280,9 +284,8 @@ class Passes:
 
     # -- weights and state ---------------------------------------------------------------------
 
-    @torch.no_grad()
     def _move_weights(self, record: PassRecord, eps: Tensors) -> None:
-        """Form theta + eps, keeping copies of theta (algorithm 1, line 6)."""
+        """Form theta + eps, without a graph, keeping copies of theta (algorithm 1, line 6)."""
         named = self._parameters.named
         if not eps:
             return

@@ -147,7 +147,6 @@ class Probing:
 
     # -- the displacement ----------------------------------------------------------------------
 
-    @torch.no_grad()
     def find_displacement(
         self,
         clean: Mapping[str, Tensor],
@@ -155,6 +154,8 @@ class Probing:
         radii_of_groups: Sequence[float] | None = None,
     ) -> tuple[Tensors, bool | Tensor]:
         """Show g to who learns from it; return eps(g; U, rho) or {} (algorithm 1, line 5).
+
+        Called without a graph.
 
         Args:
             clean: g, scaled; empty if no pass was run yet.

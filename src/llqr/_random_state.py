@@ -15,6 +15,9 @@ __all__ = ["RandomState"]
 
 #: The 624 words of a Mersenne Twister and the place in them, 4 bytes each.
 TWISTER_BYTES = 4 * 625
+#: Bytes that are compared: the place, which each draw moves, and the 15 words beside it in memory,
+#: all of which are others once 624 were drawn or another seed was set.
+LOOKED = 4 * 16
 
 
 class RandomState:
@@ -32,9 +35,10 @@ class RandomState:
         self._twisters = [PYTHON.state()]
         if "numpy.random" in sys.modules:
             self._twisters.append(NUMPY.state())
-        accelerators = {d for d in devices if d is not None and d.type not in ("cpu", "meta")}
         self._accelerators = {
-            device: torch.get_device_module(device).get_rng_state(device) for device in accelerators
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in devices
+            if device is not None and device.type not in ("cpu", "meta")
         }
 
     def restore(self) -> None:
@@ -50,9 +54,9 @@ class Twister:
     """A global Mersenne Twister outside of torch: Python's or numpy's.
 
     To get or set its state takes Python 12 microseconds and numpy 70, as long as a small network's
-    forward, and few trainings draw from it between two steps. So it is left alone while the words
-    that it draws from are still the same in memory. A second number of a pair of normal ones that
-    waits to be drawn is beside these words, and switches this off.
+    forward, and few trainings draw from it between two steps. So it is left alone while what it
+    draws from is still the same in memory. A second number of a pair of normal ones that waits to
+    be drawn is beside these words, and switches this off.
     """
 
     def __init__(self) -> None:
@@ -84,7 +88,7 @@ class Twister:
         raise NotImplementedError
 
     def address_of(self, generator: Any) -> int:
-        """Return where its words begin."""
+        """Return where what is compared begins."""
         raise NotImplementedError
 
     def read_words(self) -> bytes | None:
@@ -94,7 +98,7 @@ class Twister:
             return None
         if generator is not self._generator:
             self._generator = generator
-            self._words = (ctypes.c_char * TWISTER_BYTES).from_address(self.address_of(generator))
+            self._words = (ctypes.c_char * LOOKED).from_address(self.address_of(generator))
         return self._words.raw
 
 
@@ -143,7 +147,8 @@ class PythonTwister(Twister):
     def words_of(self, state: Any) -> bytes | None:
         """Return what :meth:`read_words` should read in a state; None: a normal number waits."""
         _version, words, waiting = state
-        return None if waiting is not None else array("I", [words[-1], *words[:-1]]).tobytes()
+        # In memory the place comes first.
+        return None if waiting is not None else array("I", [words[-1], *words[:15]]).tobytes()
 
     def find_generator(self) -> Any:
         """Return the generator, if no normal number waits and its address is known."""
@@ -152,7 +157,7 @@ class PythonTwister(Twister):
         return generator if known and generator.gauss_next is None else None
 
     def address_of(self, generator: Any) -> int:
-        """Return where its words begin."""
+        """Return where what is compared begins."""
         return id(generator) + object.__basicsize__
 
 
@@ -172,7 +177,7 @@ class NumpyTwister(Twister):
         if state["has_gauss"] or state["bit_generator"] != "MT19937":
             return None
         place = int(state["state"]["pos"]).to_bytes(4, sys.byteorder)
-        return bytes(state["state"]["key"].astype("uint32").tobytes() + place)
+        return bytes(state["state"]["key"][-15:].astype("uint32").tobytes() + place)
 
     def find_generator(self) -> Any:
         """Return the generator, if its address can be told."""
@@ -181,8 +186,8 @@ class NumpyTwister(Twister):
         return generator if type(generator).__name__ == "MT19937" else None
 
     def address_of(self, generator: Any) -> int:
-        """Return where its words begin."""
-        return int(generator.ctypes.state_address)
+        """Return where what is compared begins."""
+        return int(generator.ctypes.state_address) + TWISTER_BYTES - LOOKED
 
 
 PYTHON, NUMPY = PythonTwister(), NumpyTwister()

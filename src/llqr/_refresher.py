@@ -23,7 +23,14 @@ from ._step_modules import StepModules
 from .distributed import Ranks
 from .geometry import Geometry, RefreshError, RefreshReport
 
-__all__ = ["Forward", "HookHandle", "RefreshHook", "Refresher", "as_forwards"]
+__all__ = [
+    "Forward",
+    "HookHandle",
+    "RefreshHook",
+    "Refresher",
+    "as_forwards",
+    "call_and_unpack",
+]
 
 #: A function without arguments that returns the loss or (loss, outputs).
 Forward = Callable[[], Any]
@@ -158,20 +165,13 @@ class Refresher:
 
 
 def as_forwards(forward: Forward | Sequence[Forward]) -> list[Forward]:
-    """Return one forward or several as a list, model outputs unpacked; refuse what is not one."""
+    """Return one forward or several as a list; refuse what is not one."""
     forwards = list(forward) if isinstance(forward, Sequence) else [forward]
-    if not forwards or not all(callable(f) for f in forwards):
+    if not forwards or not all(map(callable, forwards)):
         raise TypeError(
             f"forward: expected a function without arguments or a list of them, got {forward!r}"
         )
-    return [unpacking(f) for f in forwards]
-
-
-def unpacking(forward: Forward) -> Forward:
-    """Return a function that calls a forward and unpacks what it returns."""
-    wrapper = partial(call_and_unpack, forward)
-    wrapper.__wrapped__ = forward  # type: ignore[attr-defined]  # whose variables name modules
-    return wrapper
+    return forwards
 
 
 #: Told where a forward fails in a refresh.
@@ -184,9 +184,9 @@ EVALUATION_NOTE = (
 
 
 def call_in_evaluation(forward: Forward) -> Any:
-    """Call a forward; what it raises tells that the model is in evaluation mode."""
+    """Call a forward, as :func:`call_and_unpack`; what it raises tells of evaluation mode."""
     try:
-        return forward()
+        return call_and_unpack(forward)
     except Exception as error:
         add_note(error, EVALUATION_NOTE)
         raise
@@ -208,6 +208,8 @@ def call_and_unpack(forward: Forward) -> Any:
     """
     with autocast_overruled():
         result = forward()
+    if type(result) is tuple and len(result) == 2 and isinstance(result[1], Tensor):
+        return result  # as mostly
     if hasattr(result, "loss") and hasattr(result, "logits"):
         return result.loss, result.logits
     if not (isinstance(result, (tuple, list)) and len(result) == 2):

@@ -143,12 +143,14 @@ def modules_named_in(function: Any) -> list[nn.Module]:
     seen: dict[int, Any] = {}  # the objects too, since an id is used again
     waiting = [function]
     while waiting:
-        value = unwrap_callable(waiting.pop())
+        value = waiting.pop()
         if id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, nn.Module):
             found.append(value)
+        elif (inner := unwrap_callable(value)) is not value:
+            waiting.append(inner)
         elif isinstance(value, partial):
             waiting += [value.func, *value.args, *value.keywords.values()]
         elif isinstance(value, MethodType):
@@ -187,16 +189,18 @@ def attributes_of(value: Any, names: frozenset[str]) -> list[Any]:
     held = getattr(value, "__dict__", None)
     if not held:
         return [value] if isinstance(value, nn.Module) else []
-    skipped = HOLDING_NONE_AS_ATTRIBUTES
-    found = [v for n in names if n in held and type(v := held[n]) not in skipped]
-    inner = [w for v in found if not isinstance(v, kinds) for w in _modules_within(v, names)]
-    return [v for v in found if isinstance(v, kinds)] + inner + _modules_within(value, names)
+    found: list[Any] = [value] if isinstance(value, nn.Module) else []
+    for name in names:
+        if name in held and type(v := held[name]) not in HOLDING_NONE_AS_ATTRIBUTES:
+            if isinstance(v, kinds):
+                found.append(v)
+            else:
+                found += _modules_within(v, names)
+    return found
 
 
-def _modules_within(value: Any, names: frozenset[str]) -> list[Any]:
-    """Return an object itself if it is a module, else the modules among its named attributes."""
-    if isinstance(value, nn.Module):
-        return [value]
+def _modules_within(value: Any, names: frozenset[str]) -> list[nn.Module]:
+    """Return the modules among the named attributes of an object."""
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or isinstance(value, (type, ModuleType, FunctionType)):
         return []
@@ -212,13 +216,18 @@ def values_named_in(function: FunctionType) -> list[Any]:
             held.append(cell.cell_contents)
         except ValueError:  # not assigned yet
             continue
-    named = [globals_of[n] for n in names if n in globals_of]
-    held += [
-        v for v in named if not (isinstance(v, FunctionType) and v.__globals__ is not globals_of)
-    ]
-    held = [v for v in held if type(v) not in HOLDING_NONE]
-    attributes = [w for v in held for w in attributes_of(v, names)]
-    return [v for v in held if type(v) is not ModuleType] + attributes
+    for name in names:
+        if name in globals_of:
+            value = globals_of[name]
+            if not (type(value) is FunctionType and value.__globals__ is not globals_of):
+                held.append(value)
+    found: list[Any] = []
+    for value in held:
+        if type(value) not in HOLDING_NONE:
+            found += attributes_of(value, names)
+            if type(value) is not ModuleType:
+                found.append(value)
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import eq
+from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from .._autocast import AS_IT_IS
 from .._devices import (
     SHORT,
     compute_per_device,
@@ -27,6 +28,9 @@ from ._sharded import is_sharded, local_all
 
 __all__ = ["Ranks"]
 
+#: Whether this torch has processes at all, which does not change.
+AVAILABLE = dist.is_available()
+IS_CPU = attrgetter("is_cpu")
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
 
@@ -66,7 +70,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """How many processes there are; looked up anew, since they may be joined at any time."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (AVAILABLE and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.group)
 
@@ -170,6 +174,8 @@ class Ranks:
 
     def _refuse_join(self) -> None:
         """Raise inside ``join``, where a process without data answers the wrapper's calls alone."""
+        if self._wrapper is None:
+            return
         config = getattr(self._wrapper, "_join_config", None)
         if config is not None and config.enable:
             raise RuntimeError(
@@ -210,7 +216,7 @@ class Ranks:
     def no_gradient_sync(self, skip: bool = True) -> AbstractContextManager[None]:
         """Keep the gradients of the body's backwards in this process (``no_sync`` of torch)."""
         if self._wrapper is None or not skip:
-            return nullcontext()
+            return AS_IT_IS
         return self._wrapper.no_sync()  # type: ignore[no-any-return]
 
     @contextmanager
@@ -260,18 +266,16 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
     own = local_all(tensors.values())
-    one_place = len({t.device for t in own}) == 1
-    if one_place and own[0].is_cpu and math.isfinite(_sum_on_cpu(own)):
+    if own and all(map(IS_CPU, own)) and math.isfinite(_sum_on_cpu(own)):
         return True
     return math.isfinite(_largest(tensors))  # a sum may also leave the range
 
 
 def _sum_on_cpu(tensors: list[Tensor]) -> float:
     """Return the sum of all entries, with a call for the short tensors together."""
-    with torch.no_grad():
-        if sum(map(Tensor.numel, tensors)) <= SHORT:
-            return float(flatten(tensors).sum())
-        return float(sum(torch.stack([t.sum() for t in join_short(tensors)]).tolist()))
+    if sum(map(Tensor.numel, tensors)) <= SHORT:
+        return float(flatten(tensors).detach().sum())
+    return float(sum(torch.stack([t.detach().sum() for t in join_short(tensors)]).tolist()))
 
 
 def _largest(tensors: Mapping[str, Tensor]) -> float:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from .._allocations import bytes_of
 from .._html import format_table
-from .._vectors import Tensors
+from .._vectors import SHAPE, Tensors
 from ..distributed import Ranks
 from ._report import RefreshReport
 from .layout import unwrap_model
 
 __all__ = ["Geometry", "NormStatistics"]
+
+IS_FLOATING = Tensor.is_floating_point
 
 NormStatistics = Literal["batch", "running"]
 
@@ -143,6 +145,11 @@ class Geometry:
         """Refuse gradients that are not those of the parameters."""
         self._require_bound()
         # Absent gradients count as zero; present ones must be those of the parameters.
+        # Mapped without a loop in Python, since this runs twice per step over all parameters.
+        known = [self.parameters[n] for n in gradients if n in self.parameters]
+        given = list(gradients.values())
+        if list(map(SHAPE, given)) == list(map(SHAPE, known)) and all(map(IS_FLOATING, given)):
+            return
         for name, g in gradients.items():
             parameter = self.parameters.get(name)
             if parameter is None:

@@ -52,7 +52,8 @@ def _gather(layout: Layout, part: ClosedForm, drawn: dict[str, Tensor]) -> Tenso
     like = next(iter(drawn.values()))
     own = like.new_empty(len(like), part.group.numel, dtype=part.group.dtype)
     for i, row in enumerate(own):
-        layout.pack_group(part.group, {n: w[i] for n, w in drawn.items()}, row)
+        sample = [drawn[s.name][i] for s, _ in part.group.slice_offsets]
+        part.group.shape_blocks(row).copy_(layout.gather_blocks(part.group, sample))
     return own
 
 

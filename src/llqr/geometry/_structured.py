@@ -219,9 +219,11 @@ class StructuredGeometry(Geometry):
             self.bind(self.model, self.parameters)
         device = tensor.device
         held = {v.device for s in self.states for v in s.values()}
+        if held <= {device}:
+            return
         if torch.device("meta") in held and device.type != "meta":
             self.states = self.blocks.identity(device)  # without numbers so far, as the model was
-        elif held - {device}:
+        else:
             self.states = [{k: v.to(device) for k, v in s.items()} for s in self.states]
 
     # -- applying U ----------------------------------------------------------------------------

@@ -62,6 +62,8 @@ class MatrixView:
 
     def read_matrix(self, tensor: Tensor) -> Tensor:
         """Return the matrix view (a copy only if the strides force one)."""
+        if self.shape == self.matrix and not self.transposed:  # as of most linear layers
+            return tensor
         assert self.matrix is not None
         return (tensor.transpose(0, 1) if self.transposed else tensor).reshape(self.matrix)
 
@@ -82,11 +84,16 @@ class Slice:
     rows: tuple[int, int] | None
     columns: tuple[int, int]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """The extent of the slice: (m, n) for a rectangle, (n,) for a run."""
         n = self.columns[1] - self.columns[0]
         return (n,) if self.rows is None else (self.rows[1] - self.rows[0], n)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it starts: (row, column), in the order in which a parameter's entries lie."""
+        return 0 if self.rows is None else self.rows[0], self.columns[0]
 
     @cached_property
     def numel(self) -> int:
@@ -98,7 +105,9 @@ class Slice:
         a, b = self.columns
         if self.rows is None:  # a run of the flat entries
             return tensor.reshape(-1)[a:b]
-        return view.read_matrix(tensor)[self.rows[0] : self.rows[1], a:b]
+        matrix = view.read_matrix(tensor)
+        # Of a whole one the slice is left out: it takes as long as a small product.
+        return matrix if self.shape == view.matrix else matrix[slice(*self.rows), a:b]
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,13 @@ class Group:
     def shape_blocks(self, part: Tensor) -> Tensor:
         """Return the group's part of a flat vector as a batch of blocks, (count, *shape)."""
         return part if self.shape is None else part.view(len(self.blocks), *self.shape)
+
+    def split_slices(self, batch: Tensor) -> Sequence[Tensor]:
+        """Return views of the slices of blocks that lie side by side, as :meth:`shape_blocks`."""
+        parts = [part for part, _ in self.slice_offsets]
+        if self.shape is not None and len(parts) == len(self.blocks):  # each block is one slice
+            return batch.unbind(0)
+        return torch.split(batch.reshape(-1), [part.numel for part in parts])
 
     def shape_samples(self, rows: Tensor) -> Tensor:
         """Return the group's part of several flat vectors as batches, (m, count, *shape)."""

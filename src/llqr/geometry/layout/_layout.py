@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -181,28 +181,23 @@ class Layout:
         assert self.ranks is not None
         return self.ranks.exchange(joined.view(self.ranks.size, self.width))[:, : self.numel]
 
-    def pack_group(self, group: Group, tensors: Mapping[str, Tensor | None], out: Tensor) -> None:
-        """Write a group's part of the flat vector (missing tensors: 0)."""
-        targets, sources = [], []
-        for part, start in group.slice_offsets:
-            tensor, target = tensors.get(part.name), out[start : start + part.numel]
-            if tensor is None:
-                target.zero_()
-                continue
-            targets.append(target.view(part.shape))
-            sources.append(part.cut_from(tensor, self.views[part.name]))
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    def gather_blocks(self, group: Group, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return a group's blocks side by side, in one call; None counts as zero.
 
-    def whole_matrices(self, group: Group) -> list[MatrixView] | None:
-        """Return the matrix view of each block, if every block is one whole parameter's."""
-        slices = [part for part, _ in group.slice_offsets]
-        views = [self.views[part.name] for part in slices]
-        whole = all(
-            part.rows is not None and part.shape == view.matrix
-            for part, view in zip(slices, views, strict=True)
-        )
-        return views if whole else None
+        Args:
+            group: of this layout.
+            tensors: the whole tensor of each slice; not all are None.
+
+        Returns:
+            (count, *shape), or one flat run if the blocks have any length, in the group's dtype. A
+            block that is alone is no copy.
+        """
+        like = next(x for x in tensors if x is not None)
+        cut = [
+            like.new_zeros(part.shape) if x is None else part.cut_from(x, self.views[part.name])
+            for (part, _), x in zip(group.slice_offsets, tensors, strict=True)
+        ]
+        return group.shape_blocks(cut[0] if len(cut) == 1 else torch.cat(cut)).to(group.dtype)
 
     def _fill_flat(
         self,
@@ -248,7 +243,9 @@ class Layout:
         joined = flat if self.ranks is None else self.ranks.join(flat, self.width)
         places = self._all
         return {
-            name: self.join_slices(name, [joined[a : a + s.numel] for s, a in places[name]], flat)
+            name: self.join_slices(
+                name, [joined[a : a + s.numel].view(s.shape) for s, a in places[name]], flat
+            )
             for name in (places if names is None else names)
         }
 
@@ -279,24 +276,22 @@ class Layout:
         return sharded_like(full[first:last], like)
 
     def join_slices(self, name: str, parts: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Put a parameter together from its slices, flat and in the order of the layout."""
+        """Put a parameter together from its slices, in the order of the layout."""
         view, slices = self.views[name], self.slices_of(name)
         if not slices:
             return like.new_empty(view.shape)
-        if slices[0].rows is None:
-            ordered = sorted(zip(slices, parts, strict=True), key=lambda x: x[0].columns)
-            runs = [part for _, part in ordered]
-            run = _startable(runs[0], view.shape) if len(runs) == 1 else torch.cat(runs)
-            return run.reshape(view.shape)
-        assert view.matrix is not None
+        shape = (math.prod(view.shape),) if slices[0].rows is None else view.matrix
+        assert shape is not None
         if len(slices) == 1:
-            return view.write_matrix(_startable(parts[0], view.shape).view(view.matrix))
-        # Rectangles of one matrix view, each written to its place.
-        matrix = parts[0].new_empty(view.matrix)
-        for part, values in zip(slices, parts, strict=True):
-            assert part.rows is not None
-            matrix[slice(*part.rows), slice(*part.columns)] = values.view(part.shape)
-        return view.write_matrix(matrix)
+            whole = _startable(parts[0], view.shape)
+        else:
+            whole = parts[0].new_empty(shape)
+            ordered = sorted(zip(slices, parts, strict=True), key=lambda x: x[0].place)
+            # One call for the rectangles that lie beside each other, or for all runs.
+            for rows, line in groupby(ordered, key=lambda x: x[0].rows):
+                beside = [values for _, values in line]
+                torch.cat(beside, -1, out=whole if rows is None else whole[slice(*rows)])
+        return whole.reshape(view.shape) if len(shape) == 1 else view.write_matrix(whole)
 
     def slices_of(self, name: str) -> list[Slice]:
         """Return the slices that a parameter was cut into."""

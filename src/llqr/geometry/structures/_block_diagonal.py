@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from itertools import repeat
+from operator import is_
 from typing import cast
 
 import torch
@@ -38,8 +40,8 @@ class BlockDiagonal:
             cast(type[Structure], group.kind)(group) for group in layout.groups
         ]
 
-        #: Of groups whose blocks are whole parameters, the view of each.
-        self._whole_matrices = [layout.whole_matrices(group) for group in layout.groups]
+        #: The parameters of each part's slices.
+        self._names = [[s.name for s, _ in group.slice_offsets] for group in layout.groups]
         # Of the blocks of all processes, since all must take the same way.
         kinds = [cast(type[Structure], kind) for kind in layout.all_kinds]
         #: Whether U is linear in its trainable entries.
@@ -71,29 +73,18 @@ class BlockDiagonal:
         """
         done: dict[str, Tensor] = {}
         parts: dict[str, list[Tensor]] = {}
-        for part, state, views in zip(self.parts, states, self._whole_matrices, strict=True):
-            slices = part.group.slice_offsets
-            given = [tensors.get(s.name) for s, _ in slices]
-            first = next((x for x in given if x is not None), None)
-            if first is None:
+        for part, state, names in zip(self.parts, states, self._names, strict=True):
+            given = list(map(tensors.get, names))
+            if all(map(is_, given, repeat(None))):
                 continue
             if part.elementwise:  # its slices are whole parameters
-                scaled = zip(slices, part.scale_tensors(state, given), strict=True)
-                done.update({s.name: x for (s, _), x in scaled if x is not None})
+                scaled = zip(names, part.scale_tensors(state, given), strict=True)
+                done.update({name: x for name, x in scaled if x is not None})
                 continue
             # The others need the blocks side by side: gather, multiply, cut apart again.
-            present = [x for x in given if x is not None]
-            if views is not None and len(present) == len(given):
-                matrices = [v.read_matrix(x) for v, x in zip(views, present, strict=True)]
-                moved = part.apply(state, _stack(matrices).to(part.group.dtype))
-                rows = zip(slices, views, moved.unbind(0), strict=True)
-                done.update({s.name: view.write_matrix(row) for (s, _), view, row in rows})
-                continue
-            flat = torch.empty(part.group.numel, dtype=part.group.dtype, device=first.device)
-            self.layout.pack_group(part.group, tensors, flat)
-            whole = part.apply(state, part.group.shape_blocks(flat)).reshape(-1)
-            for s, start in slices:
-                parts.setdefault(s.name, []).append(whole[start : start + s.numel])
+            moved = part.apply(state, self.layout.gather_blocks(part.group, given))
+            for name, values in zip(names, part.group.split_slices(moved), strict=True):
+                parts.setdefault(name, []).append(values)
         join = self.layout.join_slices
         return {
             name: done[name] if name in done else join(name, parts.get(name, []), x)
@@ -316,11 +307,6 @@ class BlockDiagonal:
                 visit([s.name], key, run.view(shape), None)
             else:
                 visit([s.name], key, run, s.columns)
-
-
-def _stack(matrices: list[Tensor]) -> Tensor:
-    """Return matrices as one batch; one alone is no copy."""
-    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _run_of(tensor: Tensor, span: Span) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Diagonal(Structure):
     linear: ClassVar[bool] = True
     cut: ClassVar[CutRule] = "layer"
     elementwise: ClassVar[bool] = True
+    #: The latest U, and views of it in the shapes of the parameters; no part of a copy.
+    _cut: tuple[Tensor, list[Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_cut"}
 
     def identity(self, device: torch.device) -> State:
         """Return all ones."""
@@ -48,12 +53,18 @@ class Diagonal(Structure):
         # The slices of an elementwise block are whole parameters, in the order of the group.
         given = [x for x in tensors if x is not None]
         if len(given) == len(tensors):
-            return list(torch._foreach_mul(unflatten(state["U"], given), given))
+            return list(torch._foreach_mul(self._cut_like(state["U"], given), given))
         factors = torch.split(state["U"], [s.numel for s, _ in self.group.slice_offsets])
         pairs = zip(factors, tensors, strict=True)
         views = [u.view(x.shape) for u, x in pairs if x is not None]
         products = iter(torch._foreach_mul(views, given) if given else [])
         return [None if x is None else next(products) for x in tensors]
+
+    def _cut_like(self, u: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+        """Return views of U in the tensors' shapes: to make them takes as long as the product."""
+        if self._cut is None or self._cut[0] is not u:
+            self._cut = u, unflatten(u, tensors)
+        return self._cut[1]
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp every entry."""
