@@ -30,7 +30,7 @@ __all__ = ["Ranks"]
 
 #: Whether this torch has processes at all, which does not change.
 AVAILABLE = dist.is_available()
-IS_CPU = attrgetter("is_cpu")
+DEVICE = attrgetter("device")
 #: Backends with an all-to-all on every device that they serve; gloo has it on the CPU only.
 EXCHANGING = {"nccl", "mpi", "ucc", "xccl", "hccl"}
 
@@ -266,7 +266,8 @@ def _direct(wrapper: DistributedDataParallel) -> Callable[..., Any]:
 def _are_finite(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether all entries are finite, mostly from their sum, which none that is not leaves."""
     own = local_all(tensors.values())
-    if own and all(map(IS_CPU, own)) and math.isfinite(_sum_on_cpu(own)):
+    one_place = len(set(map(DEVICE, own))) == 1
+    if one_place and own[0].is_cpu and math.isfinite(_sum_on_cpu(own)):
         return True
     return math.isfinite(_largest(tensors))  # a sum may also leave the range
 
