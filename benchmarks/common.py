@@ -185,7 +185,7 @@ def arguments(description: str | None, **choices: Sequence[str]) -> argparse.Arg
         "next use costs no page faults; without it a refresh pays them anew",
     )
     for name, values in choices.items():
-        parser.add_argument(f"--{name}", nargs="+", choices=values, default=list(values))
+        parser.add_argument(f"--{name}", nargs="*", choices=values, default=list(values))
     return parser
 
 

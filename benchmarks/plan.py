@@ -20,10 +20,11 @@ from common import Classifier, arguments, optimizer_of, peak_memory, resident, s
 from torch import nn
 
 import llqr
+from llqr.geometry.structures._inner_step import InnerStep
 from llqr_lab.models.resnet import resnet18
-from llqr_lab.plan.cost import Plan, Setting, make_plan
+from llqr_lab.plan.cost import Setting, make_plan
 from llqr_lab.plan.counts import Network, count_geometry, count_network
-from llqr_lab.plan.rates import Rates, measure_rates
+from llqr_lab.plan.rates import measure_rates
 from llqr_lab.plan.workload import Workload
 
 NETS = ("mlp", "resnet18", "gpt")
@@ -86,23 +87,25 @@ def seconds(call: Callable[[], Any], times: int) -> float:
     return statistics.median(found)
 
 
-def rows_of(name: str, options: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
+def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for a step and one for each geometry."""
     p, on_meta = build(name, "cpu"), build(name, "meta")
     workload = Workload(name, on_meta.model, (on_meta.x,), {})
     network = count_network(workload)
     p.step()
     p.model.zero_grad()
+    rates = [measure_rates()]
     step = seconds(p.step, 5 * options.repeats)
+    rates.append(measure_rates())
     p.model.zero_grad()
-    rows = [
-        row(name, "step", network.step.peak, peak_of(p.step), rates.seconds(network.step), step)
-    ]
+    told = statistics.mean(rate.seconds(network.step) for rate in rates)
+    rows = [row(name, "step", network.step.peak, peak_of(p.step), told, step)]
+    print(rows[0], flush=True)
     p.model.zero_grad()
     for title in options.geometries:
         if name != "mlp" and title.startswith("paper"):
             continue  # matrices of thousands of rows, 50 times: hours
-        rows.append(refresh_row(name, title, p, workload, network, rates, options))
+        rows.append(refresh_row(name, title, p, workload, network, options))
         print(rows[-1], flush=True)
     return rows
 
@@ -113,34 +116,56 @@ def refresh_row(
     p: Classifier,
     workload: Workload,
     network: Network,
-    rates: Rates,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Measure a second refresh, in memory and in time, and say what was told of it."""
+    """Measure a second refresh, in memory and in time, and say what was told of it.
+
+    What else the machine does changes its rates, so they are measured before and after.
+    """
     geometry = GEOMETRIES[title]()
     geometry.bind(p.model)
     geometry.refresh([p])
     reports: list[llqr.RefreshReport] = []
     measured = peak_of(lambda: reports.append(geometry.refresh([p], step=1)))
-    took = seconds(lambda: reports.append(geometry.refresh([p], step=2)), options.repeats)
+    steps = inner_steps_of(lambda: reports.append(geometry.refresh([p], step=2)))
+    rates = [measure_rates()]
+    took = seconds(lambda: reports.append(geometry.refresh([p], step=3)), options.repeats)
+    rates.append(measure_rates())
     products = [report.products or 0 for report in reports]
-    plans = [plan_with(title, workload, network, rates, n) for n in products]
-    told = plans[0].refresh_graph + plans[0].refresh_vectors
-    told_s = statistics.median(plan.refresh_seconds for plan in plans[1:])
+    counts = {
+        n: count_geometry(title, GEOMETRIES[title](), workload, network, n, steps)
+        for n in set(products)
+    }
+    setting = Setting(passes=1, base="sgd")
+    plan = make_plan(network, counts[products[0]], setting, rates[0])
+    told_s = statistics.median(
+        statistics.mean(make_plan(network, counts[n], setting, r).refresh_seconds for r in rates)
+        for n in products[2:]
+    )
+    told = plan.refresh_graph + plan.refresh_vectors
     made = row(name, title, told, measured, told_s, took)
-    made["products"] = products[-1]
+    made["products"], made["inner steps"] = products[-1], steps
     if options.resident:
         made["resident MiB"] = peak_memory(__file__, "--child", name, title)
-        made["told in all"] = plans[0].refresh / MIB
+        made["told in all"] = plan.refresh / MIB
     return made
 
 
-def plan_with(
-    title: str, workload: Workload, network: Network, rates: Rates, products: int
-) -> Plan:
-    """Return the plan of a geometry whose refresh uses so many products."""
-    counts = count_geometry(title, GEOMETRIES[title](), workload, network, products)
-    return make_plan(network, counts, Setting(passes=1, base="sgd"), rates)
+def inner_steps_of(call: Callable[[], Any]) -> int | None:
+    """Return how many inner steps a refresh made, if it made them on vectors."""
+    made: dict[int, int] = {}
+    take_step = InnerStep.take_step
+
+    def counted(step: InnerStep, *arguments: Any) -> None:
+        made[id(step)] = made.get(id(step), 0) + 1
+        take_step(step, *arguments)
+
+    InnerStep.take_step = counted  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        InnerStep.take_step = take_step  # type: ignore[method-assign]
+    return max(made.values(), default=0) or None
 
 
 def row(
@@ -180,9 +205,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.child:
         return child(*options.child)
-    rates = measure_rates()
-    print(rates)
-    rows = [row for name in options.nets for row in rows_of(name, options, rates)]
+    rows = [row for name in options.nets for row in rows_of(name, options)]
     show("The plan and what was measured", rows, options)
 
 

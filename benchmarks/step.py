@@ -58,11 +58,14 @@ def main() -> None:
     parser = arguments(__doc__, models=(*PROBLEMS, *SMALL), structures=tuple(APPLIED))
     parser.add_argument("--probes", action="store_true")
     parser.add_argument("--hand", action="store_true")
+    parser.add_argument("--batch", type=int, help="of the large networks")
+    parser.add_argument("--inner-steps", type=int, default=2, help="of the refresh with --hand")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.models:
-        p = small(name, options.device) if name in SMALL else problem(name, options.device)
+        large = name not in SMALL
+        p = problem(name, options.device, options.batch) if large else small(name, options.device)
         if options.probes or options.hand:
             make = probe_row if options.probes else hand_row
             rows.append(make(name, p, Clock(options.device), options))
@@ -274,14 +277,19 @@ def hand_row(name: str, p: Classifier, clock: Clock, options: argparse.Namespace
         "davda54's": lambda: davda54(p, base, 0.05),
         **pytorch_optimizers(p, 0.05),
     }
+    errors: dict[str, float] = {}
     for structure in ("none", *options.structures):
         geometry = None
         if structure != "none":
-            settings = {**APPLIED[structure], "every": 10**9, "steps": 2}
-            geometry = settings.pop("kind", llqr.LLQR)(**settings)
+            settings = {**APPLIED[structure], "every": 10**9}
+            kind = settings.pop("kind", llqr.LLQR)
+            geometry = kind(
+                **settings, **({"steps": options.inner_steps} if kind is llqr.LLQR else {})
+            )
         optimizer = optimizer_of(p, geometry, perturbation=llqr.SAM(0.05))
         if geometry is not None:
             optimizer.refresh(p)
+            errors |= {f"error, {structure}": error_of_application(p, geometry)}
         label = "SAM" if geometry is None else f"SAM, {structure}"
         calls[label] = lambda optimizer=optimizer: optimizer.minimize(p)
     many = 10 if name in SMALL else 1
@@ -290,9 +298,19 @@ def hand_row(name: str, p: Classifier, clock: Clock, options: argparse.Namespace
     }
     repeats = options.repeats if name not in SMALL else 20 * options.repeats
     times = clock.medians(repeated, repeats, warm=2)
-    return {"model": f"{name} B{len(p.x)}"} | {
-        label: times[label] / times["hand"] for label in calls if label != "hand"
-    }
+    ratios = {label: times[label] / times["hand"] for label in calls if label != "hand"}
+    return {"model": f"{name} B{len(p.x)}", "hand s": times["hand"] / many} | ratios | errors
+
+
+def error_of_application(p: Classifier, geometry: llqr.StructuredGeometry) -> float:
+    """Return |V g - U g| / |U g| for V, the form of U that steps apply."""
+    p.step()
+    g = {n: q.grad for n, q in p.model.named_parameters() if q.grad is not None}
+    exact = geometry.blocks.apply_to_tensors(geometry.states, g)
+    applied = geometry.apply(g)
+    pairs = [(applied[n] - exact[n], exact[n]) for n in g]
+    off, whole = (torch.stack([t.norm() for t in ts]).norm() for ts in zip(*pairs, strict=True))
+    return float(off / whole)
 
 
 def probe_row(

@@ -396,20 +396,7 @@ class LLQR(StructuredGeometry):
         Args:
             products: how many a refresh uses; by default the most it keeps.
         """
-        held, settings = super().memory(), self.settings
-        cut = any(len(self.layout.slices_of(name)) > 1 for name in self.parameters)
-        counted = RefreshMemory(
-            blocks=self.blocks,
-            solver=settings.inner_solver,
-            options=settings.learner_at(0).options,
-            tolerance=settings.tolerance,
-            own_units=settings.lr == "auto",
-            projects=settings.constraint == "positive",
-            # C d as tensors and flat, and d as tensors if they are put together.
-            product=2 + cut,
-            capacity=basis_capacity(self.layout, settings.steps, settings.lr == "auto"),
-            graph_keeps=(0 if EDGES_KEEP_GRAPHS else 2) if self.curvature.gauss_newton else 1,
-        )
+        held, counted = super().memory(), self._refresh_memory()
         directions = counted.directions
         if products is not None:  # that of J at the new U comes when those of the solve are gone
             directions = min(max(1, products - 1), directions)
@@ -419,6 +406,23 @@ class LLQR(StructuredGeometry):
             "basis": counted.pairs(directions),
             "directions": directions,
         }
+
+    def _refresh_memory(self) -> RefreshMemory:
+        """Return what counts the bytes of a refresh."""
+        settings = self.settings
+        cut = any(len(self.layout.slices_of(name)) > 1 for name in self.parameters)
+        return RefreshMemory(
+            blocks=self.blocks,
+            solver=settings.inner_solver,
+            options=settings.learner_at(0).options,
+            tolerance=settings.tolerance,
+            own_units=settings.lr == "auto",
+            projects=settings.constraint == "positive",
+            # C d as tensors and flat, and d as tensors if they are put together.
+            product=(2 + cut) * self.layout.numel * self.layout.dtype.itemsize,
+            capacity=basis_capacity(self.layout, settings.steps, settings.lr == "auto"),
+            graph_keeps=(0 if EDGES_KEEP_GRAPHS else 2) if self.curvature.gauss_newton else 1,
+        )
 
 
 def _check_bounds(bounds: Any) -> None:

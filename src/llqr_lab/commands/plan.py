@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metric", choices=METRICS, default="llqr", help="LLQR or NaturalGradient (%(default)s)")
     add("--block-size", type=int, default=512, metavar="N", help="0: whole (default: %(default)s)")
     add("--products", type=int, default=5, metavar="N", help="of a refresh (default: %(default)s)")
+    add("--inner-steps", type=int, metavar="N", help="that it makes (default: all of the setting)")
     add("--every", type=float, default=100, metavar="STEPS", help="between refreshes (%(default)s)")
     where = parser.add_argument_group("the machines")
     add = where.add_argument
@@ -163,7 +164,15 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rat
     plans = []
     for structure in arguments.structure:
         geometry = kind(structure, block_size=arguments.block_size or None)
-        counts = count_geometry(structure, geometry, workload, network, arguments.products)
+        counts = count_geometry(
+            structure,
+            geometry,
+            workload,
+            network,
+            arguments.products,
+            arguments.inner_steps,
+            host=not _rates_are_given(arguments),
+        )
         plans += [(s.world, make_plan(network, counts, s, rates)) for s in settings]
     return plans, rates
 
@@ -171,13 +180,18 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rat
 def _rates(arguments: argparse.Namespace) -> Rates:
     """Return the rates that were given, and those of this machine for the others."""
     a = arguments
-    if a.flops and a.memory_rate:
+    if _rates_are_given(a):
         rates = Rates(a.flops, a.memory_rate)
     else:
         here = measure_rates()
         rates = replace(here, flops=a.flops or here.flops, memory=a.memory_rate or here.memory)
     call = rates.call if a.call_time is None else a.call_time
     return replace(rates, network=a.network_rate, float32=a.float32, call=call)
+
+
+def _rates_are_given(arguments: argparse.Namespace) -> bool:
+    """Tell whether the plan is for another device than this processor."""
+    return bool(arguments.flops and arguments.memory_rate)
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:

@@ -1,143 +1,197 @@
-"""What a refresh computes beside its passes through the network."""
+"""What a refresh computes beside its passes through the network: its own code, rehearsed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 import llqr
-from llqr.geometry.inner_solve import Objective, bytes_of, solve_in_buffers
-from llqr.geometry.structures import State
+from llqr.geometry.inner_solve import Objective, pack_mean
+from llqr.geometry.inner_solve._own_units import in_own_units, inner_rates
+from llqr.geometry.inner_solve._recycled_product import RecycledProduct
+from llqr.geometry.inner_solve._solve import runs_on_coefficients, solve_inner_problem
+from llqr.geometry.structures import States
+from llqr.geometry.structures._eigenvalues import EXACT_BELOW, LANCZOS_STEPS, WITH_LAPACK
 
-from .work import Work, measure_work
+from .work import Work, answered, fused_attention, measure_work
+from .workload import Workload
 
-__all__ = ["moments_work", "solve_work"]
+__all__ = ["directions_of", "natural_refresh", "on_host", "solve_work"]
 
 META = torch.device("meta")
-#: Calls of the loop on coefficients: on the host in each inner step, and for each new direction.
-STEP_CALLS, DIRECTION_CALLS = 110, 600
-#: Vectors that it reads and writes for each pair of a product and an earlier one, and vectors of a
-#: refresh around it, packing and applications of U among them; all counted on two networks.
-PAIR_VECTORS, AROUND_COEFFICIENTS, AROUND_OWN_UNITS = 26, 145, 300
-#: Calls of a product that is answered from earlier ones.
-ANSWER_CALLS = 25
-#: Vectors that are read and written for the rate, the average, the judgement and the report.
-VECTORS_AROUND = 40
+#: Calls of an inner step of the loop on coefficients, all on the host.
+HOST_CALLS = 110
 #: Rounds of Newton and Schulz that make learned bases orthogonal again.
 ORTHOGONAL_ROUNDS = 3
-#: Applications of a matrix in an estimate of its extreme eigenvalues.
-LANCZOS_STEPS = 24
+#: What the square root of a cross-entropy asks of the products with H: whether they are finite,
+#: three times; whether H is diagonal; whether it is that of a softmax.
+OF_CROSS_ENTROPY = (True, True, True, False, True)
 
 
-def solve_work(geometry: llqr.LLQR, applied: Work, products: int) -> Work:
+@contextmanager
+def on_host(applies: bool) -> Iterator[None]:
+    """Take tensors without memory for those of a CPU in the body, not of an accelerator."""
+    if not applies:
+        yield
+        return
+    WITH_LAPACK.add(META.type)
+    try:
+        yield
+    finally:
+        WITH_LAPACK.discard(META.type)
+
+
+def solve_work(geometry: llqr.LLQR, products: int, steps: int) -> Work:
     """Return the algebra of a refresh of LLQR.
 
     Args:
         geometry: bound.
-        applied: one application of U.
         products: with the curvature.
+        steps: inner steps that are made before the directions are used up.
     """
-    layout, settings, blocks = geometry.layout, geometry.settings, geometry.blocks
-    vector = float(layout.numel * layout.dtype.itemsize)
-    # d as tensors, and their products as one vector.
-    packed = Work(moved=4.0 * vector * products, calls=3.0 * products * len(geometry.parameters))
-    # U g at the start and at the end, for J and for the report; for the rate, twice more.
-    around = applied * (5 if settings.lr == "auto" else 3) + Work(moved=VECTORS_AROUND * vector)
-    if blocks.linear and blocks.single_entries and settings.tolerance:
-        passes = PAIR_VECTORS * products * (products - 1)
-        passes += AROUND_OWN_UNITS if settings.lr == "auto" else AROUND_COEFFICIENTS
-        calls = STEP_CALLS * settings.steps + DIRECTION_CALLS * products
-        return Work(moved=passes * vector, calls=packed.calls + calls)
-    solve = _buffered_work(geometry)
-    if settings.tolerance:  # inner steps whose product is a combination of earlier ones
-        read = 2 * products + 6
-        solve += Work(moved=read * vector, calls=ANSWER_CALLS) * settings.steps
+    blocks, settings, layout = geometry.blocks, geometry.settings, geometry.layout
+    learner, states = settings.learner_at(0), blocks.identity(META)
+    g, names = _flat_vector(geometry), list(geometry.parameters)
+
+    def pack() -> None:
+        tensors = layout.unpack(g)
+        pack_mean([tensors[name] for name in names], layout, names, None)
+
+    def solve(count: int) -> States:
+        options = replace(learner.options, steps=count, lr=1.0)
+        with torch.no_grad(), answered(1.0):
+            solved, _ = solve_inner_problem(
+                objective, states, states, learner.solver, options, learner.tolerance
+            )
+        return solved
+
+    # The gradient, and what each product makes of a vector.
+    total = measure_work(pack) * (1 + products)
+    directions = directions_of(geometry, products, steps)
+    made: list[Objective] = []
+    total += measure_work(lambda: made.append(_objective_of(geometry, g, directions)))
+    objective = made[0]
+    if runs_on_coefficients(blocks, learner.solver) and learner.tolerance:
+        # Each direction is one step that needed a product; the others are on the host.
+        total += measure_work(lambda: solve(min(steps, directions)))
+        total += Work(calls=float(HOST_CALLS * steps))
+    else:
+        one = measure_work(lambda: solve(1))
+        total += one + (measure_work(lambda: solve(2)) + one * -1.0) * (steps - 1)
+    total += measure_work(lambda: _judge(geometry, objective, states))
+    return total + _spectrum_work(geometry, states)
+
+
+def directions_of(geometry: llqr.LLQR, products: int, steps: int) -> int:
+    """Return how many directions a refresh holds at most, with their products.
+
+    All that there is room for if the solve ends early; else the last product was J at the new U.
+    """
+    most = geometry._refresh_memory().directions
+    return most if steps < geometry.settings.steps else max(1, min(products - 1, most))
+
+
+def _flat_vector(geometry: llqr.LLQR) -> torch.Tensor:
+    layout = geometry.layout
+    return torch.empty(layout.numel, dtype=layout.dtype, device=META)
+
+
+def _objective_of(geometry: llqr.LLQR, g: torch.Tensor, directions: int) -> Objective:
+    """Return J as a refresh meets it, with products that cost nothing and so many directions."""
+    blocks, learner = geometry.blocks, geometry.settings.learner_at(0)
+    objective = Objective(blocks, g, torch.empty_like, learner.damping)
+    on_coefficients = runs_on_coefficients(blocks, learner.solver)
     states = blocks.identity(META)
-    for part, state in zip(blocks.parts, states, strict=True):
-        solve += _constraint_work(state, settings.constraint == "positive")
-        solve += _span_work(part.inner_step(state, part.group.view_of(layout_vector(geometry))).x)
-    if settings.constraint != "positive" and any(q in s for s in states for q in ("QA", "QB")):
-        around += applied * LANCZOS_STEPS  # the spectrum of a U whose bases are not orthogonal
-    return packed + around + solve
+    with torch.no_grad(), answered(1.0):
+        if learner.own_units:
+            scaled = in_own_units(objective, states, learner.tolerance, directions)
+            assert scaled is not None  # no number is zero
+            objective = scaled.objective
+            inner_rates(objective, states, learner.solver, learner.options)
+        elif learner.tolerance and not on_coefficients:
+            dot = blocks.space.dot
+            product = RecycledProduct(torch.empty_like, g, learner.tolerance, directions, dot)
+            objective = Objective(blocks, g, product, learner.damping)
+        if isinstance(objective.product, RecycledProduct) and not on_coefficients:
+            while not objective.product.full:
+                objective.product.remember(torch.empty_like(g), torch.empty_like(g))
+            objective.is_spent = lambda: False  # as many steps as are asked for
+    return objective
 
 
-def layout_vector(geometry: llqr.LLQR) -> torch.Tensor:
-    """Return a flat vector without memory."""
-    return torch.empty(geometry.layout.numel, dtype=geometry.layout.dtype, device=META)
+def _judge(geometry: llqr.LLQR, objective: Objective, solved: States) -> None:
+    """Project and average U, and find J and what U does to g."""
+    blocks, learner = geometry.blocks, geometry.settings.learner_at(0)
+    # Nearly orthogonal bases are so at once, and factors are within their bounds.
+    with torch.no_grad(), answered(0.0):
+        new = learner._constrain_and_average(blocks, blocks.identity(META), solved)
+    with torch.no_grad(), answered(1.0):
+        objective.value_and_rounding(new)
+        ug, g = blocks.apply(new, objective.gradient), objective.gradient
+        for v in (g, ug, ug - g):
+            float(blocks.space.dot(v, v).sqrt())
 
 
-def _buffered_work(geometry: llqr.LLQR) -> Work:
-    """Return the inner steps: what the first takes, and the others as the second."""
-    settings, g = geometry.settings, layout_vector(geometry)
-    image = torch.empty_like(g)
-    objective = Objective(geometry.blocks, g, lambda u: image, 0.0)
-    states = geometry.blocks.identity(META)
+def _spectrum_work(geometry: llqr.LLQR, states: States) -> Work:
+    """Return what becomes of U's eigenvalues, which the meta device would take minutes to do.
 
-    def solve(steps: int) -> Work:
-        options = replace(settings.learner_at(0).options, steps=steps, lr=1.0, clip=None)
-        return measure_work(
-            lambda: solve_in_buffers(objective, states, settings.inner_solver, options)
-        )
-
-    with torch.no_grad():
-        one, two = solve(1), solve(2)
-    later = two + one * -1.0
-    if settings.learner_at(0).options.clip is not None:  # it reads norms: one pass, and few calls
-        trained = bytes_of(states)
-        later += Work(moved=3.0 * trained, calls=6.0 * sum(len(s) for s in states))
-    return one + later * (settings.steps - 1)
-
-
-def _constraint_work(state: State, projects: bool) -> Work:
-    """Return two projections and an estimate of the spectrum, of one group of equal blocks."""
-    work = Work()
-    for name in ("A", "B", "QA", "QB"):
-        if name not in state or state[name].dim() != 3:
-            continue
-        count, n, _ = state[name].shape
-        cube, size = float(count * n**3), float(count * n**2 * state[name].element_size())
-        if name in ("A", "B"):
-            # Two Cholesky factors each tell whether a matrix is within its bounds.
-            work += Work(factored=projects * 4 / 3 * cube, moved=LANCZOS_STEPS * size, calls=300)
-        else:
-            # X'X and X X'X in each round; overlaps; and whether they are orthogonal.
-            rounds = projects * 2 * (4 * ORTHOGONAL_ROUNDS + 2) + 2
-            work += Work(flops=rounds * cube, moved=3 * rounds * size, calls=60)
+    They are estimated by Lanczos, and learned bases made orthogonal in further rounds.
+    """
+    work, projects = Work(), geometry.settings.constraint == "positive"
+    for part, state in zip(geometry.blocks.parts, states, strict=True):
+        for m in (state[name] for name in ("A", "B") if name in state and state[name].dim() == 3):
+            if m.shape[-1] > EXACT_BELOW:
+                work += _lanczos_work(len(m), m.shape[-1], Work(moved=float(m.nbytes), calls=4))
+            else:
+                work += Work(factored=4 / 3 * m.numel() * m.shape[-1], calls=6)
+        bases = [state[name] for name in ("QA", "QB") if name in state and "L" not in state]
+        for q in bases if projects else ():
+            # X'X and X X'X of two projections: n^3 multiplications and additions each.
+            cubes = float(q.numel() * q.shape[-1])
+            work += Work(flops=2 * (ORTHOGONAL_ROUNDS - 1) * 4 * cubes, calls=40)
+        if bases and not projects:
+            x = torch.empty_like(state["S"])
+            applied = measure_work(lambda p=part, s=state, x=x: p.apply(s, x))
+            work += _lanczos_work(len(x), x[0].numel(), applied)
     return work
 
 
-def _span_work(x: torch.Tensor) -> Work:
-    """Return what it takes to find the rank of (count, m, n) gradients (Kronecker structures)."""
-    if x.dim() != 3:
-        return Work()
-    count, m, n = x.shape
-    m, n = min(m, n), max(m, n)
-    # x times random columns, half as many as its rows; Q and R of those.
-    return Work(flops=float(count * m * m * n), factored=5 / 6 * count * m**3, calls=12)
+def _lanczos_work(count: int, n: int, applied: Work) -> Work:
+    """Return an estimate of the extreme eigenvalues of some matrices with side n.
+
+    Each new vector has inner products with those before it, and is made orthogonal to them twice.
+    """
+    steps = min(LANCZOS_STEPS, n)
+    vector = 4.0 * count * n
+    products, orthogonal = steps * (steps + 1) / 2, steps * (steps - 1)
+    return applied * steps + Work(
+        # x o y and its sum; and beside them, its multiple and a difference.
+        moved=(4 * products + 9 * orthogonal) * vector,
+        calls=2 * products + 4 * orthogonal + 20 * steps,
+    )
 
 
-def moments_work(geometry: llqr.NaturalGradient, applied: Work) -> Work:
-    """Return the algebra of a refresh of NaturalGradient: averages, and bases that follow them.
+def natural_refresh(geometry: llqr.NaturalGradient, workload: Workload) -> Work:
+    """Return a refresh of NaturalGradient with its passes: the mean of those after the first.
+
+    The first one decomposes; of the others one in ``renew_every`` turns the bases.
 
     Args:
-        geometry: bound.
-        applied: one application of U.
+        geometry: bound; its counters are those of some refreshes then.
+        workload: the network.
     """
-    samples = geometry.settings.samples
-    total = applied * 1.0  # for the report
-    for part, state in zip(geometry.parts, geometry.states, strict=True):
-        size = float(part.group.numel * part.group.dtype.itemsize)
-        held = bytes_of(state)
-        # Gathered, squared and added; averages, inverses and their traces.
-        total += Work(moved=5 * samples * size + 6.0 * held, calls=8.0 * samples + 60)
-        for basis in ("QA", "QB"):
-            if basis not in state:
-                continue
-            side, cube = state[basis].shape[-1], float(part.count * state[basis].shape[-1] ** 3)
-            once = 2.0 * samples * part.group.numel * side
-            total += Work(flops=once)  # the samples in the bases
-            # W W', L Q, the overlaps of the bases; and Q R of L Q.
-            renewal = Work(flops=once + 6 * cube, factored=8 / 3 * cube, calls=40)
-            total += renewal * (1 / geometry.settings.renew_every)
-    return total
+
+    def refresh() -> None:
+        with answered(0.0, OF_CROSS_ENTROPY), fused_attention():
+            geometry.refresh([workload.forward])
+
+    period = geometry.settings.renew_every
+    refresh()
+    total = Work()
+    if period > 1:
+        total = measure_work(refresh) * (1 - 1 / period)
+    geometry.load_counters({**geometry.counters(), "refreshes": period, "refused": 0})
+    return total + measure_work(refresh) * (1 / period)

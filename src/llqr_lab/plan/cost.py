@@ -83,12 +83,9 @@ def make_plan(network: Network, counts: Counts, setting: Setting, rates: Rates) 
     step = weights + running + base + stored
     if setting.passes > 1:  # those of the first pass wait for the second
         step += gradients // cut
-    # The vectors count g, and both ends of a product; what else a product takes comes to the graph.
-    graph = network.linearisation.held - gradients
-    graph += max(network.product.peak - 3 * gradients, 0)
     vectors = counts.whole + (counts.vectors - counts.whole) // shards
     # A refresh holds whole parameters also if training does not.
-    refresh = weights + base + stored + max(graph, 0) + vectors
+    refresh = weights + base + stored + counts.graph + vectors
     refresh += network.parameter_bytes if setting.fsdp else 0
     step_sent, refresh_sent = _bytes_sent(network, counts, setting)
     algebra = rates.of_algebra
@@ -108,7 +105,7 @@ def make_plan(network: Network, counts: Counts, setting: Setting, rates: Rates) 
         stored,
         network.forward.held,
         step,
-        max(graph, 0),
+        counts.graph,
         vectors,
         refresh,
         setting.passes * network.step.operations,

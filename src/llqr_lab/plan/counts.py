@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import llqr
 from llqr.curvature import RehearsedModel
 
-from .algebra import moments_work, solve_work
-from .work import Work, measure_work
+from .algebra import directions_of, natural_refresh, on_host, solve_work
+from .work import Work, fused_attention, measure_work
 from .workload import Workload
 
 __all__ = ["Counts", "Network", "count_geometry", "count_network"]
@@ -25,9 +25,8 @@ class Network:
         parameter_bytes: of all, in their dtype.
         forward: what it leaves are the activations.
         step: forward and backward; what it leaves are the gradients.
-        linearisation: of a refresh, whose graph is what it leaves.
+        linearisation: of a refresh of LLQR, whose graph is what it leaves.
         product: with the curvature.
-        sample: one backward pass of a curvature sample.
     """
 
     parameters: int
@@ -36,7 +35,6 @@ class Network:
     step: Work
     linearisation: Work
     product: Work
-    sample: Work
 
 
 def count_network(workload: Workload) -> Network:
@@ -44,11 +42,11 @@ def count_network(workload: Workload) -> Network:
     parameters = workload.parameters
 
     def step() -> None:
-        loss, _ = workload.forward()
-        loss.backward()
+        workload.forward()[0].backward()  # the outputs are not held
 
-    forward = measure_work(workload.forward)
-    stepped = measure_work(step)
+    with fused_attention():
+        forward = measure_work(workload.forward)
+        stepped = measure_work(step)
     for p in parameters:
         p.grad = None
     made: list[RehearsedModel] = []
@@ -57,7 +55,6 @@ def count_network(workload: Workload) -> Network:
     )
     d = [torch.empty_like(p) for p in parameters]
     product = measure_work(lambda: made[0].product(d))
-    sample = measure_work(made[0].sample)
     return Network(
         sum(p.numel() for p in parameters),
         sum(p.numel() * p.element_size() for p in workload.model.parameters()),
@@ -65,7 +62,6 @@ def count_network(workload: Workload) -> Network:
         stepped,
         linearised,
         product,
-        sample,
     )
 
 
@@ -76,6 +72,7 @@ class Counts:
     Attributes:
         name: of the geometry.
         stored: bytes of U with its averages.
+        graph: bytes of a refresh that the network's tensors take.
         vectors: bytes of a refresh beside U and the graph.
         whole: the part of them that every process holds, however many there are.
         apply: one application of U.
@@ -87,6 +84,7 @@ class Counts:
 
     name: str
     stored: int
+    graph: int
     vectors: int
     whole: int
     apply: Work
@@ -102,6 +100,8 @@ def count_geometry(
     workload: Workload,
     network: Network,
     products: int,
+    steps: int | None = None,
+    host: bool = True,
 ) -> Counts:
     """Count U, its application and its refresh.
 
@@ -111,33 +111,67 @@ def count_geometry(
         workload: the network.
         network: what was counted of it.
         products: that a refresh of LLQR uses.
+        steps: inner steps that it makes until its directions are used up; None: all.
+        host: whether it runs on a CPU, not on an accelerator.
     """
     geometry.bind(workload.model)
-    layout = geometry.layout
     gradients = {n: torch.empty_like(p) for n, p in geometry.parameters.items()}
     applied = measure_work(lambda: geometry.apply(gradients))
-    vector = layout.numel * layout.dtype.itemsize
-    if isinstance(geometry, llqr.LLQR):
-        memory = geometry.memory(products=products)
-        passes = network.linearisation + network.product * products
-        algebra = solve_work(geometry, applied, products)
-        messages = 1.0 + products
-        whole = 3 * vector  # a direction, its image, and the gradient, as tensors
-    else:
-        memory = geometry.memory()
-        products = geometry.settings.samples
-        passes = network.linearisation + network.sample * products
-        algebra = moments_work(geometry, applied)
-        messages = memory["preconditioner"] / vector
-        whole = (products + 1) * vector
+    count = _count_llqr if isinstance(geometry, llqr.LLQR) else _count_natural
+    with on_host(host):
+        counts = count(geometry, workload, network, products, steps)
+    return replace(counts, name=name, apply=applied)
+
+
+def _count_llqr(
+    geometry: llqr.LLQR, workload: Workload, network: Network, products: int, steps: int | None
+) -> Counts:
+    vector = geometry.layout.numel * geometry.layout.dtype.itemsize
+    counted = geometry._refresh_memory()
+    # Within a product there are the network's tensors in the place of its result as one vector.
+    cut = counted.product - 2 * vector
+    counted = replace(counted, product=max(counted.product, cut + network.product.peak))
+    made = steps or geometry.settings.steps
+    directions = directions_of(geometry, products, made)
+    vectors = max(counted.peak(directions), geometry._judgement_bytes())
     return Counts(
-        name,
-        memory["preconditioner"],
-        memory["refresh"],
-        min(whole, memory["refresh"]),
-        applied,
-        passes,
-        algebra,
-        messages,
+        "",
+        geometry.memory()["preconditioner"],
+        # The gradient is one of the vectors.
+        max(network.linearisation.held - network.step.held, 0),
+        vectors,
+        min(3 * vector, vectors),  # a direction, its image, and the gradient, as tensors
+        Work(),
+        network.linearisation + network.product * products,
+        solve_work(geometry, products, made),
+        1.0 + products,
         products,
+    )
+
+
+def _count_natural(
+    geometry: llqr.NaturalGradient,
+    workload: Workload,
+    network: Network,
+    products: int,
+    steps: int | None,
+) -> Counts:
+    vector = geometry.layout.numel * geometry.layout.dtype.itemsize
+    stored, samples = geometry.memory()["preconditioner"], geometry.settings.samples
+    refresh = natural_refresh(geometry, workload)
+    backward = network.step + network.forward * -1.0
+    passes = network.forward + backward * (samples + 1)
+    graph = network.forward.held
+    vectors = max(refresh.peak - graph, 0)
+    return Counts(
+        "",
+        stored,
+        graph,
+        vectors,
+        min((samples + 1) * vector, vectors),
+        Work(),
+        passes,
+        refresh + passes * -1.0,
+        stored / vector,
+        samples,
     )

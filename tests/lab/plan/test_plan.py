@@ -13,7 +13,7 @@ from llqr_lab.cli import main
 from llqr_lab.plan.cost import Setting, make_plan
 from llqr_lab.plan.counts import count_geometry, count_network
 from llqr_lab.plan.rates import Rates
-from llqr_lab.plan.work import Work
+from llqr_lab.plan.work import Work, answered, fused_attention, measure_work
 from llqr_lab.plan.workload import PlanError, load_workload
 
 RATES = Rates(1e11, 1e10, 1e9)
@@ -116,14 +116,58 @@ def test_overhead_falls_with_the_cadence_and_counts_in_steps():
 
 def test_seconds_are_those_of_operations_traffic_and_calls():
     rates = Rates(1e9, 1e8, call=1e-3, convolution=0.5, factorisation=0.1, float32=0.25)
-    work = Work(flops=1e9, convolved=1e9, factored=1e8, moved=2e8, calls=500)
-    assert rates.seconds(work) == pytest.approx(1 + 2 + 1 + 2 + 0.5)
-    assert rates.of_algebra.seconds(work) == pytest.approx(4 + 8 + 4 + 2 + 0.5)
+    rates = replace(rates, functions=0.5)
+    work = Work(flops=1e9, convolved=1e9, factored=1e8, moved=2e8, evaluated=1e8, calls=500)
+    assert rates.seconds(work) == pytest.approx(1 + 2 + 1 + 2 + 2 + 0.5)
+    assert rates.of_algebra.seconds(work) == pytest.approx(4 + 8 + 4 + 2 + 2 + 0.5)
 
 
 def test_natural_gradient_is_planned_by_its_samples():
-    _, counts, _ = planned("e-kfac", llqr.NaturalGradient)
-    assert counts.products == 8 and counts.algebra.flops > 8 * counts.apply.flops
+    network, counts, plan = planned("e-kfac", llqr.NaturalGradient)
+    backward = network.step.flops - network.forward.flops
+    assert counts.passes.flops == network.forward.flops + 9 * backward
+    # Each of 8 samples is rotated into the bases by half of an application of U.
+    assert counts.products == 8 and counts.algebra.flops > 4 * counts.apply.flops
+    model, forward = real_problem()
+    geometry = llqr.NaturalGradient("e-kfac")
+    geometry.bind(model)
+    for step in (0, 1):
+        geometry.refresh([forward], step=step)
+    measured = peak_of_allocations(lambda: geometry.refresh([forward], step=2))
+    assert plan.refresh_graph + plan.refresh_vectors == pytest.approx(measured, rel=0.02)
+
+
+def test_attention_is_fused_and_products_hide_their_traffic():
+    q = torch.empty(2, 4, 32, 16, device="meta", requires_grad=True)
+    attend = nn.functional.scaled_dot_product_attention
+    apart = measure_work(lambda: attend(q, q, q))
+    with fused_attention():
+        fused = measure_work(lambda: attend(q, q, q))
+    assert fused.flops == apart.flops == 2 * (2 * 2 * 4 * 32 * 32 * 16)
+    assert fused.held < apart.held
+    a, v = torch.empty(512, 512, device="meta"), torch.empty(512, device="meta")
+    assert measure_work(lambda: a @ a).moved == 0
+    assert measure_work(lambda: v.mul_(2)).moved == 2 * v.nbytes  # read and written
+    assert measure_work(lambda: v.zero_()).moved == v.nbytes
+
+
+def test_an_inner_solve_that_ends_early_costs_less():
+    workload = load_workload(f"{__name__}:three_layers", 512, (32,), {})
+    network = count_network(workload)
+    few, all_ = (
+        count_geometry("kfac", llqr.LLQR("kfac"), workload, network, 5, steps) for steps in (10, 50)
+    )
+    one = (all_.algebra.flops - few.algebra.flops) / 40
+    # On full-rank (m, n) gradients a step of kfac takes 6 m^2 n + 2 n m^2 operations, m <= n.
+    assert one >= sum(8 * min(s) ** 2 * max(s) for s in [(64, 32), (64, 64), (8, 64)])
+
+
+def test_numbers_of_the_meta_device_are_answered():
+    x = torch.empty(3, device="meta")
+    with answered(2.0, whether_all=[False]):
+        assert float(x.sum()) == 2.0 and x.tolist() == [2.0] * 3
+        assert [bool(x.isfinite().all()) for _ in range(2)] == [False, True]
+        assert bool(x.any()) and not bool((x > 1).any())
 
 
 def test_the_command_prints_a_table_and_json(capsys):

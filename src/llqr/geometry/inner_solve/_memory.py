@@ -38,7 +38,7 @@ class RefreshMemory:
         tolerance: 0 if every product is computed.
         own_units: whether J is learned from in units of its own.
         projects: whether the result of the solve is projected into bounds.
-        product: vectors that a product takes, its result among them.
+        product: bytes that a product takes, its result among them.
         capacity: how many directions a solve keeps.
         graph_keeps: vectors that the graph keeps: g, and where edges do not, the ends of J'u.
     """
@@ -95,7 +95,7 @@ class RefreshMemory:
         action = peak_bytes_of(lambda: self.blocks.apply(states, x))
         # With what earlier ones leave of d, which becomes a direction as the result its image.
         alone = bool(self.tolerance) and rows_at_a_time(0, 2, vector) == 1
-        product = (self.product + recycles) * vector
+        product = self.product + recycles * vector
         judged = self.pairs(min(count, 1)) if self.own_units else 0
         phases = [
             kept + pairs + self._solve(states, trained, action, product, alone * vector),
@@ -121,7 +121,7 @@ class RefreshMemory:
             rotates = any(part.rotates for part in self.blocks.parts)
             # g in the coordinates of the solve, and: both ends of a product; d and what d_0 takes;
             # the result.
-            ends = (self.product + 2 * rotates) * vector - kept_of_product
+            ends = self.product + 2 * rotates * vector - kept_of_product
             return rotates * vector + max(ends, action, 2 * trained, trained + vector, 2 * vector)
         if self.solver.evaluates_within_step:
             return LBFGS_COPIES * trained + 3 * vector

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._devices import widest_dtype
 
 __all__ = [
+    "WITH_LAPACK",
     "clip_eigenvalues",
     "decompose_symmetric",
     "eigenvectors",
@@ -22,6 +23,9 @@ __all__ = [
     "orthogonalise_by_cholesky",
 ]
 
+#: Types of device whose QR decompositions are LAPACK's, which are fast. A plan adds the meta device
+#: when tensors without memory stand for those of a CPU.
+WITH_LAPACK = {"cpu"}
 EXACT_BELOW = 64
 LANCZOS_STEPS = 24
 NEWTON_STEPS = 8
@@ -134,7 +138,7 @@ def follow_eigenvectors(matrices: Tensor, bases: Tensor) -> Tensor:
     """
     # LAPACK has a fast QR. An accelerator is a hundred times faster in products and Cholesky
     # factors, whose squared condition needs float64.
-    on_host = matrices.device.type == "cpu"
+    on_host = matrices.device.type in WITH_LAPACK
     wide = matrices.dtype if on_host else widest_dtype(matrices.device)
     if not on_host and wide != torch.float64:
         return eigenvectors(matrices)
