@@ -9,12 +9,16 @@ from dataclasses import replace
 import torch
 
 import llqr
-from llqr.geometry.inner_solve import Objective, pack_mean
-from llqr.geometry.inner_solve._own_units import in_own_units, inner_rates
-from llqr.geometry.inner_solve._recycled_product import RecycledProduct
-from llqr.geometry.inner_solve._solve import runs_on_coefficients, solve_inner_problem
-from llqr.geometry.structures import States
-from llqr.geometry.structures._eigenvalues import EXACT_BELOW, LANCZOS_STEPS, WITH_LAPACK
+from llqr.geometry.inner_solve import (
+    Objective,
+    RecycledProduct,
+    in_own_units,
+    inner_rates,
+    pack_mean,
+    runs_on_coefficients,
+    solve_inner_problem,
+)
+from llqr.geometry.structures import EXACT_BELOW, LANCZOS_STEPS, WITH_LAPACK, States
 
 from .work import Work, answered, fused_attention, measure_work
 from .workload import Workload

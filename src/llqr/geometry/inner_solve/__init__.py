@@ -14,7 +14,12 @@ from ._learner import Learner as Learner
 from ._learner import Outcome as Outcome
 from ._memory import RefreshMemory as RefreshMemory
 from ._objective import Objective as Objective
+from ._own_units import in_own_units as in_own_units
+from ._own_units import inner_rates as inner_rates
+from ._recycled_product import RecycledProduct as RecycledProduct
 from ._solve import basis_capacity as basis_capacity
+from ._solve import runs_on_coefficients as runs_on_coefficients
+from ._solve import solve_inner_problem as solve_inner_problem
 from ._solvers import InnerSolver as InnerSolver
 from ._solvers import SolverFactory as SolverFactory
 from ._solvers import SolverName as SolverName

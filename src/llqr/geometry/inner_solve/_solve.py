@@ -13,7 +13,7 @@ from ._recycled_product import RecycledProduct
 from ._reduced import solve_on_coefficients
 from ._solvers import InnerSolver, SolverOptions
 
-__all__ = ["basis_capacity", "solve_inner_problem"]
+__all__ = ["basis_capacity", "runs_on_coefficients", "solve_inner_problem"]
 
 #: Memory that directions and their products may take in a refresh.
 BASIS_BYTES = 2**31

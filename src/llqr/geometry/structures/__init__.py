@@ -11,6 +11,9 @@ from ._base import Structure as Structure
 from ._block_diagonal import BlockDiagonal as BlockDiagonal
 from ._block_diagonal import States as States
 from ._diagonal import Vector as Vector
+from ._eigenvalues import EXACT_BELOW as EXACT_BELOW
+from ._eigenvalues import LANCZOS_STEPS as LANCZOS_STEPS
+from ._eigenvalues import WITH_LAPACK as WITH_LAPACK
 from ._inner_step import InnerStep as InnerStep
 from ._table import STRUCTURES as STRUCTURES
 from ._table import StructureName as StructureName

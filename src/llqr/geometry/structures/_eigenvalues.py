@@ -11,6 +11,8 @@ from torch import Tensor
 from ..._devices import widest_dtype
 
 __all__ = [
+    "EXACT_BELOW",
+    "LANCZOS_STEPS",
     "WITH_LAPACK",
     "clip_eigenvalues",
     "decompose_symmetric",
