@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llqr
 from explicit import F64
@@ -30,7 +31,7 @@ def compiled_by_torch() -> None:
     The frames of that, ours among them, are left to the collector.
     """
     dual = torch.autograd.forward_ad
-    with warnings.catch_warnings(), dual.dual_level():
+    with warnings.catch_warnings(), dual.dual_level(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         probed()(dual.make_dual(torch.randn(4, 2, 5, dtype=F64), torch.randn(4, 2, 5, dtype=F64)))
 
