@@ -404,6 +404,18 @@ def test_each_group_has_its_own_weight_decay(row):
     same(ends[0], ends[1])
 
 
+def adagrad_adds_groups() -> bool:
+    first, second = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    base = torch.optim.Adagrad([first])
+    base.add_param_group({"params": [second]})
+    second.grad = torch.ones(1)
+    try:
+        base.step()
+    except KeyError:
+        return False
+    return True
+
+
 @each_row
 def test_a_group_is_added_on_the_way(row):
     """What is added trains from then on, with options of its own; a checkpoint has it."""
@@ -414,6 +426,8 @@ def test_a_group_is_added_on_the_way(row):
     train(optimizer, task, 1)
     assert torch.equal(weights(task.model)["2.weight"], start["2.weight"])
     optimizer.add_param_group({"params": second, "lr": 0.05})
+    if isinstance(optimizer.base, torch.optim.Adagrad) and not adagrad_adds_groups():
+        pytest.skip("this torch's own Adagrad makes no state for a group that is added")
     train(optimizer, task, 2)
     assert not torch.equal(weights(task.model)["2.weight"], start["2.weight"])
     assert float(optimizer.param_groups[1]["lr"]) == 0.05
