@@ -42,7 +42,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's name, its scale, and what to run of it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = ABOUT + "\n".join(f"  {n:10}{s.title}" for n, s in STUDIES.items())
+    width = max(map(len, STUDIES)) + 2
+    parser.description = ABOUT + "\n".join(f"  {n:{width}}{s.title}" for n, s in STUDIES.items())
     parser.epilog = EXAMPLES
     parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")

@@ -205,9 +205,10 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
     first, *others = STUDIES[results["study"]].baselines
     target = others[0] if others else first
     size, digits = problem["size"], _digits(problem)
+    searched = _searched(problem)
     unit = METRICS[problem["metric"]].title
     header = [
-        "method", "ms per step", "lr", "rho", f"equal steps: test {unit}", f"better than {first}",
+        "method", "ms per step", *searched, f"equal steps: test {unit}", f"better than {first}",
         "steps in equal seconds", f"test {unit}", f"better than {first}",
         f"to {target}'s training loss: steps, seconds", f"to its test {unit}: steps, seconds",
     ]  # fmt: skip
@@ -218,7 +219,7 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
             continue
         cost, tuned = entry["cost"], entry["tuned"]
         cells = [method, f"{1e3 * cost['seconds'][-1] / cost['steps'][-1]:.1f}"]
-        for name in ("lr", "rho"):
+        for name in searched:
             value = tuned["settings"].get(name)
             end = " (end)" if name in tuned["ends"] else ""
             cells.append("" if value is None else f"{value:.2g}{end}")
@@ -235,8 +236,27 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
         f"{size['steps']} steps at equal steps; {problem['budget']:.2g} s at equal seconds, what "
         f"{first} takes for them. Shares are of what {target} takes in the equal seconds; a dash: "
         "not reached by all seeds."
-    )
+    ) + _unusual_tuning(results, problem)
     return about + "\n\n" + _table(header, rows)
+
+
+def _entries(problem: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what there is of the methods that did not fail."""
+    return [entry for entry in problem["methods"].values() if "error" not in entry]
+
+
+def _searched(problem: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the settings that were searched."""
+    found = {name for entry in _entries(problem) for name in entry["tuned"]["settings"]}
+    return ["lr", "rho", *(["decay"] if "decay" in found else [])]
+
+
+def _unusual_tuning(results: Results, problem: Mapping[str, Any]) -> str:
+    """Return a sentence if a problem's methods had other numbers of runs than elsewhere."""
+    counts = {len(entry["tuned"]["trials"]) for entry in _entries(problem)}
+    if counts <= {results["effort"]["tuning"]}:
+        return ""
+    return f" Every method tried {' or '.join(map(str, sorted(counts)))} settings here."
 
 
 def _mean_and_deviation(entry: Mapping[str, Any], reading: str, digits: int) -> str:

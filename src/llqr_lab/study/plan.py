@@ -106,6 +106,7 @@ STUDIES = {
             "small": (
                 "cnn",
                 "cnn-long",
+                "cnn-decay",
                 "cnn-noise",
                 "cnn-few",
                 "autoencoder",

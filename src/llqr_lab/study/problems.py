@@ -79,6 +79,7 @@ class Problem:
         rates: the usual learning rate of each family, in the middle of the search.
         noise: share of wrong training labels.
         augment: whether training images are moved and mirrored.
+        search_decay: whether the weight decay is searched, too, in twice the runs.
     """
 
     title: str
@@ -87,6 +88,7 @@ class Problem:
     rates: Mapping[str, float]
     noise: float = 0.0
     augment: bool = False
+    search_decay: bool = False
 
     @property
     def metric(self) -> MetricName:
@@ -224,6 +226,17 @@ PROBLEMS: dict[str, Problem] = {
         title="CNN with batch norm, ten epochs",
         kind=CNN,
         rates=SGD_AND_ADAM,
+        sizes={
+            "smoke": _smoke(),
+            "small": _fashion(1_000, 12_000, width=8),
+            "full": _fashion(10_000, 50_000),
+        },
+    ),
+    "cnn-decay": Problem(
+        title="CNN with batch norm, ten epochs, weight decay searched too",
+        kind=CNN,
+        rates=SGD_AND_ADAM,
+        search_decay=True,
         sizes={
             "smoke": _smoke(),
             "small": _fashion(1_000, 12_000, width=8),

@@ -21,7 +21,7 @@ def entry(ends, curve=((0, 2.0, 10.0), (10, 1.0, 50.0)), length=10):
     return {
         "cost": {"steps": [length], "seconds": [5.0]},
         "lengths": {"steps": 10, "seconds": length},
-        "tuned": {"settings": {"lr": 0.1}, "ends": ["lr"]},
+        "tuned": {"settings": {"lr": 0.1}, "ends": ["lr"], "trials": [{}] * 2},
         "runs": {"steps": runs, "seconds": runs},
     }
 
