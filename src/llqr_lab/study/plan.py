@@ -106,8 +106,9 @@ STUDIES = {
             "small": (
                 "cnn",
                 "cnn-long",
-                "cnn-decay",
+                "cnn-long-decay",
                 "cnn-noise",
+                "cnn-noise-decay",
                 "cnn-few",
                 "autoencoder",
                 "characters",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -232,17 +232,6 @@ PROBLEMS: dict[str, Problem] = {
             "full": _fashion(10_000, 50_000),
         },
     ),
-    "cnn-decay": Problem(
-        title="CNN with batch norm, ten epochs, weight decay searched too",
-        kind=CNN,
-        rates=SGD_AND_ADAM,
-        search_decay=True,
-        sizes={
-            "smoke": _smoke(),
-            "small": _fashion(1_000, 12_000, width=8),
-            "full": _fashion(10_000, 50_000),
-        },
-    ),
     "cnn-noise": Problem(
         title="CNN with batch norm, 30 % of the training labels wrong",
         kind=CNN,
@@ -347,4 +336,13 @@ PROBLEMS: dict[str, Problem] = {
         }
         | {"smoke": _smoke()},
     ),
+}
+#: Where examples are seen often enough that a weight decay decides what is learned by heart.
+PROBLEMS |= {
+    f"{name}-decay": replace(
+        PROBLEMS[name],
+        title=f"{PROBLEMS[name].title}, weight decay searched too",
+        search_decay=True,
+    )
+    for name in ("cnn-long", "cnn-noise")
 }

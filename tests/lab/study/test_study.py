@@ -68,9 +68,9 @@ def test_smoke_runs_resumes_and_collects(tmp_path, capsys):
 def test_a_search_of_the_weight_decay(tmp_path):
     command = ["study", "proof", "--scale", "smoke", "--workers", "1", "--out", str(tmp_path)]
     methods = "SGDM;SAM;AdamW;NG on AdamW"
-    assert main([*command, "--problems", "cnn-decay", "--methods", methods]) == 0
+    assert main([*command, "--problems", "cnn-long-decay", "--methods", methods]) == 0
     results = json.loads((tmp_path / "proof-smoke.json").read_text())
-    for method, row in results["problems"]["cnn-decay"]["methods"].items():
+    for method, row in results["problems"]["cnn-long-decay"]["methods"].items():
         tried = [trial["settings"]["decay"] for trial in row["tuned"]["trials"]]
         assert len(tried) == 4 and len(set(tried)) > 1, method
         assert tried[0] == (0.1 if "AdamW" in method else 0.002)
