@@ -110,6 +110,7 @@ STUDIES = {
                 "cnn-noise",
                 "cnn-noise-decay",
                 "cnn-few",
+                "cnn-few-decay",
                 "autoencoder",
                 "characters",
                 "resnet",

@@ -344,5 +344,5 @@ PROBLEMS |= {
         title=f"{PROBLEMS[name].title}, weight decay searched too",
         search_decay=True,
     )
-    for name in ("cnn-long", "cnn-noise")
+    for name in ("cnn-long", "cnn-noise", "cnn-few")
 }
