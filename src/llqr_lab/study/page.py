@@ -12,6 +12,7 @@ from typing import Any
 from ..common.pages import fill_between
 from .metrics import METRICS
 from .plan import STUDIES, two_by_twos
+from .problems import DECAY_SEARCHED
 from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
 
 __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
@@ -65,10 +66,14 @@ def section(results: Results | None) -> str:
 
 
 def in_short(results: Results | None) -> str:
-    """Return the results of a few methods at equal seconds."""
+    """Return the results of a few methods at equal seconds.
+
+    Of a problem that was also tuned with its weight decay, the better tuned one is shown.
+    """
     if not results or not results["problems"]:
         return "The study has not been run yet."
-    problems = results["problems"]
+    known = results["problems"]
+    problems = {n: p for n, p in known.items() if n + DECAY_SEARCHED not in known}
     rows = [
         [
             method,

@@ -22,9 +22,10 @@ from .data import Data, Examples, image_set, pair_set, seed_data, text_set
 from .metrics import METRICS, MetricName
 from .translation import PairTranslator, bleu, token_loss
 
-__all__ = ["PROBLEMS", "SCALES", "Problem", "Size"]
+__all__ = ["DECAY_SEARCHED", "PROBLEMS", "SCALES", "Problem", "Size"]
 
 SCALES = ("smoke", "small", "full")
+DECAY_SEARCHED = "-decay"  # ends the names of problems whose weight decay is searched, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +340,7 @@ PROBLEMS: dict[str, Problem] = {
 }
 #: Where examples are seen often enough that a weight decay decides what is learned by heart.
 PROBLEMS |= {
-    f"{name}-decay": replace(
+    f"{name}{DECAY_SEARCHED}": replace(
         PROBLEMS[name],
         title=f"{PROBLEMS[name].title}, weight decay searched too",
         search_decay=True,
