@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,6 +93,8 @@ def _study(arguments: argparse.Namespace) -> int:
         arguments.study, arguments.scale, arguments.problems, arguments.methods, arguments.out,
         device,
     )  # fmt: skip
+    if arguments.page and arguments.methods is None:  # whatever was run of it
+        setup = replace(setup, methods=[*study.methods])
     if arguments.dry:
         print("\n".join(estimate_lines(setup)))
         return 0

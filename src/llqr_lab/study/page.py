@@ -12,8 +12,7 @@ from typing import Any
 from ..common.pages import fill_between
 from .metrics import METRICS
 from .plan import STUDIES, two_by_twos
-from .problems import DECAY_SEARCHED
-from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
+from .readings import Difference, best_tuned, gain, interaction, metrics_of, time_to, verdict
 
 __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 
@@ -56,6 +55,8 @@ def section(results: Results | None) -> str:
     for baseline in STUDIES[results["study"]].baselines:
         blocks += [f"### Against {baseline}", _gains(results, baseline)]
         if baseline == STUDIES[results["study"]].baselines[0]:
+            if STUDIES[results["study"]].glanced:
+                blocks.append(f"![Differences](images/study-{results['study']}-gains.svg)")
             blocks.append(_count_wins(results, baseline))
     if two_by_twos(results["methods"]):
         blocks += ["### Does SAM add more with a metric than without?", _interactions(results)]
@@ -72,8 +73,7 @@ def in_short(results: Results | None) -> str:
     """
     if not results or not results["problems"]:
         return "The study has not been run yet."
-    known = results["problems"]
-    problems = {n: p for n, p in known.items() if n + DECAY_SEARCHED not in known}
+    problems = best_tuned(results["problems"])
     rows = [
         [
             method,

@@ -49,7 +49,8 @@ class Study:
         problems: of each scale.
         claimed: methods that are expected to be better than the first baseline.
         baselines: the differences are taken to these, seed by seed.
-        pictured: methods of the figures.
+        pictured: methods of the figures of problems.
+        glanced: methods of the figure of differences; none: there is no such figure.
         efforts: by scale.
         device: where it computes, at the larger scales.
     """
@@ -61,6 +62,7 @@ class Study:
     claimed: Sequence[str]
     baselines: Sequence[str] = ("SAM", "SGDM")
     pictured: Sequence[str] = ()
+    glanced: Sequence[str] = ()
     efforts: Mapping[str, Effort] = field(default_factory=lambda: EFFORTS)
     device: Device = Device()
 
@@ -93,6 +95,20 @@ SMALL_METHODS = (
     "NG on AdamW + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
+GLANCED = (
+    "SGDM",
+    "AdamW",
+    "AdamW + SAM",
+    "Muon",
+    "SOAP",
+    "SOAP + SAM",
+    "LLQR",
+    "NG",
+    "NG + SAM along g",
+    "NG + SAM along g (interval=5)",
+    "NG on AdamW",
+    "NG on AdamW + SAM along g (interval=5)",
+)
 ABLATED = ("cnn", "cnn-noise")
 GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")
 
@@ -129,6 +145,7 @@ STUDIES = {
             "NG on AdamW",
             "NG + SAM along g",
         ),
+        glanced=GLANCED,
     ),
     "ablation": Study(
         title="What each setting of the metric does",
