@@ -95,6 +95,7 @@ class Method:
 
 GRAFT = {"graft": True}
 LAYERS = {"graft": "layer"}
+IN_BASES = {"base": "AdamW", "geometry": llqr.NaturalGradient, "options": {"transport": "bases"}}
 ALONG_G = partial(llqr.SAM, along="gradient")
 CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
@@ -147,6 +148,9 @@ METHODS: dict[str, Method] = {
     **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
     **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
     **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
+    "AdamW in U's bases": Method(**IN_BASES),
+    "AdamW in U's bases + SAM along g": Method(perturbation=ALONG_G, **IN_BASES),
+    "AdamW in U's bases + SAM along g (interval=5)": Method(perturbation=CHEAP_ALONG_G, **IN_BASES),
 }
 #: What docs/how-to-choose.md advises for small language models.
 DAMPED = Method(base="AdamW", geometry=partial(llqr.NaturalGradient, damping=3.0), options=GRAFT)

@@ -93,6 +93,9 @@ SMALL_METHODS = (
     "NG on AdamW + SAM",
     "NG on AdamW + SAM along g",
     "NG on AdamW + SAM along g (interval=5)",
+    "AdamW in U's bases",
+    "AdamW in U's bases + SAM along g",
+    "AdamW in U's bases + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
 GLANCED = (
@@ -108,6 +111,8 @@ GLANCED = (
     "NG + SAM along g (interval=5)",
     "NG on AdamW",
     "NG on AdamW + SAM along g (interval=5)",
+    "AdamW in U's bases",
+    "AdamW in U's bases + SAM along g (interval=5)",
 )
 ABLATED = ("cnn", "cnn-noise")
 GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")

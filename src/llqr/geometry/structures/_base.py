@@ -45,7 +45,7 @@ class Structure(ABC):
             elementwise, as in all structures of the paper).
         elementwise: whether U acts entry by entry, by :meth:`scale_tensors`. Then several processes
             each hold a run of every parameter; other blocks are whole in one process.
-        rotates: whether :meth:`rotate` does anything.
+        rotates: whether :meth:`rotate` does anything; U is diagonal in these coordinates.
         renews_bases: whether :meth:`renew_bases` does anything.
 
     Args:
@@ -158,10 +158,10 @@ class Structure(ABC):
         """
         return state
 
-    # -- structures that are linear ------------------------------------------------------------
+    # -- in the coordinates of the bases -------------------------------------------------------
 
     def rotate(self, state: State, x: Tensor) -> Tensor:
-        """Return x in fixed orthonormal coordinates in which a linear structure is simple."""
+        """Return x in orthonormal coordinates in which U is simple; those of linear ones stay."""
         return x
 
     def rotate_back(self, state: State, x: Tensor) -> Tensor:
