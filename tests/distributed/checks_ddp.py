@@ -106,6 +106,27 @@ def check_graft_and_groups():
     near(parameters(share.model), parameters(whole.model), TOLERANCE)
 
 
+def check_steps_in_the_bases_of_u():
+    """SGD goes where it goes without U; AdamW elsewhere, but in all processes alike."""
+
+    def geometry():
+        return llqr.NaturalGradient(every=2)
+
+    def probe():
+        return llqr.SAM(along="gradient")
+
+    against_one_process(
+        geometry=geometry, perturbation=probe, transport="bases", steps=5, tolerance=1e-10
+    )
+    optimizer, share = data_parallel(
+        mlp(), base=lambda ps: torch.optim.AdamW(ps, lr=0.01), geometry=geometry(),
+        transport="bases",
+    )  # fmt: skip
+    train(optimizer, share, 5)
+    all_equal(optimizer)
+    assert optimizer.geometry.bases_for(optimizer.geometry.parameters) is not None
+
+
 def check_several_bases():
     base = two_bases(lambda ps: muon(ps, lr=0.02), lambda ps: torch.optim.AdamW(ps, lr=0.01))
     whole, options = mlp(), {"geometry": llqr_of, "perturbation": lambda: llqr.FriendlySAM(0.1)}

@@ -88,7 +88,10 @@ class Structure(ABC):
 
     @abstractmethod
     def apply(self, state: State, x: Tensor) -> Tensor:
-        """Return U x for the group's view x of a flat vector: (count, *shape), or one flat run."""
+        """Return U x for the group's view x of a flat vector: (count, *shape), or one flat run.
+
+        x is not to be written to; the result may be x itself.
+        """
 
     @abstractmethod
     def project(self, state: State, bounds: Bounds) -> State:
