@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._vectors import Tensors
-from .structures import BlockDiagonal, States
+from .structures import BlockDiagonal, State, States
 
 __all__ = ["Bases"]
 
@@ -40,8 +41,12 @@ class Bases:
         return self.blocks.rotate_tensors(self.states, tensors, back=True)
 
     def equals(self, other: Bases | None) -> bool:
-        """Tell whether the other is of the same U, also if both were copied together."""
-        return other is not None and self.states is other.states
+        """Tell whether the other has the same bases; the eigenvalues of U may differ."""
+        if other is None or self.blocks is not other.blocks:
+            return False
+        pairs = zip(self.states, other.states, strict=True)
+        rotating = zip(self.blocks.parts, pairs, strict=True)
+        return all(_same(part.basis_entries, a, b) for part, (a, b) in rotating if part.rotates)
 
     def goes_on_as(self, other: Bases | None) -> bool:
         """Tell whether the other is this one, laid out anew: it has these bases, and new blocks."""
@@ -51,3 +56,8 @@ class Bases:
         """Return the same bases on a device."""
         states = [{k: v.to(device) for k, v in state.items()} for state in self.states]
         return Bases(self.blocks, states)
+
+
+def _same(entries: Sequence[str], a: State, b: State) -> bool:
+    """Tell whether two states hold the very tensors of some entries."""
+    return all(a[k] is b[k] for k in entries) if entries else a is b

@@ -96,6 +96,7 @@ class Method:
 GRAFT = {"graft": True}
 LAYERS = {"graft": "layer"}
 IN_BASES = {"base": "AdamW", "geometry": llqr.NaturalGradient, "options": {"transport": "bases"}}
+OF_GRADIENTS = IN_BASES | {"geometry": llqr.GradientMoments}
 ALONG_G = partial(llqr.SAM, along="gradient")
 CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
@@ -148,6 +149,11 @@ METHODS: dict[str, Method] = {
     **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
     **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
     **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
+    "AdamW in GM's bases": Method(**OF_GRADIENTS),
+    "AdamW in GM's bases + SAM along g": Method(perturbation=ALONG_G, **OF_GRADIENTS),
+    "AdamW in GM's bases + SAM along g (interval=5)": Method(
+        perturbation=CHEAP_ALONG_G, **OF_GRADIENTS
+    ),
     "AdamW in U's bases": Method(**IN_BASES),
     "AdamW in U's bases + SAM along g": Method(perturbation=ALONG_G, **IN_BASES),
     "AdamW in U's bases + SAM along g (interval=5)": Method(perturbation=CHEAP_ALONG_G, **IN_BASES),

@@ -96,6 +96,8 @@ SMALL_METHODS = (
     "AdamW in U's bases",
     "AdamW in U's bases + SAM along g",
     "AdamW in U's bases + SAM along g (interval=5)",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
 GLANCED = (
@@ -113,6 +115,8 @@ GLANCED = (
     "NG on AdamW + SAM along g (interval=5)",
     "AdamW in U's bases",
     "AdamW in U's bases + SAM along g (interval=5)",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
 )
 ABLATED = ("cnn", "cnn-noise")
 GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")

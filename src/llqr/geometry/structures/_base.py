@@ -46,6 +46,7 @@ class Structure(ABC):
         elementwise: whether U acts entry by entry, by :meth:`scale_tensors`. Then several processes
             each hold a run of every parameter; other blocks are whole in one process.
         rotates: whether :meth:`rotate` does anything; U is diagonal in these coordinates.
+        basis_entries: the state entries that it depends on; none: it may depend on all.
         renews_bases: whether :meth:`renew_bases` does anything.
 
     Args:
@@ -74,6 +75,7 @@ class Structure(ABC):
     cut: ClassVar[CutRule]
     elementwise: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
+    basis_entries: ClassVar[tuple[str, ...]] = ()
     renews_bases: ClassVar[bool] = False
 
     def __init__(self, group: Group) -> None:

@@ -44,6 +44,7 @@ class EKfac(Structure):
     cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("QA", "QB", "S")
     rotates: ClassVar[bool] = True
+    basis_entries: ClassVar[tuple[str, ...]] = ("QA", "QB")
 
     @classmethod
     def variant(cls, *, bases: str, constraint: str) -> type[Structure]:
