@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import llqr
-from tables import PERTURBATIONS, SHORT_ROWS, SOLVED, muon
+from tables import FOLLOWING, PERTURBATIONS, SHORT_ROWS, SOLVED, muon
 from tiny import (
     F64,
     WAYS,
@@ -69,6 +69,11 @@ def check_every_geometry_and_perturbation():
                 geometry=SOLVED[geometry],
                 perturbation=PERTURBATIONS[perturbation],
             )
+
+
+def check_moments_of_gradients():
+    for geometry in FOLLOWING.values():
+        against_one_process(geometry=geometry, perturbation=llqr.SAM, tolerance=1e-9)
 
 
 def check_every_way_in():

@@ -131,16 +131,15 @@ class GradientMoments(ClosedFormGeometry):
         flat = self.layout.pack(gradients)
         turn = seen % settings.renew_every == 0
         averaging = self._averaging()
-        # Blocks without a gradient stay.
-        stays = self._left_out(self.parameters.keys() - gradients.keys())
+        missing = self.parameters.keys() - gradients.keys()
         states = []
-        for part, state, out in zip(self.parts, self.states, stays, strict=True):
+        for part, state, out in zip(self.parts, self.states, self._left_out(missing), strict=True):
             g = own_samples(part, flat[None])[0]
             new = part.follow_gradient(state, g, averaging, turn=turn)
             states.append(new if out is None else choose(out, state, new))
         self.observed = seen + 1
         if turn:
-            states = self._invert_moments(states, self._kept_back(states, ()))
+            states = self._invert_moments(states, self._kept_back(states, missing))
         self.states = states
 
     def _averaging(self) -> Averaging:

@@ -69,9 +69,8 @@ class KroneckerBases(ClosedForm, EKfac):
     ) -> State:
         """Average L and R at every gradient; turn the bases when it is their time."""
         beta = averaging.keep
-        weights = {"beta": beta, "alpha": 1 - beta}
-        left = torch.baddbmm(state["L"], g, g.mT, **weights)
-        right = torch.baddbmm(state["R"], g.mT, g, **weights)
+        left = torch.baddbmm(state["L"], g, g.mT, beta=beta, alpha=1 - beta)
+        right = torch.baddbmm(state["R"], g.mT, g, beta=beta, alpha=1 - beta)
         new = {**state, "L": left, "R": right}
         return self.turn_bases(new, averaging) if turn else new
 
