@@ -19,7 +19,16 @@ __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 READING_TITLES = {"seconds": "equal seconds", "steps": "equal steps"}
 
 #: What the README shows of the proof.
-IN_SHORT = ("SGDM", "SAM", "AdamW", "SOAP", "NG", "NG on AdamW + SAM along g (interval=5)")
+IN_SHORT = (
+    "SGDM",
+    "SAM",
+    "AdamW",
+    "SOAP",
+    "NG",
+    "AdamW in U's bases",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
+)
 Results = Mapping[str, Any]
 
 
