@@ -267,3 +267,32 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         wrap(model, **{"base": sgd} | options)
     with pytest.raises(ValueError, match="geometry=None"):
         llqr.Optimizer(sgd(list(model.parameters())), model, transport="bases")
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+        lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+        lambda p: torch.optim.NAdam(p, lr=0.01),
+        lambda p: torch.optim.Adafactor(p, lr=0.01),
+    ],
+)
+def test_other_bases_train_in_the_bases(base):
+    model = make_model()
+    optimizer = wrap(model, base)
+    losses = [float(optimizer.minimize(forward_of(model))) for _ in range(15)]
+    assert losses[-1] < losses[0]
+
+
+def test_autocast_around_a_step_changes_nothing():
+    model = make_model(torch.float32)
+    optimizer = wrap(model, adamw, geometry=llqr.GradientMoments(renew_every=2))
+    other, same = copied(model, optimizer)
+    for _ in range(4):
+        for m, o, on in ((model, optimizer, False), (other, same, True)):
+            o.zero_grad()
+            forward_of(m)()[0].backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                o.step()
+        assert torch.equal(weights_of(model), weights_of(other))

@@ -19,8 +19,9 @@ from .perturbations import Perturbation
 
 __all__ = ["Coordinates", "check_bases"]
 
-#: What torch's optimizers and their relatives call a mean of gradients.
-MEANS = ("exp_avg", "exp_avg_slow", "grad_avg", "momentum_buffer")
+#: What torch's optimizers and their relatives call a mean of gradients. RMSprop's ``grad_avg`` is not
+#: here: its square is subtracted from second moments, so it stays as these do.
+MEANS = ("exp_avg", "exp_avg_slow", "momentum_buffer")
 
 
 def check_bases(

@@ -164,7 +164,8 @@ class Update:
             self._perturbation.commit()
         if self._geometry is not None and probing.geometry_observes:
             clean = widen_to_float32(gradients) if probing.clean is None else probing.clean
-            self._geometry.observe(clean)
+            with without_autocast(*self._parameters.devices):
+                self._geometry.observe(clean)
         passes.forget_step()
         self._progress.step += 1
 

@@ -119,7 +119,7 @@ GLANCED = (
     "AdamW in GM's bases + SAM along g (interval=5)",
 )
 ABLATED = ("cnn", "cnn-noise")
-GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")
+GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g", "AdamW in GM's bases")
 
 STUDIES = {
     "proof": Study(
@@ -151,7 +151,7 @@ STUDIES = {
             "SOAP",
             "SOAP + SAM",
             "NG",
-            "NG on AdamW",
+            "AdamW in GM's bases",
             "NG + SAM along g",
         ),
         glanced=GLANCED,
