@@ -57,7 +57,12 @@ SAMPLED: dict[str, Callable[[], llqr.NaturalGradient]] = {
     "natural-e-kfac": lambda: natural_of("e-kfac", renew_every=2),
     "natural-gradients": lambda: natural_of("e-kfac", second_moment="gradients"),
 }
-GEOMETRIES: dict[str, Callable[[], llqr.Geometry | None]] = {**SOLVED, **SAMPLED}
+#: What learns from the gradients of the steps.
+FOLLOWING: dict[str, Callable[[], llqr.Geometry]] = {
+    "moments-kfac": lambda: llqr.GradientMoments(renew_every=2, ema=0.5),
+    "moments-e-kfac": lambda: llqr.GradientMoments("e-kfac", renew_every=2, ema=0.5),
+}
+GEOMETRIES: dict[str, Callable[[], llqr.Geometry | None]] = {**SOLVED, **SAMPLED, **FOLLOWING}
 PERTURBATIONS: dict[str, Callable[[], llqr.Perturbation | None]] = {
     "none": lambda: None,
     "SAM": lambda: llqr.SAM(0.05),
@@ -85,5 +90,9 @@ METRIC_AND_PROBE = [
     (g, p)
     for g in GEOMETRIES
     for p in PERTURBATIONS
-    if (p in ("none", "SAM") if g in SAMPLED else p not in SHORT_ROWS or g == "diagonal")
+    if (
+        p in ("none", "SAM")
+        if g in {**SAMPLED, **FOLLOWING}
+        else p not in SHORT_ROWS or g == "diagonal"
+    )
 ]

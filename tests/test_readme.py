@@ -39,7 +39,7 @@ def test_readme_shows_both_commands_on_its_first_screen():
 def test_every_method_is_spelled_as_it_works():
     rows = re.findall(r"^\| ([^|]+) \| `(opt\([^`]+)`", README, re.MULTILINE)
     methods = [name for name, _ in rows]
-    assert len(methods) == 18
+    assert len(methods) == 20
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
     x, y = torch.randn(8, 4), torch.randint(2, (8,))
 
@@ -49,9 +49,11 @@ def test_every_method_is_spelled_as_it_works():
 
     for name, code in rows:
         sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        adamw = torch.optim.AdamW(model.parameters())
         scope = {"opt": llqr.Optimizer, "llqr": llqr, "torch": torch, "model": model, "sgd": sgd}
+        scope["adamw"] = adamw
         optimizer = eval(code.replace("(...)", "(model.parameters())"), scope)
-        assert (optimizer.geometry is not None) == ("LLQR" in name)
+        assert (optimizer.geometry is not None) == ("LLQR" in name or "bases" in name)
         assert optimizer.needs_second_pass == ("SAM" in name)
         assert bool(optimizer.minimize(forward).isfinite())
 

@@ -28,6 +28,7 @@ from .curvature import quadratic_model as quadratic_model
 from .geometry import LLQR as LLQR
 from .geometry import FixedGeometry as FixedGeometry
 from .geometry import Geometry as Geometry
+from .geometry import GradientMoments as GradientMoments
 from .geometry import NaturalGradient as NaturalGradient
 from .geometry import RefreshError as RefreshError
 from .geometry import RefreshReport as RefreshReport

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._coordinates import Coordinates
 from ._joined_bases import BASE, JoinedBases
 from ._parameters import NamedParameters, check_group_options
 from ._progress import Progress
@@ -21,6 +22,7 @@ from ._refresher import Refresher
 from ._warnings import warn_caller
 from .distributed import Ranks
 from .geometry import Geometry, RefreshReport
+from .geometry._bases import Bases
 from .perturbations import Perturbation
 
 __all__ = ["Checkpoint"]
@@ -30,6 +32,8 @@ PREFIX = "llqr."
 OWN_FORM = f"{PREFIX}base"
 #: The names of a group's parameters, one per line, if several optimizers step the model.
 NAMES = f"{PREFIX}names"
+#: Set if the base's state is in the bases of U.
+IN_BASES = "in_bases"
 VERSION = 1
 #: {parameter name: {key: tensor}}
 PartState = dict[str, dict[str, Tensor]]
@@ -45,6 +49,7 @@ class Checkpoint:
         ranks: the processes that train together.
         progress: the counters of the training.
         refresher: whose last report is saved.
+        coordinates: that the base's state is in.
         local_probes: whether each process has a memory of its own.
     """
 
@@ -56,12 +61,14 @@ class Checkpoint:
         ranks: Ranks,
         progress: Progress,
         refresher: Refresher,
+        coordinates: Coordinates,
         *,
         local_probes: bool,
     ) -> None:
         self._parameters, self._ranks = parameters, ranks
         self._geometry, self._perturbation = geometry, perturbation
         self._progress, self._refresher = progress, refresher
+        self._coordinates = coordinates
         self._local_probes = local_probes
 
     @property
@@ -91,6 +98,8 @@ class Checkpoint:
         if self._geometry is not None:
             counters.update({f"geometry.{k}": v for k, v in self._geometry.counters().items()})
         counters.update(_report_entries(self._refresher.last_report))
+        if self._coordinates.bases is not None:
+            counters[IN_BASES] = 1
         for group in groups:
             group.update({PREFIX + k: v for k, v in counters.items()})
         if isinstance(base, JoinedBases):
@@ -166,8 +175,20 @@ class Checkpoint:
                     "save optimizer.state_dict() with torch.save"
                 )
         _check_version(counters["version"])
+        if counters.get(IN_BASES) and self._find_bases() is None:
+            raise ValueError(
+                "state_dict: the base's state was saved in the bases of a geometry "
+                f"(transport='bases'), but geometry={self._geometry!r} has none; load it into an "
+                "optimizer with that geometry"
+            )
         self._load_parts(ours, theirs, counters)
         self._load_counters(counters)
+        self._coordinates.bases = self._find_bases() if counters.get(IN_BASES) else None
+
+    def _find_bases(self) -> Bases | None:
+        """Return the bases that U has now, if it has any."""
+        named = self._parameters.named
+        return None if self._geometry is None else self._geometry.bases_for(named)
 
     def _load_plain(self, given: Any) -> None:
         """Hand a state dict without anything of ours to the base."""
@@ -176,6 +197,7 @@ class Checkpoint:
             "the geometry and the perturbation stay as they are"
         )
         self._parameters.base.load_state_dict(given)
+        self._coordinates.bases = None
 
     def _groups_for_base(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the groups without our entries; a schedule of rho stays the receiver's."""

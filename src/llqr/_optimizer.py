@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
+from ._coordinates import check_bases
 from ._html import html_of_numbers
 from ._joined_bases import join_bases
 from ._parameters import NamedParameters
@@ -27,7 +28,7 @@ from ._refresher import (
     call_and_unpack,
 )
 from ._step_modules import StepModules, refuse_meta
-from ._update import Graft, Update, check_graft
+from ._update import Graft, Transport, Update, check_graft, check_transport
 from ._wrapper import (
     OptimizerWrapper,
     call_if_there,
@@ -80,7 +81,10 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         model: the network; its parameters' names, layers, buffers and mode are used.
         geometry: a :class:`llqr.Geometry` such as :class:`llqr.LLQR`, or None for U = I.
         perturbation: a :class:`llqr.SAM` or relative, or None for one pass.
-        transport: whether the update goes through U; False keeps U for the probe alone.
+        transport: whether the update goes through U; False keeps U for the probe alone. "bases":
+            the base steps on g~ in the bases of U, as Adam does in SOAP, so its second moments
+            take the place of U's eigenvalues; its state is in these coordinates, and turns with
+            them at a refresh. For Adam and its relatives, with a structure that has bases (e-kfac).
         graft: rescale U g~ to the length of g~, so the base's learning rate keeps its scale. True:
             one global norm, and U moves length between layers; "layer": each parameter to its own
             norm, and U turns gradients but moves no length (layer-wise grafting, N. Agarwal et
@@ -146,7 +150,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         *,
         geometry: G = None,  # type: ignore[assignment]  # left out, G is None
         perturbation: Perturbation | None = None,
-        transport: bool = True,
+        transport: Transport = True,
         graft: Graft = False,
         buffers: BufferPolicy = "clean",
         modules: Iterable[nn.Module] = (),
@@ -161,8 +165,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         check_parts(model, geometry, perturbation)
         check_choice("buffers", buffers, BufferPolicy)
         check_graft(graft)
+        check_transport(transport)
         check_flags(
-            transport=transport,
             replay_rng=replay_rng,
             check_finite=check_finite,
             refresh_autocast=refresh_autocast,
@@ -212,6 +216,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             check_finite,
         )
         self._bind_parts()
+        if transport == "bases":
+            check_bases(one_base, geometry, perturbation, graft, self._parameters.named)
         if not sync:
             self._check_local_probes()
 
@@ -546,7 +552,9 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             "refresh", "refresh before the passes of a step, or after them"
         )
         try:
-            return self._refresher.refresh(forward, weights)
+            report = self._refresher.refresh(forward, weights)
+            self._update.follow_bases(self.transport)
+            return report
         finally:  # also when too many refusals in a row raise
             self._refresher.call_hooks(self)
 
@@ -587,6 +595,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("state_dict", "make checkpoints after the pass has ended")
         self._follow_groups()
+        self._update.follow_bases(self.transport)
         return save_with_hooks(self, self._checkpoint.save)
 
     @torch.no_grad()
@@ -610,6 +619,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             self.ranks,
             self._progress,
             self._refresher,
+            self._update.coordinates,
             local_probes=self._passes.local_probes,
         )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._autocast import without_autocast
 from ._checks import short_repr
+from ._coordinates import Coordinates
 from ._devices import WIDE
 from ._parameters import NamedParameters
 from ._passes import Passes
@@ -28,10 +29,18 @@ from .distributed._sharded import local
 from .geometry import Geometry
 from .perturbations import Perturbation
 
-__all__ = ["Graft", "Update", "check_graft"]
+__all__ = ["Graft", "Transport", "Update", "check_graft", "check_transport"]
 
 #: Whose length U g gets: that of all gradients together, or each parameter's that of its own.
 Graft = bool | Literal["layer"]
+#: What U does to the update: all, nothing, or it names the coordinates of the base.
+Transport = bool | Literal["bases"]
+
+
+def check_transport(transport: Any) -> None:
+    """Refuse what is no way to take U into the update."""
+    if not isinstance(transport, bool) and transport != "bases":
+        raise TypeError(f"transport: expected True, False or 'bases', got {short_repr(transport)}")
 
 
 def check_graft(graft: Any) -> None:
@@ -72,12 +81,13 @@ class Update:
         self._ranks, self._progress = ranks, progress
         self._passes, self._probing, self._refresher = passes, probing, refresher
         self._check_finite = check_finite
+        self.coordinates = Coordinates(parameters)
 
-    def make(self, *, transport: bool, graft: Graft) -> None:
+    def make(self, *, transport: Transport, graft: Graft) -> None:
         """Update the parameters from the gradients that are there.
 
         Args:
-            transport: whether the update goes through U.
+            transport: whether the update goes through U, or the base steps in its bases.
             graft: whether, and how, U g is rescaled to the length of g.
         """
         self._passes.close()
@@ -92,7 +102,10 @@ class Update:
             return
         self._warn_of_omissions()
         direction = gradients if self._passes.probed else self._probing.adjust(gradients)
-        if self._geometry is not None and transport:
+        self.follow_bases(transport)
+        if self.coordinates.bases is not None:
+            direction = self.coordinates.rotate(direction)
+        elif self._geometry is not None and transport:
             direction = self._transport(self._geometry, direction, graft)
         if not self._step_along(direction, gradients):
             self._skip_step()
@@ -104,6 +117,13 @@ class Update:
         if any(bool(group.get("lr", 1.0) != 0) for group in self._base.param_groups):
             return False
         return self._ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
+
+    def follow_bases(self, transport: Transport) -> None:
+        """Turn the base's state to the bases that U has now, or to the parameters' own."""
+        bases = None
+        if self._geometry is not None and transport == "bases":
+            bases = self._geometry.bases_for(self._parameters.named)
+        self.coordinates.change_to(bases)
 
     def _transport(
         self, geometry: Geometry, gradients: dict[str, Tensor], graft: Graft
@@ -128,7 +148,8 @@ class Update:
         try:
             for name, value in direction.items():
                 named[name].grad = lay_out_like(value, named[name])
-            step_base(self._base)
+            with self.coordinates.entered(list(direction)):
+                step_base(self._base)
         finally:
             for name, gradient in gradients.items():
                 named[name].grad = gradient
@@ -143,7 +164,8 @@ class Update:
             self._perturbation.commit()
         if self._geometry is not None and probing.geometry_observes:
             clean = widen_to_float32(gradients) if probing.clean is None else probing.clean
-            self._geometry.observe(clean)
+            with without_autocast(*self._parameters.devices):
+                self._geometry.observe(clean)
         passes.forget_step()
         self._progress.step += 1
 

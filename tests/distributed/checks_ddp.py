@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import llqr
-from tables import PERTURBATIONS, SHORT_ROWS, SOLVED, muon
+from tables import FOLLOWING, PERTURBATIONS, SHORT_ROWS, SOLVED, muon
 from tiny import (
     F64,
     WAYS,
@@ -71,6 +71,18 @@ def check_every_geometry_and_perturbation():
             )
 
 
+def check_moments_of_gradients():
+    def first_bases():
+        return llqr.GradientMoments(renew_every=100)
+
+    against_one_process(geometry=first_bases, perturbation=llqr.SAM, tolerance=1e-10)
+    # Bases that follow magnify rounding by the inverse of the gaps between eigenvalues.
+    for geometry in FOLLOWING.values():
+        optimizer, share = data_parallel(mlp(), geometry=geometry(), perturbation=llqr.SAM())
+        train(optimizer, share, 5)
+        all_equal(optimizer)
+
+
 def check_every_way_in():
     for way in WAYS:
         against_one_process(way, geometry=lambda: llqr_of("kfac", every=100), perturbation=llqr.SAM,
@@ -104,6 +116,27 @@ def check_graft_and_groups():
     train(joined, whole, 4)
     train(optimizer, share, 4)
     near(parameters(share.model), parameters(whole.model), TOLERANCE)
+
+
+def check_steps_in_the_bases_of_u():
+    """SGD goes where it goes without U; AdamW elsewhere, but in all processes alike."""
+
+    def geometry():
+        return llqr.NaturalGradient(every=2)
+
+    def probe():
+        return llqr.SAM(along="gradient")
+
+    against_one_process(
+        geometry=geometry, perturbation=probe, transport="bases", steps=5, tolerance=1e-10
+    )
+    optimizer, share = data_parallel(
+        mlp(), base=lambda ps: torch.optim.AdamW(ps, lr=0.01), geometry=geometry(),
+        transport="bases",
+    )  # fmt: skip
+    train(optimizer, share, 5)
+    all_equal(optimizer)
+    assert optimizer.geometry.bases_for(optimizer.geometry.parameters) is not None
 
 
 def check_several_bases():

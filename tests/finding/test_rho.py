@@ -94,6 +94,20 @@ def test_the_rise_is_that_of_a_training_step():
     assert row.rise == pytest.approx(losses[1] - losses[0], rel=1e-12)
 
 
+def test_a_probe_of_ones_own_runs_without_gradients():
+    class Ascent(llqr.Perturbation):
+        def displacement(self, probe):
+            for name, w in probe.parameters.items():
+                w.add_(probe.gradients[name]).sub_(probe.gradients[name])
+            return probe.scale_by_radius(probe.gradients, 1.0)
+
+    part = mlp(F64)
+    optimizer = optimizer_of(part, perturbation=Ascent(rho=0.1))
+    train(optimizer, part, 1)
+    rows = llqr.find_rho(optimizer, part, rhos=RHOS).rows
+    assert [row.rho for row in rows] == RHOS and all(row.rise > 0 for row in rows)
+
+
 def test_a_model_is_measured_with_sam_around_its_usual_radius():
     problem = mlp()
     seen = []

@@ -222,6 +222,7 @@ class _TrialProbe:
         named = self._as_named(g)
         return self._data.flatten(named.get(name) for name in self._names)
 
+    @torch.no_grad()
     def displacement(self, g: Tensor, rho: float) -> Tensor:
         """Return eps, flat."""
         source, counters = self._source, Counters(self._source._progress.step)

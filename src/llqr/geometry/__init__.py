@@ -3,6 +3,8 @@
 from ._base import Geometry as Geometry
 from ._base import NormStatistics as NormStatistics
 from ._fixed import FixedGeometry as FixedGeometry
+from ._gradient_moments import GradientMoments as GradientMoments
+from ._gradient_moments import GradientMomentsSettings as GradientMomentsSettings
 from ._llqr import LLQR as LLQR
 from ._llqr import LLQRSettings as LLQRSettings
 from ._metric_settings import Learned as Learned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +13,9 @@ from .._vectors import SHAPE, Tensors
 from ..distributed import Ranks
 from ._report import RefreshReport
 from .layout import unwrap_model
+
+if TYPE_CHECKING:
+    from ._bases import Bases
 
 __all__ = ["Geometry", "NormStatistics"]
 
@@ -75,6 +78,14 @@ class Geometry:
     def apply(self, gradients: Tensors) -> dict[str, Tensor]:
         """Return U g as {name: tensor} for the names given; absent gradients count as zero."""
         raise NotImplementedError
+
+    def bases_for(self, tensors: Tensors) -> Bases | None:
+        """Return the bases in which U is diagonal, or None if it has none.
+
+        Args:
+            tensors: what they are for, shaped like the parameters: their device counts.
+        """
+        return None
 
     def observe(self, gradients: Tensors) -> None:
         """See the clean gradients of a step that counted, unscaled, in float32 or float64."""

@@ -65,6 +65,21 @@ class MetricSettings:
 def describe_metric(metric: str, structure: object, curvature: Curvature, settings: Any) -> str:
     """Return the call that makes a metric: its structure, and what differs from the defaults."""
     changed = {} if type(curvature) is Fisher else {"curvature": curvature}
+    return describe_call(metric, structure, settings, changed)
+
+
+def describe_call(
+    metric: str, structure: object, settings: Any, others: Mapping[str, Any] | None = None
+) -> str:
+    """Return the call that makes a metric, with the settings that differ from the defaults.
+
+    Args:
+        metric: the name of its class.
+        structure: of U.
+        settings: a dataclass.
+        others: arguments that are no settings.
+    """
+    changed = dict(others or {})
     for f in fields(settings):
         value = getattr(settings, f.name)
         if value != f.default:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .._checks import Schedule, check_choice, check_flags, check_integer, check_number
-from .._devices import widen
 from .._vectors import Tensors, quadratic_value
 from ..curvature import (
     Curvature,
@@ -23,19 +22,15 @@ from ..curvature import (
     quadratic_model,
 )
 from ._base import NormStatistics
-from ._metric_settings import SATURATED, Application, Learned, MetricSettings, describe_metric
+from ._closed_form_geometry import ClosedFormGeometry, ClosedFormSettings
+from ._metric_settings import SATURATED, Application, Learned, describe_metric
 from ._samples_by_part import are_finite, are_squarable, own_samples, peak_bytes, samples_by_part
 from ._schedules import EMA, EVERY_GROWING_SPARSELY
-from ._structured import StructuredGeometry
 from .inner_solve import FlatModel, pack_mean
 from .structures import States, Structure, StructureOf
-from .structures.closed_form import Averaging, ClosedForm, closed_form_of
-from .structures.closed_form._elementwise import DiagonalMoments
+from .structures.closed_form import Averaging
 from .structures.closed_form._units import (
     choose,
-    expand_mask,
-    mask_of_parameters,
-    masks_without_samples,
 )
 
 __all__ = ["NaturalGradient", "NaturalGradientSettings"]
@@ -49,13 +44,11 @@ INDEFINITE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalGradientSettings(MetricSettings):
+class NaturalGradientSettings(ClosedFormSettings):
     """The settings of :class:`NaturalGradient`, which says what each of them means."""
 
     every: Schedule = EVERY_GROWING_SPARSELY
     samples: int = 8
-    damping: float = 0.03
-    power: float = 1.0
     ema: Schedule = 0.9
     second_moment: SecondMoment = "samples"
     gradient_ema: float = 0.95
@@ -67,8 +60,6 @@ class NaturalGradientSettings(MetricSettings):
         """Refuse values out of range, naming the argument and the value."""
         super().__post_init__()
         check_integer("samples", self.samples, low=1)
-        check_number("damping", self.damping, low=0, open_low=True)
-        check_number("power", self.power, low=0, high=2, open_low=True)
         EMA.check(self.ema)
         check_choice("second_moment", self.second_moment, SecondMoment)
         check_number("gradient_ema", self.gradient_ema, low=0, high=1)
@@ -77,7 +68,7 @@ class NaturalGradientSettings(MetricSettings):
         check_flags(report_J=self.report_J)
 
 
-class NaturalGradient(StructuredGeometry):
+class NaturalGradient(ClosedFormGeometry):
     r"""Precondition with the damped inverse of the curvature, in a structure: no inner solve.
 
     .. math::
@@ -168,7 +159,6 @@ class NaturalGradient(StructuredGeometry):
     """
 
     settings: NaturalGradientSettings
-    vector_kind = DiagonalMoments
 
     def __init__(
         self,
@@ -226,7 +216,7 @@ class NaturalGradient(StructuredGeometry):
 
     def find_kind(self, name: str, parameter: Tensor) -> type[Structure]:
         """Return the closed form of a parameter's structure."""
-        kind = closed_form_of(super().find_kind(name, parameter))
+        kind = self.closed_form(name, parameter)
         if self.observes and not kind.observes_gradients:
             raise ValueError(
                 f"second_moment: structure {kind.name!r} takes M from its averages, so it cannot "
@@ -234,11 +224,6 @@ class NaturalGradient(StructuredGeometry):
                 "or 'scalar'"
             )
         return kind
-
-    @property
-    def parts(self) -> list[ClosedForm]:
-        """The blocks of U, group by group."""
-        return cast(list[ClosedForm], self.blocks.parts)
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -336,55 +321,6 @@ class NaturalGradient(StructuredGeometry):
         key = self.settings.seed, self.history.refreshes, self.ranks.rank
         # torch takes 32 bits of a seed on the CPU, so all three have to be in them.
         return torch.Generator("cpu").manual_seed(zlib.crc32(repr(key).encode()))
-
-    def _left_out(self, names: Collection[str]) -> list[Tensor | None]:
-        """Return the mask of what belongs to these parameters only, part by part; None: nothing."""
-        if not names:
-            return [None] * len(self.parts)
-        return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
-
-    def _without_samples(self, states: States | None = None) -> list[Tensor]:
-        """Return the masks of blocks that no refresh has seen, part by part."""
-        moments = self._moments_of(self.states if states is None else states)
-        return masks_without_samples(self.layout, self.parts, moments)
-
-    def _kept_back(self, states: States, names: Collection[str]) -> list[Tensor | None]:
-        """Return the masks of what keeps its U, these parameters and blocks without samples.
-
-        None: nothing of a part.
-
-        A head that the loss does not use would have the largest U, and set lambda and c.
-        """
-        pairs = zip(self._without_samples(states), self._left_out(names), strict=True)
-        masks = [fresh if out is None else fresh | out for fresh, out in pairs]
-        if not masks:
-            return []
-        held = torch.stack([mask.any() for mask in masks]).tolist()  # one read from the device
-        return [mask if some else None for mask, some in zip(masks, held, strict=True)]
-
-    def _moments_of(self, states: States) -> list[Tensor]:
-        pairs = zip(self.parts, states, strict=True)
-        return [part.second_moment(state).to(self.ranks.device) for part, state in pairs]
-
-    def _invert_moments(self, states: States, left_out: Sequence[Tensor | None]) -> States:
-        """Return the states with U = c (M + lambda)^-power, but for what is left out."""
-        settings, moments = self.settings, self._moments_of(states)
-        count = self._total_trace([torch.ones_like(m) for m in moments], left_out)
-        lam = settings.damping * self._total_trace(moments, left_out) / count
-        values = [(m + lam.to(m.dtype)).pow_(-settings.power) for m in moments]
-        c = count / self._total_trace(values, left_out)  # the mean of U is 1
-        result = []
-        for part, state, v, out in zip(self.parts, states, values, left_out, strict=True):
-            new = part.set_eigenvalues(state, v.mul_(c.to(v.dtype)))
-            result.append(new if out is None else choose(out, state, new))
-        return result
-
-    def _total_trace(self, values: Sequence[Tensor], left_out: Sequence[Tensor | None]) -> Tensor:
-        """Return the trace over all blocks of all processes, a scalar on the device."""
-        total = widen(torch.zeros((), device=self.ranks.device))
-        for part, v, out in zip(self.parts, values, left_out, strict=True):
-            total += widen(part.trace(v if out is None else v * ~expand_mask(out, v)))
-        return self.layout.space.sum_over_shards(total)
 
     def _measure_J(
         self,

@@ -17,6 +17,7 @@ from .._vectors import DTYPE, Tensors, former_names
 from .._warnings import warn_caller
 from ..distributed._sharded import whole_parameters
 from ._base import Geometry, NormStatistics, shape_text
+from ._bases import Bases
 from ._metric_settings import Learned, MetricSettings
 from ._refresh_progress import ProgressCallback
 from ._report import INACTIVE, RefreshError, RefreshHistory, RefreshReport
@@ -29,6 +30,8 @@ __all__ = ["StructuredGeometry"]
 
 log = logging.getLogger("llqr")
 
+#: What a copy makes anew, or has no use for.
+DERIVED = frozenset({"on_progress", "_applied", "_bases"})
 #: What is stored for one parameter: {key: tensor}.
 _Entries = Mapping[str, Tensor]
 
@@ -91,6 +94,7 @@ class StructuredGeometry(Geometry):
     on_progress: ProgressCallback | None = None
     #: The states, and what a step applies in their place; no part of a copy.
     _applied: tuple[States, States] | None = None
+    _bases: Bases | None = None
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -101,7 +105,7 @@ class StructuredGeometry(Geometry):
         self._inactive = 0  # accepted refreshes in a row after which U hardly acts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("on_progress", "_applied")}
+        return {k: v for k, v in self.__dict__.items() if k not in DERIVED}
 
     @property
     def batch_norm(self) -> NormStatistics:
@@ -248,6 +252,16 @@ class StructuredGeometry(Geometry):
         if list(map(DTYPE, result.values())) == list(map(DTYPE, gradients.values())):
             return result
         return {n: x.to(gradients[n].dtype) for n, x in result.items()}
+
+    def bases_for(self, tensors: Tensors) -> Bases | None:
+        """Return the bases in which U is diagonal, or None if its structure has none."""
+        self._check_gradients(tensors)
+        for tensor in tensors.values():
+            self._move_to_device_of(tensor)
+            break
+        if self._bases is None or self._bases.states is not self.states:
+            self._bases = Bases(self.blocks, self.states)
+        return self._bases if self._bases.names else None
 
     def _applied_states(self) -> States:
         """Return the states that a step applies: U, or a form of it that is faster."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the study's name, its scale, and what to run of it."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = ABOUT + "\n".join(f"  {n:10}{s.title}" for n, s in STUDIES.items())
+    width = max(map(len, STUDIES)) + 2
+    parser.description = ABOUT + "\n".join(f"  {n:{width}}{s.title}" for n, s in STUDIES.items())
     parser.epilog = EXAMPLES
     parser.add_argument("study", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--scale", choices=SCALES, default="small", help="default: %(default)s")
@@ -91,6 +93,8 @@ def _study(arguments: argparse.Namespace) -> int:
         arguments.study, arguments.scale, arguments.problems, arguments.methods, arguments.out,
         device,
     )  # fmt: skip
+    if arguments.page and arguments.methods is None:  # whatever was run of it
+        setup = replace(setup, methods=[*study.methods])
     if arguments.dry:
         print("\n".join(estimate_lines(setup)))
         return 0

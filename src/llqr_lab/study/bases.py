@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 __all__ = ["BASES", "Base", "shampoo", "soap"]
 
 Family = Literal["sgd", "adam"]
-#: Of Adam's relatives, decoupled; of SGD, in the gradient.
-ADAM_DECAY, SGD_DECAY = 0.01, 5e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +21,19 @@ class Base:
     """A base optimizer, as the study runs it.
 
     Attributes:
-        make: (network, learning rate) -> one optimizer or several for parts of the network.
+        make: (network, learning rate, weight decay) -> one optimizer or several for parts of the
+            network. Adam's relatives decay weights, SGD adds the decay to the gradient.
         family: whose learning rates it takes; a problem has a usual one for each family.
+        decay: its usual weight decay.
         factor: its usual learning rate over that of the family.
         package: that it comes from, beside torch.
         new_in_torch: its name in torch.optim, if the oldest supported torch lacks it.
         own_schedule: whether it needs no falling learning rate and averages by itself.
     """
 
-    make: Callable[[nn.Module, float], list[Optimizer]]
+    make: Callable[[nn.Module, float, float], list[Optimizer]]
     family: Family
+    decay: float
     factor: float = 1.0
     package: str | None = None
     new_in_torch: str | None = None
@@ -48,18 +49,17 @@ class Base:
         return None
 
 
-def sgdm(network: nn.Module, lr: float) -> list[Optimizer]:
+def sgdm(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """SGD with momentum."""
-    decay = SGD_DECAY
     return [torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, weight_decay=decay)]
 
 
-def adamw(network: nn.Module, lr: float) -> list[Optimizer]:
+def adamw(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """AdamW (I. Loshchilov and F. Hutter, ICLR 2019)."""
-    return [torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=ADAM_DECAY)]
+    return [torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=decay)]
 
 
-def muon(network: nn.Module, lr: float) -> list[Optimizer]:
+def muon(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """Muon for the matrices, AdamW for all else (K. Jordan, 2024), at one learning rate.
 
     torch's Muon takes matrices only, so convolutions are AdamW's; its updates have the length of
@@ -67,41 +67,40 @@ def muon(network: nn.Module, lr: float) -> list[Optimizer]:
     """
     matrices = [p for p in network.parameters() if p.dim() == 2]
     rest = [p for p in network.parameters() if p.dim() != 2]
-    first = torch.optim.Muon(
-        matrices, lr=lr, weight_decay=ADAM_DECAY, adjust_lr_fn="match_rms_adamw"
-    )
-    return [first, torch.optim.AdamW(rest, lr=lr, weight_decay=ADAM_DECAY)]
+    first = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [first, torch.optim.AdamW(rest, lr=lr, weight_decay=decay)]
 
 
-def soap(network: nn.Module, lr: float) -> list[Optimizer]:
+def soap(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """SOAP (N. Vyas et al., ICLR 2025), by pytorch_optimizer."""
     from pytorch_optimizer import SOAP
 
-    return [SOAP(network.parameters(), lr=lr, weight_decay=ADAM_DECAY, precondition_frequency=10)]
+    return [SOAP(network.parameters(), lr=lr, weight_decay=decay, precondition_frequency=10)]
 
 
-def shampoo(network: nn.Module, lr: float) -> list[Optimizer]:
+def shampoo(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """Shampoo as in its first paper (V. Gupta et al., ICML 2018), by pytorch_optimizer."""
     from pytorch_optimizer import Shampoo
 
-    return [Shampoo(network.parameters(), lr=lr, preconditioning_compute_steps=10)]
+    rarely = {"preconditioning_compute_steps": 10}
+    return [Shampoo(network.parameters(), lr=lr, weight_decay=decay, **rarely)]
 
 
-def schedule_free(network: nn.Module, lr: float) -> list[Optimizer]:
+def schedule_free(network: nn.Module, lr: float, decay: float) -> list[Optimizer]:
     """Schedule-free AdamW (A. Defazio et al., NeurIPS 2024), by its authors."""
     from schedulefree import AdamWScheduleFree
 
-    return [AdamWScheduleFree(network.parameters(), lr=lr, weight_decay=ADAM_DECAY)]
+    return [AdamWScheduleFree(network.parameters(), lr=lr, weight_decay=decay)]
 
 
 BASES = {
-    "SGDM": Base(make=sgdm, family="sgd"),
-    "AdamW": Base(make=adamw, family="adam"),
-    "Muon": Base(make=muon, family="adam", new_in_torch="Muon"),
-    "SOAP": Base(make=soap, family="adam", package="pytorch_optimizer"),
+    "SGDM": Base(make=sgdm, family="sgd", decay=5e-4),
+    "AdamW": Base(make=adamw, family="adam", decay=0.01),
+    "Muon": Base(make=muon, family="adam", decay=0.01, new_in_torch="Muon"),
+    "SOAP": Base(make=soap, family="adam", decay=0.01, package="pytorch_optimizer"),
     # Between the roots, directions that no gradient had before are hardly damped.
-    "Shampoo": Base(make=shampoo, family="sgd", factor=0.3, package="pytorch_optimizer"),
+    "Shampoo": Base(make=shampoo, family="sgd", decay=0.0, factor=0.3, package="pytorch_optimizer"),
     "schedule-free AdamW": Base(
-        make=schedule_free, family="adam", package="schedulefree", own_schedule=True
+        make=schedule_free, family="adam", decay=0.01, package="schedulefree", own_schedule=True
     ),
 }

@@ -49,7 +49,7 @@ class _Timed:
     """The training of a method, timed piece by piece."""
 
     def __init__(self, problem: Problem, size: Size, method: Method, device: Device) -> None:
-        rates = method.ranges(problem.rates)
+        rates = method.ranges(problem.rates, decay=problem.search_decay)
         self._settings = {name: found.start for name, found in rates.items()}
         self._parts = problem, size, method
         self._device = device

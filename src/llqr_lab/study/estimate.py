@@ -21,7 +21,7 @@ def estimate_lines(setup: Setup) -> list[str]:
     row = setup.study.methods[setup.study.baselines[0]]
     for name in setup.problems:
         problem, size = PROBLEMS[name], setup.size(name)
-        settings = {n: r.start for n, r in row.ranges(problem.rates).items()}
+        settings = {n: r.start for n, r in setup.ranges(name, setup.study.baselines[0]).items()}
         training = Training(problem, size, row, settings, 0, STEPS + 3, setup.device)
         with one_thread():
             for _ in range(3):
@@ -30,12 +30,12 @@ def estimate_lines(setup: Setup) -> list[str]:
             for _ in range(STEPS):
                 training.step()
             budget = size.steps * (setup.device.seconds() - began) / STEPS
-        fixed = effort.tuning * effort.tuning_seeds + effort.seeds  # at equal seconds
+        fixed = setup.tuning_of(name) * effort.tuning_seeds + effort.seeds  # at equal seconds
         count = len(setup.methods)
         stepwise = OTHERS * (effort.seeds + effort.rounds)
         seconds = count * budget * LOOKS * (fixed + stepwise)
         total += seconds
-        runs = count * setup.runs_of_a_method
+        runs = count * setup.runs_of_a_method(name)
         lines.append(f"{name}: {runs} runs, {budget:.1f} s each, {seconds:.0f} s")
     lines.append(
         f"{setup.name} at scale {setup.scale}: {len(setup.methods)} methods x {effort.tuning} "

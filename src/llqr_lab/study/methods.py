@@ -31,6 +31,8 @@ class Range:
 
 RADII = Range(0.01, 0.05, 0.25)
 MOMENTUM_RADII = Range(0.1, 0.5, 2.5)  # the momentum is far from the steepest ascent
+#: Of each family, where a problem has its weight decay searched.
+DECAYS = {"sgd": Range(2e-4, 2e-3, 2e-2), "adam": Range(0.01, 0.1, 1.0)}
 RATE_FACTOR = 5.0  # the learning rate is searched from a problem's usual one over this to times it
 
 
@@ -59,21 +61,25 @@ class Method:
         """The row of the base."""
         return BASES[self.base]
 
-    def ranges(self, rates: Mapping[str, float]) -> dict[str, Range]:
+    def ranges(self, rates: Mapping[str, float], *, decay: bool = False) -> dict[str, Range]:
         """Return where each setting is searched.
 
         Args:
             rates: the problem's usual learning rate of each family.
+            decay: whether the weight decay is searched, too.
         """
-        lr = rates[self.base_row.family] * self.base_row.factor
+        family = self.base_row.family
+        lr = rates[family] * self.base_row.factor
         found = {"lr": Range(lr / RATE_FACTOR, lr, lr * RATE_FACTOR)}
+        found |= {"decay": DECAYS[family]} if decay else {}
         return found | ({} if self.perturbation is None else {"rho": self.radii})
 
     def optimizer(
         self, network: nn.Module, settings: Mapping[str, float]
     ) -> Optimizer | llqr.Optimizer:
         """Return the optimizer; a base by itself is run without the library."""
-        bases = self.base_row.make(network, settings["lr"])
+        decay = settings.get("decay", self.base_row.decay)
+        bases = self.base_row.make(network, settings["lr"], decay)
         geometry = None if self.geometry is None else self.geometry()
         probe = None if self.perturbation is None else self.perturbation(settings["rho"])
         if geometry is None and probe is None and len(bases) == 1:
@@ -89,6 +95,8 @@ class Method:
 
 GRAFT = {"graft": True}
 LAYERS = {"graft": "layer"}
+IN_BASES = {"base": "AdamW", "geometry": llqr.NaturalGradient, "options": {"transport": "bases"}}
+OF_GRADIENTS = IN_BASES | {"geometry": llqr.GradientMoments}
 ALONG_G = partial(llqr.SAM, along="gradient")
 CHEAP_ALONG_G = partial(ALONG_G, interval=5)
 FRIENDLY_ALONG_G = partial(llqr.FriendlySAM, along="gradient")
@@ -141,6 +149,14 @@ METHODS: dict[str, Method] = {
     **_probed("NG", geometry=llqr.NaturalGradient, options=GRAFT),
     **_probed("NG by layer", geometry=llqr.NaturalGradient, options=LAYERS),
     **_probed("NG on AdamW", base="AdamW", geometry=llqr.NaturalGradient, options=GRAFT),
+    "AdamW in GM's bases": Method(**OF_GRADIENTS),
+    "AdamW in GM's bases + SAM along g": Method(perturbation=ALONG_G, **OF_GRADIENTS),
+    "AdamW in GM's bases + SAM along g (interval=5)": Method(
+        perturbation=CHEAP_ALONG_G, **OF_GRADIENTS
+    ),
+    "AdamW in U's bases": Method(**IN_BASES),
+    "AdamW in U's bases + SAM along g": Method(perturbation=ALONG_G, **IN_BASES),
+    "AdamW in U's bases + SAM along g (interval=5)": Method(perturbation=CHEAP_ALONG_G, **IN_BASES),
 }
 #: What docs/how-to-choose.md advises for small language models.
 DAMPED = Method(base="AdamW", geometry=partial(llqr.NaturalGradient, damping=3.0), options=GRAFT)

@@ -12,14 +12,23 @@ from typing import Any
 from ..common.pages import fill_between
 from .metrics import METRICS
 from .plan import STUDIES, two_by_twos
-from .readings import Difference, gain, interaction, metrics_of, time_to, verdict
+from .readings import Difference, best_tuned, gain, interaction, metrics_of, time_to, verdict
 
 __all__ = ["chance_of_a_win", "in_short", "section", "write_page"]
 
 READING_TITLES = {"seconds": "equal seconds", "steps": "equal steps"}
 
 #: What the README shows of the proof.
-IN_SHORT = ("SGDM", "SAM", "AdamW", "SOAP", "NG", "NG on AdamW + SAM along g (interval=5)")
+IN_SHORT = (
+    "SGDM",
+    "SAM",
+    "AdamW",
+    "SOAP",
+    "NG",
+    "AdamW in U's bases",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
+)
 Results = Mapping[str, Any]
 
 
@@ -55,6 +64,8 @@ def section(results: Results | None) -> str:
     for baseline in STUDIES[results["study"]].baselines:
         blocks += [f"### Against {baseline}", _gains(results, baseline)]
         if baseline == STUDIES[results["study"]].baselines[0]:
+            if STUDIES[results["study"]].glanced:
+                blocks.append(f"![Differences](images/study-{results['study']}-gains.svg)")
             blocks.append(_count_wins(results, baseline))
     if two_by_twos(results["methods"]):
         blocks += ["### Does SAM add more with a metric than without?", _interactions(results)]
@@ -65,10 +76,13 @@ def section(results: Results | None) -> str:
 
 
 def in_short(results: Results | None) -> str:
-    """Return the results of a few methods at equal seconds."""
+    """Return the results of a few methods at equal seconds.
+
+    Of a problem that was also tuned with its weight decay, the better tuned one is shown.
+    """
     if not results or not results["problems"]:
         return "The study has not been run yet."
-    problems = results["problems"]
+    problems = best_tuned(results["problems"])
     rows = [
         [
             method,
@@ -205,9 +219,10 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
     first, *others = STUDIES[results["study"]].baselines
     target = others[0] if others else first
     size, digits = problem["size"], _digits(problem)
+    searched = _searched(problem)
     unit = METRICS[problem["metric"]].title
     header = [
-        "method", "ms per step", "lr", "rho", f"equal steps: test {unit}", f"better than {first}",
+        "method", "ms per step", *searched, f"equal steps: test {unit}", f"better than {first}",
         "steps in equal seconds", f"test {unit}", f"better than {first}",
         f"to {target}'s training loss: steps, seconds", f"to its test {unit}: steps, seconds",
     ]  # fmt: skip
@@ -218,7 +233,7 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
             continue
         cost, tuned = entry["cost"], entry["tuned"]
         cells = [method, f"{1e3 * cost['seconds'][-1] / cost['steps'][-1]:.1f}"]
-        for name in ("lr", "rho"):
+        for name in searched:
             value = tuned["settings"].get(name)
             end = " (end)" if name in tuned["ends"] else ""
             cells.append("" if value is None else f"{value:.2g}{end}")
@@ -235,8 +250,27 @@ def _problem_table(results: Results, problem: Mapping[str, Any]) -> str:
         f"{size['steps']} steps at equal steps; {problem['budget']:.2g} s at equal seconds, what "
         f"{first} takes for them. Shares are of what {target} takes in the equal seconds; a dash: "
         "not reached by all seeds."
-    )
+    ) + _unusual_tuning(results, problem)
     return about + "\n\n" + _table(header, rows)
+
+
+def _entries(problem: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what there is of the methods that did not fail."""
+    return [entry for entry in problem["methods"].values() if "error" not in entry]
+
+
+def _searched(problem: Mapping[str, Any]) -> list[str]:
+    """Return the columns of the settings that were searched."""
+    found = {name for entry in _entries(problem) for name in entry["tuned"]["settings"]}
+    return ["lr", "rho", *(["decay"] if "decay" in found else [])]
+
+
+def _unusual_tuning(results: Results, problem: Mapping[str, Any]) -> str:
+    """Return a sentence if a problem's methods had other numbers of runs than elsewhere."""
+    counts = {len(entry["tuned"]["trials"]) for entry in _entries(problem)}
+    if counts <= {results["effort"]["tuning"]}:
+        return ""
+    return f" Every method tried {' or '.join(map(str, sorted(counts)))} settings here."
 
 
 def _mean_and_deviation(entry: Mapping[str, Any], reading: str, digits: int) -> str:

@@ -49,7 +49,8 @@ class Study:
         problems: of each scale.
         claimed: methods that are expected to be better than the first baseline.
         baselines: the differences are taken to these, seed by seed.
-        pictured: methods of the figures.
+        pictured: methods of the figures of problems.
+        glanced: methods of the figure of differences; none: there is no such figure.
         efforts: by scale.
         device: where it computes, at the larger scales.
     """
@@ -61,6 +62,7 @@ class Study:
     claimed: Sequence[str]
     baselines: Sequence[str] = ("SAM", "SGDM")
     pictured: Sequence[str] = ()
+    glanced: Sequence[str] = ()
     efforts: Mapping[str, Effort] = field(default_factory=lambda: EFFORTS)
     device: Device = Device()
 
@@ -91,10 +93,33 @@ SMALL_METHODS = (
     "NG on AdamW + SAM",
     "NG on AdamW + SAM along g",
     "NG on AdamW + SAM along g (interval=5)",
+    "AdamW in U's bases",
+    "AdamW in U's bases + SAM along g",
+    "AdamW in U's bases + SAM along g (interval=5)",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
+GLANCED = (
+    "SGDM",
+    "AdamW",
+    "AdamW + SAM",
+    "Muon",
+    "SOAP",
+    "SOAP + SAM",
+    "LLQR",
+    "NG",
+    "NG + SAM along g",
+    "NG + SAM along g (interval=5)",
+    "NG on AdamW",
+    "NG on AdamW + SAM along g (interval=5)",
+    "AdamW in U's bases",
+    "AdamW in U's bases + SAM along g (interval=5)",
+    "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g (interval=5)",
+)
 ABLATED = ("cnn", "cnn-noise")
-GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g")
+GPU = ("SGDM", "SAM", "SOAP", "NG", "NG + SAM along g", "AdamW in GM's bases")
 
 STUDIES = {
     "proof": Study(
@@ -106,8 +131,11 @@ STUDIES = {
             "small": (
                 "cnn",
                 "cnn-long",
+                "cnn-long-decay",
                 "cnn-noise",
+                "cnn-noise-decay",
                 "cnn-few",
+                "cnn-few-decay",
                 "autoencoder",
                 "characters",
                 "resnet",
@@ -123,9 +151,10 @@ STUDIES = {
             "SOAP",
             "SOAP + SAM",
             "NG",
-            "NG on AdamW",
+            "AdamW in GM's bases",
             "NG + SAM along g",
         ),
+        glanced=GLANCED,
     ),
     "ablation": Study(
         title="What each setting of the metric does",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from .data import Data, Examples, image_set, pair_set, seed_data, text_set
 from .metrics import METRICS, MetricName
 from .translation import PairTranslator, bleu, token_loss
 
-__all__ = ["PROBLEMS", "SCALES", "Problem", "Size"]
+__all__ = ["DECAY_SEARCHED", "PROBLEMS", "SCALES", "Problem", "Size"]
 
 SCALES = ("smoke", "small", "full")
+DECAY_SEARCHED = "-decay"  # ends the names of problems whose weight decay is searched, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class Problem:
         rates: the usual learning rate of each family, in the middle of the search.
         noise: share of wrong training labels.
         augment: whether training images are moved and mirrored.
+        search_decay: whether the weight decay is searched, too, in twice the runs.
     """
 
     title: str
@@ -87,6 +89,7 @@ class Problem:
     rates: Mapping[str, float]
     noise: float = 0.0
     augment: bool = False
+    search_decay: bool = False
 
     @property
     def metric(self) -> MetricName:
@@ -334,4 +337,13 @@ PROBLEMS: dict[str, Problem] = {
         }
         | {"smoke": _smoke()},
     ),
+}
+#: Where examples are seen often enough that a weight decay decides what is learned by heart.
+PROBLEMS |= {
+    f"{name}{DECAY_SEARCHED}": replace(
+        PROBLEMS[name],
+        title=f"{PROBLEMS[name].title}, weight decay searched too",
+        search_decay=True,
+    )
+    for name in ("cnn-long", "cnn-noise", "cnn-few")
 }

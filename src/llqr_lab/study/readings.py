@@ -12,10 +12,11 @@ from typing import Any
 from ..common.environment import describe_environment
 from ..common.statistics import paired_by_seed
 from .costs import seconds_at
-from .problems import PROBLEMS
+from .problems import DECAY_SEARCHED, PROBLEMS
 from .run import Setup, costs_of, final_runs, lengths_of, tuned_of
 
 __all__ = [
+    "best_tuned",
     "collect",
     "gain",
     "interaction",
@@ -36,7 +37,7 @@ def collect(setup: Setup) -> dict[str, Any]:
         "study": setup.name,
         "scale": setup.scale,
         "effort": vars(setup.effort),
-        "methods": list(setup.methods),
+        "methods": [m for m in setup.methods if any(m in p["methods"] for p in problems.values())],
         "environment": describe_environment(),
         "problems": {name: found for name, found in problems.items() if found["methods"]},
     }
@@ -88,6 +89,16 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
         return "{\n" + ",\n".join(inner) + "\n}"
 
     return write_whole(path, text(results, 4) + "\n")
+
+
+def best_tuned(problems: Mapping[str, Any]) -> dict[str, Any]:
+    """Return problems without those that were also tuned with their weight decay.
+
+    Example:
+        >>> list(best_tuned({"cnn": 1, "cnn-few": 2, "cnn-few-decay": 3}))
+        ['cnn', 'cnn-few-decay']
+    """
+    return {n: p for n, p in problems.items() if n + DECAY_SEARCHED not in problems}
 
 
 def metrics_of(entry: Entry, reading: str) -> dict[int, float]:

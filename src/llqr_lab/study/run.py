@@ -13,6 +13,7 @@ from ..recipes.draws import seed_of
 from ..recipes.halving import FIRST_SEED
 from .costs import in_units, measure_costs, steps_within
 from .journal import Journal
+from .methods import Range
 from .plan import READINGS, STUDIES, Effort, Study
 from .problems import PROBLEMS, Problem, Size
 from .training import Device, Run, train
@@ -61,11 +62,19 @@ class Setup:
         """What it spends."""
         return self.study.efforts[self.scale]
 
-    @property
-    def runs_of_a_method(self) -> int:
-        """How many runs a method has on a problem."""
+    def tuning_of(self, problem: str) -> int:
+        """Return how many settings each method tries on a problem."""
+        return self.effort.tuning * (2 if PROBLEMS[problem].search_decay else 1)
+
+    def runs_of_a_method(self, problem: str) -> int:
+        """Return how many runs a method has on a problem."""
         effort = self.effort
-        return effort.tuning * effort.tuning_seeds + len(READINGS) * effort.seeds
+        return self.tuning_of(problem) * effort.tuning_seeds + len(READINGS) * effort.seeds
+
+    def ranges(self, problem: str, method: str) -> dict[str, Range]:
+        """Return where the settings of a method are searched on a problem."""
+        row = PROBLEMS[problem]
+        return self.study.methods[method].ranges(row.rates, decay=row.search_decay)
 
     def size(self, problem: str) -> Size:
         """Return the sizes of a problem."""
@@ -137,7 +146,8 @@ def run_study(setup: Setup, workers: int, say: Say = print) -> None:
         say: gets a line whenever something is done.
     """
     workers = workers if setup.device.name == "cpu" else 1
-    progress = _Progress(len(setup.problems) * len(setup.methods) * setup.runs_of_a_method, say)
+    of_methods = sum(map(setup.runs_of_a_method, setup.problems))
+    progress = _Progress(of_methods * len(setup.methods), say)
     for name in setup.problems:
         progress.say(f"{name}: what steps cost")
         for unit in (_measure, _tune, _finish):
@@ -207,11 +217,11 @@ def tuned_of(setup: Setup, problem: str, method: str) -> dict[str, Any] | None:
 
 def _tuned_key(setup: Setup, problem: str, method: str) -> dict[str, Any]:
     effort = setup.effort
-    ranges = setup.study.methods[method].ranges(PROBLEMS[problem].rates)
+    ranges = setup.ranges(problem, method)
     return {
         **setup.conditions(problem, method),
         "ranges": {name: [r.low, r.start, r.high] for name, r in ranges.items()},
-        "runs": effort.tuning,
+        "runs": setup.tuning_of(problem),
         "seeds": effort.tuning_seeds,
     }
 
@@ -279,7 +289,7 @@ def _tune(task: _Task) -> tuple[str, int]:
     journal, effort = setup.journal(problem), setup.effort
     costs = costs_of(setup, problem)
     steps = lengths_of(setup, problem, costs)[method]["seconds"]
-    ranges = setup.study.methods[method].ranges(task.row.rates)
+    ranges = setup.ranges(problem, method)
 
     def score(settings: dict[str, float]) -> float | None:
         seeds = range(FIRST_SEED, FIRST_SEED + effort.tuning_seeds)
@@ -293,7 +303,7 @@ def _tune(task: _Task) -> tuple[str, int]:
     found = journal.keep(
         "tuned",
         _tuned_key(setup, problem, method),
-        lambda: search(ranges, effort.tuning, score, seed),
+        lambda: search(ranges, setup.tuning_of(problem), score, seed),
     )
     settings = ", ".join(f"{name} {value:g}" for name, value in found["settings"].items())
     return f"tuned, {settings}", max(0, journal.made - 1)
@@ -325,7 +335,7 @@ class _Progress:
             lengths = lengths_of(setup, task.problem, costs)[task.method]
             self._done += 2 if lengths["steps"] == lengths["seconds"] else 1
         else:
-            self._done += effort.tuning * effort.tuning_seeds
+            self._done += setup.tuning_of(task.problem) * effort.tuning_seeds
         self._made += made
         minutes = (time.monotonic() - self._began) / 60
         left = ""

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from llqr_lab.study.bases import ADAM_DECAY, BASES
+from llqr_lab.study.bases import BASES
 
-LR = 0.05
+LR, DECAY = 0.05, 0.3
 
 
 class Matrix(torch.nn.Module):
@@ -33,7 +33,7 @@ def steps_of(name, steps):
     if row.missing:
         pytest.skip(f"{name} needs {row.missing}")
     model = Matrix()
-    (base, *_) = row.make(model, LR) if name != "Muon" else [muon_alone(model)]
+    (base, *_) = row.make(model, LR, DECAY) if name != "Muon" else [muon_alone(model)]
     if row.own_schedule:
         base.train()
     found = []
@@ -51,7 +51,7 @@ def steps_of(name, steps):
 
 def muon_alone(model):
     model.bias = torch.nn.Parameter(torch.zeros(2))  # what AdamW gets
-    return BASES["Muon"].make(model, LR)[0]
+    return BASES["Muon"].make(model, LR, DECAY)[0]
 
 
 def check(found, expected, tolerance=1e-6):
@@ -74,7 +74,7 @@ def test_soap():
             v = 0.95 * v + 0.05 * (q.T @ g @ r).square()
             rate = LR * math.sqrt(1 - 0.95**step) / (1 - 0.95**step)
             w = w - rate * q @ ((q.T @ m @ r) / (v.sqrt() + 1e-8)) @ r.T
-            w = w * (1 - LR * ADAM_DECAY)
+            w = w * (1 - LR * DECAY)
         left, right = 0.95 * left + 0.05 * g @ g.T, 0.95 * right + 0.05 * g.T @ g
         if bases is None:
             bases = [torch.linalg.eigh(x)[1] for x in (left, right)]
@@ -116,7 +116,7 @@ def test_schedule_free():
         y = 0.1 * z + 0.9 * x
         g = model.gradient(t - 1, y)
         v = 0.999 * v + 0.001 * g.square()
-        z = z - LR * (g / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + ADAM_DECAY * y)
+        z = z - LR * (g / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + DECAY * y)
         x = (1 - 1 / t) * x + z / t
         expected.append(x)
     check(found, expected)
@@ -135,6 +135,6 @@ def test_muon():
         for _ in range(5):
             a = x @ x.T
             x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-        w = w * (1 - LR * ADAM_DECAY) - LR * 0.2 * math.sqrt(4) * x.T
+        w = w * (1 - LR * DECAY) - LR * 0.2 * math.sqrt(4) * x.T
         expected.append(w)
     check(found, expected, tolerance=5e-3)  # torch's runs in bfloat16

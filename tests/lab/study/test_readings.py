@@ -6,7 +6,7 @@ import pytest
 
 from llqr_lab.study.costs import seconds_at, steps_within
 from llqr_lab.study.methods import METHODS, Range
-from llqr_lab.study.page import section, write_page
+from llqr_lab.study.page import in_short, section, write_page
 from llqr_lab.study.plan import STUDIES
 from llqr_lab.study.problems import PROBLEMS, SCALES
 from llqr_lab.study.readings import gain, interaction, time_to, verdict
@@ -21,7 +21,7 @@ def entry(ends, curve=((0, 2.0, 10.0), (10, 1.0, 50.0)), length=10):
     return {
         "cost": {"steps": [length], "seconds": [5.0]},
         "lengths": {"steps": 10, "seconds": length},
-        "tuned": {"settings": {"lr": 0.1}, "ends": ["lr"]},
+        "tuned": {"settings": {"lr": 0.1}, "ends": ["lr"], "trials": [{}] * 2},
         "runs": {"steps": runs, "seconds": runs},
     }
 
@@ -60,6 +60,13 @@ def test_differences_are_taken_seed_by_seed():
     assert verdict(losses) == "worse" and losses["mean"] == -found["mean"]
     assert gain(problem, "SOAP", "SAM", "seconds") is None
     assert verdict(gain(problem, "SAM", "SAM", "seconds")) == "level"
+
+
+def test_in_short_the_better_tuned_problem_is_shown():
+    results = made_up()
+    problem = results["problems"]["cnn"]
+    results["problems"] |= {"cnn-few": problem, "cnn-few-decay": problem}
+    assert in_short(results).splitlines()[0] == "| method | cnn, % | cnn-few-decay, % |"
 
 
 def test_the_interaction_is_a_difference_of_differences():

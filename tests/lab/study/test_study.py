@@ -10,6 +10,7 @@ import torch
 from llqr_lab.cli import main
 from llqr_lab.data.tokens import EOS, PAD
 from llqr_lab.study import translation
+from llqr_lab.study.bases import BASES
 from llqr_lab.study.data import Examples
 from llqr_lab.study.methods import METHODS, Method
 from llqr_lab.study.page import in_short, marks, section
@@ -62,6 +63,31 @@ def test_smoke_runs_resumes_and_collects(tmp_path, capsys):
     assert main([*command, "--methods", "SGDM;SAM;MSAM", "--problems", "cnn-noise"]) == 0
     assert all(p.stat().st_mtime_ns == t for p, t in files.items() if p != lost)
     assert lost.exists() or len(list(tmp_path.rglob("*/*/runs/*.json"))) > len(files) - 1
+
+
+def test_a_search_of_the_weight_decay(tmp_path):
+    command = ["study", "proof", "--scale", "smoke", "--workers", "1", "--out", str(tmp_path)]
+    methods = "SGDM;SAM;AdamW;NG on AdamW"
+    assert main([*command, "--problems", "cnn-long-decay", "--methods", methods]) == 0
+    results = json.loads((tmp_path / "proof-smoke.json").read_text())
+    for method, row in results["problems"]["cnn-long-decay"]["methods"].items():
+        tried = [trial["settings"]["decay"] for trial in row["tuned"]["trials"]]
+        assert len(tried) == 4 and len(set(tried)) > 1, method
+        assert tried[0] == (0.1 if "AdamW" in method else 0.002)
+    shown = section(results)
+    assert "| lr | rho | decay |" in shown and "tried 4 settings here" in shown
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_weight_decay_reaches_all_groups(name):
+    base = BASES[name]
+    if base.missing:
+        pytest.skip(f"{name} needs {base.missing}")
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Conv2d(1, 2, 3))
+    for decay in (base.decay, 0.03):
+        settings = {"lr": 0.1} | ({} if decay == base.decay else {"decay": decay})
+        optimizer = Method(base=name).optimizer(network, settings)
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {decay}
 
 
 def test_what_is_wrong_is_said(tmp_path, capsys, monkeypatch):

@@ -45,7 +45,8 @@ class Structure(ABC):
             elementwise, as in all structures of the paper).
         elementwise: whether U acts entry by entry, by :meth:`scale_tensors`. Then several processes
             each hold a run of every parameter; other blocks are whole in one process.
-        rotates: whether :meth:`rotate` does anything.
+        rotates: whether :meth:`rotate` does anything; U is diagonal in these coordinates.
+        basis_entries: the state entries that it depends on; none: it may depend on all.
         renews_bases: whether :meth:`renew_bases` does anything.
 
     Args:
@@ -74,6 +75,7 @@ class Structure(ABC):
     cut: ClassVar[CutRule]
     elementwise: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
+    basis_entries: ClassVar[tuple[str, ...]] = ()
     renews_bases: ClassVar[bool] = False
 
     def __init__(self, group: Group) -> None:
@@ -88,7 +90,10 @@ class Structure(ABC):
 
     @abstractmethod
     def apply(self, state: State, x: Tensor) -> Tensor:
-        """Return U x for the group's view x of a flat vector: (count, *shape), or one flat run."""
+        """Return U x for the group's view x of a flat vector: (count, *shape), or one flat run.
+
+        x is not to be written to; the result may be x itself.
+        """
 
     @abstractmethod
     def project(self, state: State, bounds: Bounds) -> State:
@@ -158,10 +163,10 @@ class Structure(ABC):
         """
         return state
 
-    # -- structures that are linear ------------------------------------------------------------
+    # -- in the coordinates of the bases -------------------------------------------------------
 
     def rotate(self, state: State, x: Tensor) -> Tensor:
-        """Return x in fixed orthonormal coordinates in which a linear structure is simple."""
+        """Return x in orthonormal coordinates in which U is simple; those of linear ones stay."""
         return x
 
     def rotate_back(self, state: State, x: Tensor) -> Tensor:

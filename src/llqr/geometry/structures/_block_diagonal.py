@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import repeat
 from operator import is_
 from typing import cast
@@ -72,7 +72,7 @@ class BlockDiagonal:
         Elementwise blocks scale the tensors as they lie; only the others are gathered.
         """
         done: dict[str, Tensor] = {}
-        parts: dict[str, list[Tensor]] = {}
+        pieces: dict[str, list[Tensor]] = {}
         for part, state, names in zip(self.parts, states, self._names, strict=True):
             given = list(map(tensors.get, names))
             if all(map(is_, given, repeat(None))):
@@ -83,11 +83,16 @@ class BlockDiagonal:
                 continue
             # The others need the blocks side by side: gather, multiply, cut apart again.
             moved = part.apply(state, self.layout.gather_blocks(part.group, given))
-            for name, values in zip(names, part.group.split_slices(moved), strict=True):
-                parts.setdefault(name, []).append(values)
+            cut_apart(part, names, moved, pieces)
+        return self._join_pieces(tensors, pieces, done)
+
+    def _join_pieces(
+        self, tensors: Tensors, pieces: Mapping[str, list[Tensor]], done: Tensors
+    ) -> dict[str, Tensor]:
+        """Return what is done, and the other tensors put together from their slices."""
         join = self.layout.join_slices
         return {
-            name: done[name] if name in done else join(name, parts.get(name, []), x)
+            name: done[name] if name in done else join(name, pieces.get(name, []), x)
             for name, x in tensors.items()
         }
 
@@ -124,6 +129,26 @@ class BlockDiagonal:
         for part, state in zip(self.parts, states, strict=True):
             part.group.view_of(out).copy_(rotation(part, state, part.group.read_from(flat)))
         return out
+
+    def rotated_names(self) -> frozenset[str]:
+        """Return the parameters whose structure rotates."""
+        pairs = zip(self.parts, self._names, strict=True)
+        return frozenset(name for part, names in pairs if part.rotates for name in names)
+
+    def rotate_tensors(
+        self, states: States, tensors: Tensors, *, back: bool = False
+    ) -> dict[str, Tensor]:
+        """Return :meth:`rotate`, or what undoes it, for tensors shaped like the parameters."""
+        pieces: dict[str, list[Tensor]] = {}
+        for part, state, names in zip(self.parts, states, self._names, strict=True):
+            given = list(map(tensors.get, names))
+            if part.rotates and not all(map(is_, given, repeat(None))):
+                turn = part.rotate_back if back else part.rotate
+                moved = turn(state, self.layout.gather_blocks(part.group, given))
+                cut_apart(part, names, moved, pieces)
+        # The parameters of other structures stay as they are.
+        stay = {name: x for name, x in tensors.items() if name not in pieces}
+        return self._join_pieces(tensors, pieces, stay)
 
     def act_rotated(self, states: States, x: Tensor) -> Tensor:
         """Return U x, with x and U x in rotated coordinates."""
@@ -307,6 +332,14 @@ class BlockDiagonal:
                 visit([s.name], key, run.view(shape), None)
             else:
                 visit([s.name], key, run, s.columns)
+
+
+def cut_apart(
+    part: Structure, names: Sequence[str], blocks: Tensor, pieces: dict[str, list[Tensor]]
+) -> None:
+    """Add the slices of a part's blocks to the pieces of their parameters."""
+    for name, values in zip(names, part.group.split_slices(blocks), strict=True):
+        pieces.setdefault(name, []).append(values)
 
 
 def _run_of(tensor: Tensor, span: Span) -> Tensor:

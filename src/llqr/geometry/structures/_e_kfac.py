@@ -43,6 +43,8 @@ class EKfac(Structure):
     name: ClassVar[str] = "e-kfac"
     cut: ClassVar[CutRule] = "rectangles"
     trainable: ClassVar[tuple[str, ...]] = ("QA", "QB", "S")
+    rotates: ClassVar[bool] = True
+    basis_entries: ClassVar[tuple[str, ...]] = ("QA", "QB")
 
     @classmethod
     def variant(cls, *, bases: str, constraint: str) -> type[Structure]:
@@ -173,7 +175,6 @@ class EKfacGradientBases(EKfac):
 
     trainable: ClassVar[tuple[str, ...]] = ("S",)
     linear: ClassVar[bool] = True
-    rotates: ClassVar[bool] = True
     renews_bases: ClassVar[bool] = True
     decay: ClassVar[float] = 0.95
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -82,6 +82,20 @@ class ClosedForm(Structure):
         """
         squares = averaging.mean_over_ranks(self.squares(state, w))
         return {**state, "M": average(state["M"], squares, averaging.keep)}
+
+    def follow_gradient(
+        self, state: State, g: Tensor, averaging: Averaging, *, turn: bool
+    ) -> State:
+        """Return the state whose averages have seen a gradient.
+
+        Args:
+            state: the present state.
+            g: the blocks of the gradient.
+            averaging: how averages take it in.
+            turn: whether the bases follow what was averaged.
+        """
+        own = averaging if turn else replace(averaging, keep_bases=None)
+        return self.update_moments(state, g[None], own)
 
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose M has seen a gradient, in the present coordinates."""

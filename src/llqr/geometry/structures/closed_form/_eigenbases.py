@@ -64,6 +64,16 @@ class KroneckerBases(ClosedForm, EKfac):
             new[entry] = average(state[entry], averaging.mean_over_ranks(square / len(w)), keep)
         return new
 
+    def follow_gradient(
+        self, state: State, g: Tensor, averaging: Averaging, *, turn: bool
+    ) -> State:
+        """Average L and R at every gradient; turn the bases when it is their time."""
+        beta = averaging.keep
+        left = torch.baddbmm(state["L"], g, g.mT, beta=beta, alpha=1 - beta)
+        right = torch.baddbmm(state["R"], g.mT, g, beta=beta, alpha=1 - beta)
+        new = {**state, "L": left, "R": right}
+        return self.turn_bases(new, averaging) if turn else new
+
     def turn_bases(self, state: State, averaging: Averaging) -> State:
         """Return the state with the eigenvectors of L and R as bases."""
         pairs = (("L", "QB"), ("R", "QA"))
@@ -88,6 +98,13 @@ class EKfacMoments(KroneckerBases):
             turn_b, turn_a = squared_overlaps(state, new)
             new["M"] = turn_b @ state["M"] @ turn_a.mT
         return super().update_moments(new, w, averaging)
+
+    def follow_gradient(
+        self, state: State, g: Tensor, averaging: Averaging, *, turn: bool
+    ) -> State:
+        """Average M as well, in the bases that there are then; it stays when they turn."""
+        new = super().follow_gradient(state, g, averaging, turn=turn)
+        return self.observe_gradient(new, g, averaging.keep)
 
 
 class KfacMoments(KroneckerBases):
