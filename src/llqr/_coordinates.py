@@ -19,8 +19,8 @@ from .perturbations import Perturbation
 
 __all__ = ["Coordinates", "check_bases"]
 
-#: What torch's optimizers and their relatives call a mean of gradients. RMSprop's ``grad_avg`` is not
-#: here: its square is subtracted from second moments, so it stays as these do.
+#: What torch's optimizers and their relatives call a mean of gradients. RMSprop's ``grad_avg``
+#: stays: its square is subtracted from second moments, which stay.
 MEANS = ("exp_avg", "exp_avg_slow", "momentum_buffer")
 
 
