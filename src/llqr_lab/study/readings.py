@@ -31,7 +31,7 @@ Difference = Mapping[str, Any]  # "mean" and "standard_error"
 
 
 def collect(setup: Setup) -> dict[str, Any]:
-    """Return the results that the journal has, as plain data; what is missing is left out."""
+    """Return the results that the journal has, as plain data; who lacks runs is left out."""
     problems = {name: _collect_problem(setup, name) for name in setup.problems}
     return {
         "study": setup.name,
@@ -68,7 +68,7 @@ def _collect_problem(setup: Setup, name: str) -> dict[str, Any]:
             reading: [{"seed": seed, **record} for seed, record in records.items() if record]
             for reading, records in runs.items()
         }
-        if any(known.values()):
+        if known and all(len(done) == setup.effort.seeds for done in known.values()):
             found["methods"][method] = {
                 "cost": cost,
                 "lengths": lengths[method],
