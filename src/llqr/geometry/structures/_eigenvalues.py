@@ -136,25 +136,27 @@ def follow_eigenvectors(matrices: Tensor, bases: Tensor) -> Tensor:
         bases: Q, orthogonal (b, n, n).
 
     Returns:
-        The new bases, those of the greatest eigenvalues first.
+        The new bases; each column goes on as the direction that it was.
     """
     # LAPACK has a fast QR. An accelerator is a hundred times faster in products and Cholesky
     # factors, whose squared condition needs float64.
     on_host = matrices.device.type in WITH_LAPACK
     wide = matrices.dtype if on_host else widest_dtype(matrices.device)
-    if not on_host and wide != torch.float64:
-        return eigenvectors(matrices)
     wide_matrices, q = matrices.to(wide), bases.to(wide)
     lq = wide_matrices @ q
     values = (q * lq).sum(-2)
     shift = 1e-3 * values.mean(-1)[:, None, None]
-    # Each column is made orthogonal to those before it, so the greatest come first.
-    order = values.argsort(-1, descending=True)[:, None, :].expand_as(lq)
-    y = lq.add_(shift * q).gather(-1, order)
+    # Each column is made orthogonal to those before it, so the greatest come first meanwhile.
+    order = values.argsort(-1, descending=True)
+    y = lq.add_(shift * q).gather(-1, order[:, None, :].expand_as(lq))
+    found: Tensor | None = None
     if on_host:
-        return cast(Tensor, torch.linalg.qr(y).Q)
-    found = orthogonalise_by_cholesky(y, bases.dtype)
-    return eigenvectors(matrices) if found is None else found
+        found = torch.linalg.qr(y).Q
+    elif wide == torch.float64:
+        found = orthogonalise_by_cholesky(y, bases.dtype)
+    if found is None:
+        found = eigenvectors(matrices)
+    return found.gather(-1, order.argsort(-1)[:, None, :].expand_as(lq))
 
 
 def orthogonalise_by_cholesky(y: Tensor, dtype: torch.dtype) -> Tensor | None:
