@@ -127,6 +127,34 @@ def test_parameters_without_a_gradient_keep_their_u():
         assert same == (n == name), n
 
 
+@pytest.mark.parametrize("structure", ["kfac", "e-kfac", "diag-kfac", "dense", "diagonal"])
+@pytest.mark.parametrize("late", [3, 4])  # when U is renewed, and when not
+def test_averages_of_what_joins_late_begin_with_its_first_gradient(structure, late):
+    """Where gradients never change, averages are the same whenever a parameter joined."""
+    geometries = []
+    for joins in (0, late):
+        problem = mlp(F64)
+        head = list(problem.model[-1].parameters())
+        rest = [p for p in problem.model.parameters() if all(p is not q for q in head)]
+        base = torch.optim.SGD(rest if joins else [*rest, *head], lr=0.0)
+        optimizer = llqr.Optimizer(base, problem.model, geometry=moments_of(structure))
+        for step in range(7):
+            if joins and step == joins:
+                optimizer.add_param_group({"params": head})
+            optimizer.zero_grad()
+            optimizer.minimize(problem)
+        geometries.append(optimizer.geometry)
+    if late == 3:  # with bases of its own at once
+        gradients = {n: p.grad for n, p in problem.model.named_parameters()}
+        found, expected = (geometry.apply(gradients) for geometry in geometries)
+        torch.testing.assert_close(found, expected)
+    found, expected = (geometry.state() for geometry in geometries)
+    for name, entries in expected.items():
+        for key, value in entries.items():
+            if key[0] in "LRCBA" or key == "M":
+                torch.testing.assert_close(found[name][key], value, msg=f"{name} {key}")
+
+
 @pytest.mark.parametrize("way", ["copy", "state"])
 @pytest.mark.parametrize("transport", [True, "bases"])
 def test_training_goes_on_bitwise(way, transport):

@@ -21,6 +21,7 @@ from .structures.closed_form._units import (
     expand_mask,
     mask_of_parameters,
     masks_without_samples,
+    where_any,
 )
 
 __all__ = ["ClosedFormGeometry", "ClosedFormSettings"]
@@ -79,32 +80,39 @@ class ClosedFormGeometry(StructuredGeometry):
             return [None] * len(self.parts)
         return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
 
-    def _without_samples(self, states: States | None = None) -> list[Tensor]:
-        """Return the masks of blocks that no refresh has seen, part by part."""
-        moments = self._moments_of(self.states if states is None else states)
+    def _without_samples(self, moments: Sequence[Tensor]) -> list[Tensor]:
+        """Return the masks of blocks that nothing was seen of, part by part.
+
+        Args:
+            moments: M of each part, or another average that is zero until something is seen.
+        """
         return masks_without_samples(self.layout, self.parts, moments)
 
-    def _kept_back(self, states: States, names: Collection[str]) -> list[Tensor | None]:
+    def _kept_back(self, moments: Sequence[Tensor], names: Collection[str]) -> list[Tensor | None]:
         """Return the masks of what keeps its U, these parameters and blocks without samples.
 
         None: nothing of a part.
 
         A head that the loss does not use would have the largest U, and set lambda and c.
         """
-        pairs = zip(self._without_samples(states), self._left_out(names), strict=True)
-        masks = [fresh if out is None else fresh | out for fresh, out in pairs]
-        if not masks:
-            return []
-        held = torch.stack([mask.any() for mask in masks]).tolist()  # one read from the device
-        return [mask if some else None for mask, some in zip(masks, held, strict=True)]
+        pairs = zip(self._without_samples(moments), self._left_out(names), strict=True)
+        return where_any([fresh if out is None else fresh | out for fresh, out in pairs])
 
     def _moments_of(self, states: States) -> list[Tensor]:
+        """Return M, part by part."""
         pairs = zip(self.parts, states, strict=True)
         return [part.second_moment(state).to(self.ranks.device) for part, state in pairs]
 
-    def _invert_moments(self, states: States, left_out: Sequence[Tensor | None]) -> States:
+    def _renew_u(self, states: States, names: Collection[str]) -> States:
+        """Return the states with the U of their M, but for what belongs to these parameters."""
+        moments = self._moments_of(states)
+        return self._invert_moments(states, moments, self._kept_back(moments, names))
+
+    def _invert_moments(
+        self, states: States, moments: Sequence[Tensor], left_out: Sequence[Tensor | None]
+    ) -> States:
         """Return the states with U = c (M + lambda)^-power, but for what is left out."""
-        settings, moments = self.settings, self._moments_of(states)
+        settings = self.settings
         count = self._total_trace([torch.ones_like(m) for m in moments], left_out)
         lam = settings.damping * self._total_trace(moments, left_out) / count
         values = [(m + lam.to(m.dtype)).pow_(-settings.power) for m in moments]

@@ -254,7 +254,7 @@ class NaturalGradient(ClosedFormGeometry):
             by_name = dict(zip(names, drawn, strict=True))
             del drawn
             states = self._average_samples(by_name, self._averaging_at(step), frozen)
-            states = self._invert_moments(states, self._kept_back(states, frozen))
+            states = self._renew_u(states, frozen)
             finite = are_finite(v for s in states for v in s.values())
         if not self.ranks.all(finite):
             reason = "the second moments of the curvature samples are not within the dtype of U"
@@ -290,7 +290,7 @@ class NaturalGradient(ClosedFormGeometry):
         # Blocks that joined later have nothing to keep.
         fresh: Sequence[Tensor | None] = [None] * len(self.parts)
         if averaging.keep:
-            fresh = self._without_samples()
+            fresh = self._without_samples(self._moments_of(self.states))
         samples = samples_by_part(self.layout, self.parts, drawn)
         for part, old, begins, out, w in zip(
             self.parts, self.states, fresh, left_out, samples, strict=True
@@ -355,13 +355,14 @@ class NaturalGradient(ClosedFormGeometry):
         self._move_to_device_of(next(iter(gradients.values())))
         flat, beta = self.layout.pack(gradients), self.settings.gradient_ema
         # M and U of blocks without a gradient, or that no refresh has seen, stay.
-        stays = self._kept_back(self.states, self.parameters.keys() - gradients.keys())
+        missing = self.parameters.keys() - gradients.keys()
+        stays = self._kept_back(self._moments_of(self.states), missing)
         states = []
         for part, state, out in zip(self.parts, self.states, stays, strict=True):
             g = own_samples(part, flat[None])[0]
             new = part.observe_gradient(state, g, beta)
             states.append(new if out is None else choose(out, state, new))
-        self.states = self._invert_moments(states, stays)
+        self.states = self._invert_moments(states, self._moments_of(states), stays)
 
     # -- memory --------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class ClosedForm(Structure):
     linear: ClassVar[bool] = False
     #: The state entry that holds the eigenvalues of U.
     eigenvalue_entry: ClassVar[str] = "U"
+    #: A state entry that is zero until something is seen.
+    average_entry: ClassVar[str] = "M"
     #: Whether M may follow gradients too, by :meth:`observe_gradient`.
     observes_gradients: ClassVar[bool] = True
 

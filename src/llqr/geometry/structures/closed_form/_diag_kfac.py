@@ -21,6 +21,7 @@ class DiagKfacMoments(ClosedForm, DiagKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
+    average_entry: ClassVar[str] = "B"
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""

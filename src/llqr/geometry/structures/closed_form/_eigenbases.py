@@ -22,11 +22,16 @@ class KroneckerBases(ClosedForm, EKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
+    average_entry: ClassVar[str] = "L"
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
         state = EKfac.identity(self, device)
         return {**state, "L": torch.zeros_like(state["QB"]), "R": torch.zeros_like(state["QA"])}
+
+    def with_orthogonal_bases(self, state: State) -> State:
+        """Return the state: eigenvectors are orthogonal."""
+        return state
 
     def squares(self, state: State, x: Tensor) -> Tensor:
         """Return the mean of (QB' X QA) o (QB' X QA)."""
