@@ -2,12 +2,14 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 import llqr
+from llqr.geometry._bases import Bases
 
 X = torch.randn(24, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(3, (24,), generator=torch.Generator().manual_seed(2))
@@ -154,6 +156,119 @@ def test_sgd_is_the_same_in_all_coordinates(event):
         torch.testing.assert_close(weights_of(model), weights_of(models[1]), rtol=0, atol=1e-12)
 
 
+def join(model, optimizer):
+    optimizer.add_param_group({"params": list(model[5].parameters())})
+
+
+def carry(model, optimizer):
+    """Put a new tensor in the place of a weight, with its state."""
+    old, new = model[3].weight, nn.Parameter(model[3].weight.detach().clone())
+    model[3].weight = new
+    places = optimizer.param_groups[0]["params"]
+    places[[p is old for p in places].index(True)] = new
+    optimizer.state[new] = optimizer.state.pop(old)
+
+
+def leave_for_a_step(model, optimizer):
+    places = optimizer.param_groups[0]["params"]
+    weight = places.pop(0)
+    optimizer.minimize(forward_of(model))
+    places.insert(0, weight)
+
+
+def double(model, optimizer):
+    model.double()
+    for entry in optimizer.state.values():
+        entry["momentum_buffer"] = entry["momentum_buffer"].double()
+
+
+@pytest.mark.parametrize("event", [join, carry, leave_for_a_step, double])
+@pytest.mark.parametrize(
+    "geometry", [llqr.NaturalGradient(every=3, samples=4), llqr.GradientMoments(renew_every=2)]
+)
+@pytest.mark.filterwarnings("ignore:parameters were replaced")
+def test_the_momentum_follows_parameters_that_change(geometry, event):
+    """SGD goes where it goes without U, whichever step it happens at."""
+    for at in range(1, 4):
+        sides = []
+        for u in (copy.deepcopy(geometry), None):
+            model = make_model(torch.float32 if event is double else torch.float64)
+            parts = model if event is not join else model[:4]
+            base = sgd(list(parts.parameters()))
+            transport = "bases" if u is not None else True
+            sides.append((model, llqr.Optimizer(base, model, geometry=u, transport=transport)))
+        for step in range(7):
+            for side in sides:
+                if step == at:
+                    event(*side)
+                side[1].minimize(forward_of(side[0]))
+        ends = [weights_of(model).double() for model, _ in sides]
+        atol = 1e-6 if event is double else 1e-12
+        torch.testing.assert_close(*ends, rtol=0, atol=atol)
+
+
+class NewMemory(torch.optim.SGD):
+    """A base that assigns p.data."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data = p - 0.1 * p.grad
+
+
+@pytest.mark.parametrize(
+    ("base", "geometry"),
+    [
+        (NewMemory, llqr.GradientMoments()),
+        (sgd, llqr.LLQR("e-kfac", every=3, constraint="square")),
+        (sgd, llqr.LLQR("e-kfac", every=3, constraint="none")),
+    ],
+)
+def test_it_is_a_rotation_for_every_base_and_u(base, geometry):
+    models = make_model(), make_model()
+    optimizer = wrap(models[0], base, geometry=geometry)
+    plain = llqr.Optimizer(base(list(models[1].parameters())), models[1])
+    for _ in range(7):
+        optimizer.minimize(forward_of(models[0]))
+        plain.minimize(forward_of(models[1]))
+    torch.testing.assert_close(weights_of(models[0]), weights_of(models[1]), rtol=0, atol=1e-12)
+    if base is sgd:  # U itself is not turned by a rotation
+        q = optimizer.geometry.state()["3.weight"]["QA.0"]
+        assert (q.T @ q - torch.eye(len(q))).abs().max() > 1e-6
+
+
+def test_a_turn_that_fails_turns_nothing(monkeypatch):
+    models = make_model(), make_model()
+    optimizer = wrap(models[0], sgd, geometry=llqr.GradientMoments(renew_every=1))
+    plain = llqr.Optimizer(sgd(list(models[1].parameters())), models[1])
+    for step in range(6):
+        if step == 3:
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                patch.setattr(Bases, "rotate", raise_out_of_memory)
+                optimizer.minimize(forward_of(models[0]))
+        optimizer.minimize(forward_of(models[0]))
+        plain.minimize(forward_of(models[1]))
+    torch.testing.assert_close(weights_of(models[0]), weights_of(models[1]), rtol=0, atol=1e-12)
+
+
+def raise_out_of_memory(*_):
+    raise torch.OutOfMemoryError("no memory")
+
+
+def test_weights_beyond_float16_in_the_bases_skip_the_step():
+    model = nn.Linear(64, 64, bias=False).half()
+    nn.init.constant_(model.weight, 2000.0)  # 128,000 along the only direction of the gradient
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = llqr.Optimizer(base, model, geometry=llqr.GradientMoments(), transport="bases")
+    for _ in range(2):
+        model.weight.grad = torch.ones_like(model.weight)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+    assert optimizer.skipped_steps == 1 and bool(model.weight.isfinite().all())
+    assert "its weights in the bases of U left the range" in str(caught[0].message)
+
+
 def test_the_momentum_is_in_the_bases():
     model = make_model()
     optimizer = wrap(model, sgd, geometry=llqr.NaturalGradient(every=100, samples=4))
@@ -253,7 +368,7 @@ class Average(torch.optim.SGD):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"geometry": llqr.NaturalGradient("diagonal")}, r"has bases.*e-kfac"),
+        ({"geometry": llqr.NaturalGradient("diagonal")}, r"needs bases of U.*e-kfac"),
         ({"graft": True}, r"graft=False"),
         ({"perturbation": llqr.MSAM()}, r"MSAM"),
         ({"base": lambda p: Average(p, lr=0.1)}, r"Average"),
@@ -267,6 +382,22 @@ def test_what_does_not_go_with_it_is_refused(options, message):
         wrap(model, **{"base": sgd} | options)
     with pytest.raises(ValueError, match="geometry=None"):
         llqr.Optimizer(sgd(list(model.parameters())), model, transport="bases")
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    with pytest.raises(ValueError, match=r"matrices have.*none for the 3 parameters"):
+        wrap(model, sgd(vectors))
+
+
+def test_what_is_set_later_is_checked_too():
+    model = make_model()
+    optimizer = wrap(model, sgd, transport=True, geometry=llqr.NaturalGradient("diagonal"))
+    with pytest.raises(ValueError, match="needs bases of U"):
+        optimizer.transport = "bases"
+    with pytest.raises(TypeError, match="graft: expected"):
+        optimizer.graft = 1
+    optimizer = wrap(model, sgd)
+    with pytest.raises(ValueError, match="graft=False"):
+        optimizer.graft = True
+    assert (optimizer.transport, optimizer.graft) == ("bases", False)
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,9 @@ def check_bases(
     rule = "transport: 'bases' "
     if geometry is None or geometry.bases_for(named) is None:
         raise ValueError(
-            f"{rule}needs a geometry that has bases, such as NaturalGradient('e-kfac'), "
-            f"got geometry={geometry!r}"
+            f"{rule}needs bases of U, which matrices have in a geometry such as "
+            f"NaturalGradient('e-kfac'); geometry={geometry!r} has none for the {len(named)} "
+            "parameters of the base"
         )
     if geometry.sharded:
         raise ValueError(
@@ -68,8 +69,9 @@ class Coordinates:
         w \leftarrow w + Q\,(\tilde w^+ - \tilde w)
 
     where :math:`\tilde w^+` is where the base steps to. What the base keeps for each parameter is
-    in these coordinates, too. Means of gradients turn with them; second moments stay as they are,
-    as in SOAP: turned as the diagonal of a matrix they trained worse on all of three problems.
+    in these coordinates, too. Means of gradients turn with them; second moments stay with their
+    columns of Q, as in SOAP: turned as the diagonal of a matrix they trained worse on all of three
+    problems.
 
     Args:
         parameters: of the base.
@@ -87,61 +89,103 @@ class Coordinates:
 
     def change_to(self, bases: Bases | None) -> None:
         """Turn the base's state to other bases; None: to the parameters' own coordinates."""
-        old, self.bases = self.bases, bases
-        if old is bases or (old is not None and (old.equals(bases) or old.goes_on_as(bases))):
-            return
-        with without_autocast(*self._parameters.devices):
-            for means in self._means():
-                turned = widen_to_float32(means)
-                if old is not None:  # of another device, if the model moved since
-                    turned = old.on(self._parameters.device).rotate_back(turned)
-                if bases is not None:
-                    turned = bases.rotate(turned)
-                for name, mean in means.items():
-                    mean.copy_(turned[name])
+        old = self.bases
+        if old is not bases and not (old is not None and old.equals(bases)):
+            self._turn(self._parameters.named, old, bases)
+        self.bases = bases
 
-    def _means(self) -> Iterator[dict[str, Tensor]]:
+    def leave(self, before: Tensors) -> None:
+        """Take the base's state to the parameters' own coordinates, as these have changed.
+
+        The bases are those of tensors by name and shape. Behind this, names may mean others.
+
+        Args:
+            before: the parameters by name, as they were until now.
+        """
+        if self.bases is not None:
+            self._turn(self._holders(before), self.bases, None)
+            self.bases = None
+
+    def _holders(self, before: Tensors) -> dict[str, Tensor]:
+        """Return where the state of each former parameter is now: {former name: tensor}.
+
+        A state may have been carried to the tensor that took a parameter's place.
+        """
+        state, now = self._parameters.base.state, self._parameters.named
+        known = set(map(id, before.values()))
+        holders = dict(before)
+        for name, old in before.items():
+            new = now.get(name, old)
+            if old not in state and new in state and id(new) not in known:
+                holders[name] = new
+        return holders
+
+    def _turn(self, holders: Tensors, old: Bases | None, new: Bases | None) -> None:
+        """Turn the means from bases to others: all of them, or none if that fails."""
+        turned: list[tuple[Tensor, Tensor]] = []
+        with without_autocast(*self._parameters.devices):
+            for means in self._means(holders):
+                x = widen_to_float32(means)
+                if old is not None:  # of another device, if the model moved since
+                    x = old.on(next(iter(x.values())).device).rotate_back(x)
+                if new is not None:
+                    x = new.rotate(x)
+                turned += [(mean, x[name]) for name, mean in means.items()]
+        for mean, value in turned:
+            mean.copy_(value)
+
+    def _means(self, holders: Tensors) -> Iterator[dict[str, Tensor]]:
         """Yield each kind of mean that the base keeps: {name of the parameter: tensor}."""
-        state, named = self._parameters.base.state, self._parameters.named
+        state = self._parameters.base.state
         for key in MEANS:
-            kept = {n: state[p][key] for n, p in named.items() if p in state and key in state[p]}
+            kept = {n: state[p][key] for n, p in holders.items() if p in state and key in state[p]}
             # Some keep less than a whole tensor, or None until the first step.
-            yield {
+            whole = {
                 name: mean
                 for name, mean in kept.items()
-                if isinstance(mean, Tensor) and mean.shape == named[name].shape
+                if isinstance(mean, Tensor) and mean.shape == holders[name].shape
             }
+            if whole:
+                yield whole
 
-    def rotate(self, gradients: Tensors) -> dict[str, Tensor]:
-        """Return Q'g, each in its gradient's dtype; there are bases."""
+    def rotate(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return Q'x, each in its tensor's dtype; there are bases."""
         assert self.bases is not None
         with without_autocast(*self._parameters.devices):
-            rotated = self.bases.rotate(gradients)
-        return {name: x.to(gradients[name].dtype) for name, x in rotated.items()}
+            rotated = self.bases.rotate(tensors)
+        return {name: x.to(tensors[name].dtype) for name, x in rotated.items()}
+
+    def rotated_weights(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return Q'w of those of these parameters that have bases."""
+        if self.bases is None:
+            return {}
+        kept, named = self.bases.names, self._parameters.named
+        return self.rotate({name: named[name].detach() for name in names if name in kept})
 
     @contextmanager
-    def entered(self, names: Collection[str]) -> Iterator[None]:
+    def entered(self, begin: Tensors) -> Iterator[None]:
         """Have the weights in the coordinates; behind, move them by what they moved there.
 
         Args:
-            names: of the parameters that the base steps.
+            begin: what :meth:`rotated_weights` returned.
         """
-        if self.bases is None:
+        if not begin:
             yield
             return
-        named = self._parameters.named
-        kept = [name for name in names if name in self.bases.names]
-        weights = [named[name].detach() for name in kept]
-        before = copies_of(weights)
-        rotated = self.rotate(dict(zip(kept, before, strict=True)))
-        begin = [rotated[name] for name in kept]
+        named, rotated = self._parameters.named, list(begin.values())
+
+        def weights() -> list[Tensor]:  # found anew, since a base may give p.data other memory
+            return [named[name].detach() for name in begin]
+
+        before = copies_of(weights())
         try:
-            torch._foreach_copy_(weights, begin)
+            torch._foreach_copy_(weights(), rotated)
             yield
-            change = torch._foreach_sub(weights, begin)
+            change = torch._foreach_sub(weights(), rotated)
         finally:
-            torch._foreach_copy_(weights, before)
+            torch._foreach_copy_(weights(), before)
         with without_autocast(*self._parameters.devices):
-            moved = self.bases.rotate_back(dict(zip(kept, change, strict=True)))
-        for name, weight in zip(kept, weights, strict=True):
+            assert self.bases is not None
+            moved = self.bases.rotate_back(dict(zip(begin, change, strict=True)))
+        for name, weight in zip(begin, weights(), strict=True):
             weight.add_(moved[name])

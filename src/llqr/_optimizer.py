@@ -164,8 +164,6 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         one_base = join_bases(base)
         check_parts(model, geometry, perturbation)
         check_choice("buffers", buffers, BufferPolicy)
-        check_graft(graft)
-        check_transport(transport)
         check_flags(
             replay_rng=replay_rng,
             check_finite=check_finite,
@@ -175,7 +173,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         if refresh_forward is not None and not callable(refresh_forward):
             raise TypeError(f"refresh_forward: expected a callable, got {refresh_forward!r}")
         super().__init__(one_base)
-        self.model, self.transport, self.graft = model, transport, graft
+        self.model = model
         self._geometry, self._perturbation = geometry, perturbation
         self.ranks = Ranks(model, process_group)
         self._progress = Progress()
@@ -216,8 +214,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             check_finite,
         )
         self._bind_parts()
-        if transport == "bases":
-            check_bases(one_base, geometry, perturbation, graft, self._parameters.named)
+        self._set_update(transport, graft)
         if not sync:
             self._check_local_probes()
 
@@ -234,6 +231,33 @@ class Optimizer(OptimizerWrapper, Generic[G]):
                 f"sync: False (each process probes with its own gradient) does not go with "
                 f"{type(part).__name__}, which needs the first gradient of all; leave sync=True"
             )
+
+    def _set_update(self, transport: Transport, graft: Graft) -> None:
+        """Take over how U enters the update, if that goes with the parts."""
+        check_transport(transport)
+        check_graft(graft)
+        if transport == "bases":
+            named = self._parameters.named
+            check_bases(self.base, self._geometry, self._perturbation, graft, named)
+        self._transport, self._graft = transport, graft
+
+    @property
+    def transport(self) -> Transport:
+        """Whether the update goes through U; "bases": the base steps in its bases."""
+        return self._transport
+
+    @transport.setter
+    def transport(self, transport: Transport) -> None:
+        self._set_update(transport, self._graft)
+
+    @property
+    def graft(self) -> Graft:
+        """Whether, and how, U g~ is rescaled to the length of g~."""
+        return self._graft
+
+    @graft.setter
+    def graft(self, graft: Graft) -> None:
+        self._set_update(self._transport, graft)
 
     @property
     def geometry(self) -> G:
@@ -275,6 +299,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """Take over the parameters as they are now: what is known of a tensor stays with it."""
         before = self._parameters.named
         self._parameters.read_groups()
+        self._update.coordinates.leave(before)
         try:
             self._bind_geometry()
             if self._perturbation is not None:

@@ -98,19 +98,17 @@ class Update:
         # A scaler steps only what it found finite, but does not compare processes.
         looked = self._passes.found_finite and self._ranks.size == 1
         if self._check_finite and not looked and not self._ranks.finite(gradients, equal=True):
-            self._skip_step()
+            self._skip_step("its gradients are not finite")
             return
         self._warn_of_omissions()
         direction = gradients if self._passes.probed else self._probing.adjust(gradients)
         self.follow_bases(transport)
         if self.coordinates.bases is not None:
             direction = self.coordinates.rotate(direction)
-        elif self._geometry is not None and transport:
+        elif self._geometry is not None and transport is True:
             direction = self._transport(self._geometry, direction, graft)
-        if not self._step_along(direction, gradients):
-            self._skip_step()
-            return
-        self._count_step(gradients)
+        if self._step_along(direction, gradients):
+            self._count_step(gradients)
 
     def _changes_nothing(self, gradients: Mapping[str, Tensor]) -> bool:
         """Tell a step that changes nothing; torch.distributed.checkpoint makes such steps."""
@@ -137,18 +135,21 @@ class Update:
             return rescale(moved, gradients)
 
     def _step_along(self, direction: dict[str, Tensor], gradients: dict[str, Tensor]) -> bool:
-        """Step the base; False: what it would step along has left the range of half precision."""
+        """Step the base; False: skipped, since U takes it out of the range of half precision."""
         if direction is gradients:
             step_base(self._base)
             return True
-        half = self._check_finite and not WIDE.issuperset(map(DTYPE, direction.values()))
-        if half and not self._ranks.finite(direction):  # U may take float16 out of its range
-            return False
-        named = self._parameters.named
+        named, weights = self._parameters.named, self.coordinates.rotated_weights(direction)
+        if self._check_finite and not WIDE.issuperset(map(DTYPE, direction.values())):
+            for what, values in (("U times its gradients", direction), ("its weights", weights)):
+                if not self._ranks.finite(values):
+                    bases = " in the bases of U" if weights else ""
+                    self._skip_step(f"{what}{bases} left the range of their dtype")
+                    return False
         try:
             for name, value in direction.items():
                 named[name].grad = lay_out_like(value, named[name])
-            with self.coordinates.entered(list(direction)):
+            with self.coordinates.entered(weights):
                 step_base(self._base)
         finally:
             for name, gradient in gradients.items():
@@ -169,7 +170,7 @@ class Update:
         passes.forget_step()
         self._progress.step += 1
 
-    def _skip_step(self) -> None:
+    def _skip_step(self, why: str) -> None:
         self._progress.skipped_steps += 1
         kept = (
             "weights, buffers and counters are as before it"
@@ -177,8 +178,7 @@ class Update:
             else "weights and counters are as before it, buffers as the backward pass left them"
         )
         self._progress.warn_once(
-            f"a step was skipped because its gradients are not finite; {kept} "
-            "(optimizer.skipped_steps counts)"
+            f"a step was skipped because {why}; {kept} (optimizer.skipped_steps counts)"
         )
 
     def _warn_of_omissions(self) -> None:

@@ -21,7 +21,7 @@ class Bases:
 
     Attributes:
         blocks: how U acts.
-        states: U itself; another list is another U.
+        states: U itself, with orthogonal bases.
     """
 
     blocks: BlockDiagonal
@@ -47,10 +47,6 @@ class Bases:
         pairs = zip(self.states, other.states, strict=True)
         rotating = zip(self.blocks.parts, pairs, strict=True)
         return all(_same(part.basis_entries, a, b) for part, (a, b) in rotating if part.rotates)
-
-    def goes_on_as(self, other: Bases | None) -> bool:
-        """Tell whether the other is this one, laid out anew: it has these bases, and new blocks."""
-        return other is not None and self.blocks is not other.blocks
 
     def on(self, device: torch.device) -> Bases:
         """Return the same bases on a device."""

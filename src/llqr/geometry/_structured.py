@@ -92,9 +92,9 @@ class StructuredGeometry(Geometry):
     #: The structure of 1-D parameters in layers whose structure needs matrices.
     vector_kind: type[Structure] = Vector
     on_progress: ProgressCallback | None = None
-    #: The states, and what a step applies in their place; no part of a copy.
+    #: The states, and what a step takes in their place: no part of a copy.
     _applied: tuple[States, States] | None = None
-    _bases: Bases | None = None
+    _bases: tuple[States, Bases] | None = None
 
     def __init__(self, structure: StructureOf, settings: MetricSettings | None = None) -> None:
         check_structure(structure)
@@ -259,9 +259,11 @@ class StructuredGeometry(Geometry):
         for tensor in tensors.values():
             self._move_to_device_of(tensor)
             break
-        if self._bases is None or self._bases.states is not self.states:
-            self._bases = Bases(self.blocks, self.states)
-        return self._bases if self._bases.names else None
+        if self._bases is None or self._bases[0] is not self.states:  # a new list is a new U
+            rotating = self.blocks.with_orthogonal_bases(self.states)
+            self._bases = self.states, Bases(self.blocks, rotating)
+        bases = self._bases[1]
+        return bases if bases.names else None
 
     def _applied_states(self) -> States:
         """Return the states that a step applies: U, or a form of it that is faster."""

@@ -165,6 +165,10 @@ class Structure(ABC):
 
     # -- in the coordinates of the bases -------------------------------------------------------
 
+    def with_orthogonal_bases(self, state: State) -> State:
+        """Return a state in which :meth:`rotate` keeps lengths, if this one's bases are skewed."""
+        return state
+
     def rotate(self, state: State, x: Tensor) -> Tensor:
         """Return x in orthonormal coordinates in which U is simple; those of linear ones stay."""
         return x

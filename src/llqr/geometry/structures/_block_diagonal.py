@@ -130,6 +130,11 @@ class BlockDiagonal:
             part.group.view_of(out).copy_(rotation(part, state, part.group.read_from(flat)))
         return out
 
+    def with_orthogonal_bases(self, states: States) -> States:
+        """Return states whose rotations keep lengths."""
+        pairs = zip(self.parts, states, strict=True)
+        return [part.with_orthogonal_bases(state) for part, state in pairs]
+
     def rotated_names(self) -> frozenset[str]:
         """Return the parameters whose structure rotates."""
         pairs = zip(self.parts, self._names, strict=True)

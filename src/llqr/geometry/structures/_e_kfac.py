@@ -99,6 +99,10 @@ class EKfac(Structure):
             "S": self.chain_eigenvalues_(xh * rh, state["S"]),
         }
 
+    def with_orthogonal_bases(self, state: State) -> State:
+        """Return the state with the nearest orthogonal bases, which only a projection keeps."""
+        return {**state, **{q: nearest_orthogonal(state[q]) for q in self.basis_entries}}
+
     def rotate(self, state: State, x: Tensor) -> Tensor:
         """Return QB' X QA, (m, m) @ (m, n) @ (n, n)."""
         return multiply_right(state, "QA", multiply_left(state, "QB", x, transposed=True))
@@ -116,8 +120,7 @@ class EKfac(Structure):
 
         What the solve did to the lengths of the bases is part of U; S takes it up.
         """
-        new = {**state, "QB": nearest_orthogonal(state["QB"])}
-        new["QA"] = nearest_orthogonal(state["QA"])
+        new = self.with_orthogonal_bases(state)
         turn_b, turn_a = squared_overlaps(state, new)
         values = turn_b @ self.eigenvalues_from(state["S"]) @ turn_a.mT
         new["S"] = self.store_eigenvalues(values.clamp(*bounds))
@@ -195,6 +198,10 @@ class EKfacGradientBases(EKfac):
     def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:
         """Write x o x o r."""
         torch.mul(x, r, out=out).mul_(x)
+
+    def with_orthogonal_bases(self, state: State) -> State:
+        """Return the state: eigenvectors are orthogonal."""
+        return state
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp S; the bases are orthogonal."""

@@ -21,9 +21,11 @@ def verify_structure(kind: type[Structure]) -> None:
     U must be the identity at :meth:`Structure.identity`, symmetric after
     :meth:`Structure.project`, with eigenvalues within the bounds and as
     :meth:`Structure.extreme_eigenvalues` tells; :meth:`Structure.pullback` must agree with
-    autograd; a structure that says ``linear`` must be it, with a kernel product that is
-    ``act_rotated(pull_rotated(x, r), x)``; the inner step must compute the same as the plain
-    functions. A structure that is wrong in one of these would learn a wrong U without a sign.
+    autograd; a structure that says ``rotates`` must keep lengths in :meth:`Structure.rotate` after
+    :meth:`Structure.with_orthogonal_bases`, and undo it; one that says ``linear`` must be it, with
+    a kernel product that is ``act_rotated(pull_rotated(x, r), x)``; the inner step must compute the
+    same as the plain functions. A structure that is wrong in one of these would learn a wrong U
+    without a sign.
 
     Args:
         kind: the class.
@@ -83,6 +85,8 @@ class _Verification:
             self._check_matrices()
             self._check_pullback()
             self._check_inner_step()
+            if self.kind.rotates:
+                self._check_rotation()
             if self.kind.linear and self.kind.trainable:
                 self._check_linear()
             if self.kind.elementwise:
@@ -146,6 +150,17 @@ class _Verification:
                 state[key] = state[key] - 0.01 * momenta[key]
             step.take_step(self.r, 0.01, 0.9, CLIP)
         self._require_equal(step.final_state(), state, "has an inner_step() that moves elsewhere")
+
+    def _check_rotation(self) -> None:
+        """Rotations must keep lengths and be undone, whatever a solve did to the state."""
+        part, x = self.part, self.x
+        moved = {k: v + 0.2 * self._draw(*v.shape) for k, v in self.state.items()}
+        trained = {k: moved[k] for k in self.kind.trainable}
+        state = part.with_orthogonal_bases({**self.state, **trained})
+        turned = part.rotate(state, x)
+        same = torch.allclose(turned.norm(), x.norm(), rtol=1e-9)
+        same &= torch.allclose(part.rotate_back(state, turned), x, rtol=1e-9, atol=1e-9)
+        self.require(same, "has a rotate() that is no rotation, or is not undone by rotate_back()")
 
     def _check_linear(self) -> None:
         """U must be linear in the trainable entries, in rotated coordinates."""
