@@ -36,6 +36,15 @@ Graft = bool | Literal["layer"]
 #: What U does to the update: all, nothing, or it names the coordinates of the base.
 Transport = bool | Literal["bases"]
 
+NOT_FINITE = (
+    "a step was skipped because its gradients are not finite; {kept} "
+    "(optimizer.skipped_steps counts)"
+)
+OUT_OF_RANGE = (
+    "a step was skipped because {what} left the range of their dtype; {kept} "
+    "(optimizer.skipped_steps counts)"
+)
+
 
 def check_transport(transport: Any) -> None:
     """Refuse what is no way to take U into the update."""
@@ -98,7 +107,7 @@ class Update:
         # A scaler steps only what it found finite, but does not compare processes.
         looked = self._passes.found_finite and self._ranks.size == 1
         if self._check_finite and not looked and not self._ranks.finite(gradients, equal=True):
-            self._skip_step("its gradients are not finite")
+            self._skip_step(NOT_FINITE)
             return
         self._warn_of_omissions()
         direction = gradients if self._passes.probed else self._probing.adjust(gradients)
@@ -143,8 +152,8 @@ class Update:
         if self._check_finite and not WIDE.issuperset(map(DTYPE, direction.values())):
             for what, values in (("U times its gradients", direction), ("its weights", weights)):
                 if not self._ranks.finite(values):
-                    bases = " in the bases of U" if weights else ""
-                    self._skip_step(f"{what}{bases} left the range of their dtype")
+                    where = " in the bases of U" if weights else ""
+                    self._skip_step(OUT_OF_RANGE, what + where)
                     return False
         try:
             for name, value in direction.items():
@@ -170,16 +179,14 @@ class Update:
         passes.forget_step()
         self._progress.step += 1
 
-    def _skip_step(self, why: str) -> None:
+    def _skip_step(self, message: str, what: str = "") -> None:
         self._progress.skipped_steps += 1
         kept = (
             "weights, buffers and counters are as before it"
             if self._passes.undo_step()
             else "weights and counters are as before it, buffers as the backward pass left them"
         )
-        self._progress.warn_once(
-            f"a step was skipped because {why}; {kept} (optimizer.skipped_steps counts)"
-        )
+        self._progress.warn_once(message.format(what=what, kept=kept))
 
     def _warn_of_omissions(self) -> None:
         if not self._passes.probed and self._probing.displaces:
