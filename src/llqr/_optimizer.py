@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ._checkpoint import Checkpoint
 from ._checks import check_choice, check_flags
-from ._coordinates import check_bases
 from ._html import html_of_numbers
 from ._joined_bases import join_bases
 from ._parameters import NamedParameters
@@ -28,7 +27,7 @@ from ._refresher import (
     call_and_unpack,
 )
 from ._step_modules import StepModules, refuse_meta
-from ._update import Graft, Transport, Update, check_graft, check_transport
+from ._update import Graft, Transport, Update
 from ._wrapper import (
     OptimizerWrapper,
     call_if_there,
@@ -214,7 +213,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
             check_finite,
         )
         self._bind_parts()
-        self._set_update(transport, graft)
+        self._update.choose(transport, graft)
         if not sync:
             self._check_local_probes()
 
@@ -232,32 +231,23 @@ class Optimizer(OptimizerWrapper, Generic[G]):
                 f"{type(part).__name__}, which needs the first gradient of all; leave sync=True"
             )
 
-    def _set_update(self, transport: Transport, graft: Graft) -> None:
-        """Take over how U enters the update, if that goes with the parts."""
-        check_transport(transport)
-        check_graft(graft)
-        if transport == "bases":
-            named = self._parameters.named
-            check_bases(self.base, self._geometry, self._perturbation, graft, named)
-        self._transport, self._graft = transport, graft
-
     @property
     def transport(self) -> Transport:
         """Whether the update goes through U; "bases": the base steps in its bases."""
-        return self._transport
+        return self._update.transport
 
     @transport.setter
     def transport(self, transport: Transport) -> None:
-        self._set_update(transport, self._graft)
+        self._update.choose(transport, self.graft)
 
     @property
     def graft(self) -> Graft:
         """Whether, and how, U g~ is rescaled to the length of g~."""
-        return self._graft
+        return self._update.graft
 
     @graft.setter
     def graft(self, graft: Graft) -> None:
-        self._set_update(self._transport, graft)
+        self._update.choose(self.transport, graft)
 
     @property
     def geometry(self) -> G:
@@ -432,7 +422,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     def _update_parameters(self) -> None:
         """Update the parameters from the gradients that are there."""
         self._follow_groups()
-        self._update.make(transport=self.transport, graft=self.graft)
+        self._update.make()
 
     def passes(self, scaler: Any = None) -> Iterator[int]:
         """Yield once, or twice when a perturbation is active; run forward and backward in the body.
@@ -578,7 +568,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         )
         try:
             report = self._refresher.refresh(forward, weights)
-            self._update.follow_bases(self.transport)
+            self._update.follow_bases()
             return report
         finally:  # also when too many refusals in a row raise
             self._refresher.call_hooks(self)
@@ -620,7 +610,7 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """
         self._passes.refuse_if_displaced("state_dict", "make checkpoints after the pass has ended")
         self._follow_groups()
-        self._update.follow_bases(self.transport)
+        self._update.follow_bases()
         return save_with_hooks(self, self._checkpoint.save)
 
     @torch.no_grad()

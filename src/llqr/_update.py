@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._autocast import without_autocast
 from ._checks import short_repr
-from ._coordinates import Coordinates
+from ._coordinates import Coordinates, check_bases
 from ._devices import WIDE
 from ._parameters import NamedParameters
 from ._passes import Passes
@@ -29,7 +29,7 @@ from .distributed._sharded import local
 from .geometry import Geometry
 from .perturbations import Perturbation
 
-__all__ = ["Graft", "Transport", "Update", "check_graft", "check_transport"]
+__all__ = ["Graft", "Transport", "Update"]
 
 #: Whose length U g gets: that of all gradients together, or each parameter's that of its own.
 Graft = bool | Literal["layer"]
@@ -46,18 +46,6 @@ OUT_OF_RANGE = (
 )
 
 
-def check_transport(transport: Any) -> None:
-    """Refuse what is no way to take U into the update."""
-    if not isinstance(transport, bool) and transport != "bases":
-        raise TypeError(f"transport: expected True, False or 'bases', got {short_repr(transport)}")
-
-
-def check_graft(graft: Any) -> None:
-    """Refuse what is no way to rescale U g."""
-    if not isinstance(graft, bool) and graft != "layer":
-        raise TypeError(f"graft: expected True, False or 'layer', got {short_repr(graft)}")
-
-
 class Update:
     """Step the base along U g, and let everything that learns from steps know.
 
@@ -71,7 +59,15 @@ class Update:
         probing: what was seen of the gradients.
         refresher: whether a refresh was due.
         check_finite: whether a step is skipped if its gradients are not finite.
+
+    Attributes:
+        transport: whether the update goes through U, or the base steps in its bases.
+        graft: whether, and how, U g is rescaled to the length of g.
+        coordinates: that the base steps in.
     """
+
+    transport: Transport = True
+    graft: Graft = False
 
     def __init__(
         self,
@@ -92,13 +88,20 @@ class Update:
         self._check_finite = check_finite
         self.coordinates = Coordinates(parameters)
 
-    def make(self, *, transport: Transport, graft: Graft) -> None:
-        """Update the parameters from the gradients that are there.
+    def choose(self, transport: Any, graft: Any) -> None:
+        """Set how U enters the update; refuse what is no way, or does not go with the parts."""
+        if not isinstance(transport, bool) and transport != "bases":
+            shown = short_repr(transport)
+            raise TypeError(f"transport: expected True, False or 'bases', got {shown}")
+        if not isinstance(graft, bool) and graft != "layer":
+            raise TypeError(f"graft: expected True, False or 'layer', got {short_repr(graft)}")
+        if transport == "bases":
+            named = self._parameters.named
+            check_bases(self._base, self._geometry, self._perturbation, graft, named)
+        self.transport, self.graft = transport, graft
 
-        Args:
-            transport: whether the update goes through U, or the base steps in its bases.
-            graft: whether, and how, U g is rescaled to the length of g.
-        """
+    def make(self) -> None:
+        """Update the parameters from the gradients that are there."""
         self._passes.close()
         gradients = self._parameters.gradients()
         if not gradients or self._changes_nothing(gradients):
@@ -111,11 +114,11 @@ class Update:
             return
         self._warn_of_omissions()
         direction = gradients if self._passes.probed else self._probing.adjust(gradients)
-        self.follow_bases(transport)
+        self.follow_bases()
         if self.coordinates.bases is not None:
             direction = self.coordinates.rotate(direction)
-        elif self._geometry is not None and transport is True:
-            direction = self._transport(self._geometry, direction, graft)
+        elif self._geometry is not None and self.transport is True:
+            direction = self._transport(self._geometry, direction)
         if self._step_along(direction, gradients):
             self._count_step(gradients)
 
@@ -125,22 +128,20 @@ class Update:
             return False
         return self._ranks.all(not any(bool(local(g).any()) for g in gradients.values()))
 
-    def follow_bases(self, transport: Transport) -> None:
+    def follow_bases(self) -> None:
         """Turn the base's state to the bases that U has now, or to the parameters' own."""
         bases = None
-        if self._geometry is not None and transport == "bases":
+        if self._geometry is not None and self.transport == "bases":
             bases = self._geometry.bases_for(self._parameters.named)
         self.coordinates.change_to(bases)
 
-    def _transport(
-        self, geometry: Geometry, gradients: dict[str, Tensor], graft: Graft
-    ) -> dict[str, Tensor]:
+    def _transport(self, geometry: Geometry, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return U g~ (algorithm 1, line 8)."""
         with without_autocast(*self._parameters.devices):  # a step may be taken within the caller's
             moved = geometry.apply(gradients)
-            if not graft:
+            if not self.graft:
                 return moved
-            rescale = rescale_each_to_norm if graft == "layer" else rescale_to_norm
+            rescale = rescale_each_to_norm if self.graft == "layer" else rescale_to_norm
             return rescale(moved, gradients)
 
     def _step_along(self, direction: dict[str, Tensor], gradients: dict[str, Tensor]) -> bool:
