@@ -13,7 +13,7 @@ from torch import Tensor
 import llqr
 
 from ._report import Report, Unsupported
-from .compare import apart, learned, llqr_of, optimizer_of, weights
+from .compare import apart, directions, learned, llqr_of, optimizer_of, weights
 from .nets import net
 from .speed import make, measure_refresh
 
@@ -52,6 +52,13 @@ def run(report: Report) -> None:
             f"LLQR, float64: {said}, U", lambda kw=settings: refresh_error(kw, device), 1e-8
         )
     report.check("several bases, float64: SGD and AdamW", lambda: bases_error(device), 1e-8)
+    for kind in ("NaturalGradient", "GradientMoments"):
+        report.check(
+            f"steps in the bases of U, float64: {kind}, against SGD without U",
+            lambda k=kind: rotation_error(k, device),
+            1e-8,
+        )
+    report.check("GradientMoments, float64: kfac, U", lambda: moments_error(device), 1e-8)
     for curvature in ("fisher", "newton"):
         report.check(
             f"sharpness, float64: eigenvalues, {curvature}",
@@ -142,6 +149,40 @@ def bases_error(device: str) -> float:
         return weights(p)
 
     return apart(trained(net("conv-bn", device)), trained(net("conv-bn", "cpu")))
+
+
+def rotation_error(name: str, device: str) -> float:
+    """Return how far SGD in the bases of U goes from SGD without U, which it should not."""
+    kind = part_of_llqr(name)
+
+    def trained(**options: Any) -> list[Tensor]:
+        p = net("conv-bn", device)
+        optimizer = optimizer_of(p, **options)
+        for _ in range(6):
+            optimizer.minimize(p)
+        return weights(p)
+
+    every = {"NaturalGradient": "every", "GradientMoments": "renew_every"}[name]
+    return apart(trained(geometry=kind("kfac", **{every: 2}), transport="bases"), trained())
+
+
+def moments_error(device: str) -> float:
+    """Return the error of the U that steps leave."""
+    kind = part_of_llqr("GradientMoments")
+
+    def U_of(where: str) -> list[Tensor]:
+        p = net("conv-bn", where)
+        geometry = kind("kfac", renew_every=2)
+        optimizer = optimizer_of(p, geometry=geometry)
+        for _ in range(5):
+            optimizer.minimize(p)
+        named = dict(p.model.named_parameters())
+        images = (
+            geometry.apply(dict(zip(named, d, strict=True))) for d in directions(named.values())
+        )
+        return [x for image in images for x in image.values()]
+
+    return apart(U_of(device), U_of("cpu"))
 
 
 def eigenvalue_error(curvature: str, device: str) -> float:
