@@ -207,6 +207,31 @@ def test_the_momentum_follows_parameters_that_change(geometry, event):
         torch.testing.assert_close(*ends, rtol=0, atol=atol)
 
 
+def test_a_mean_of_another_shape_starts_anew():
+    """A layer that is widened in mid-training, its momentum with it."""
+    model = make_model()
+    optimizer = wrap(model, sgd, geometry=llqr.GradientMoments(renew_every=2))
+    for _ in range(3):
+        optimizer.minimize(forward_of(model))
+    old = model[5].weight
+    new = nn.Parameter(torch.cat([old.detach(), old.detach()]))
+    momentum = optimizer.state.pop(old)["momentum_buffer"]
+    places = optimizer.param_groups[0]["params"]
+    places[[p is old for p in places].index(True)] = new
+    model[5].weight, bias = new, model[5].bias
+    bias.data = bias.detach().repeat(2)
+    optimizer.state[new] = {"momentum_buffer": torch.cat([momentum, momentum])}
+    optimizer.state[bias]["momentum_buffer"] = optimizer.state[bias]["momentum_buffer"].repeat(2)
+    with pytest.warns(UserWarning) as caught:
+        optimizer.minimize(forward_of(model))
+    assert any("the shape of '5.weight' changed" in str(w.message) for w in caught)
+    # As after a first step: the gradient, in the bases.
+    found = optimizer.state[new]["momentum_buffer"]
+    expected = new.grad + 0.03 * torch.cat([old.detach(), old.detach()])
+    assert found.norm() == pytest.approx(float(expected.norm()), rel=1e-9)
+    optimizer.minimize(forward_of(model))
+
+
 class NewMemory(torch.optim.SGD):
     """A base that assigns p.data."""
 

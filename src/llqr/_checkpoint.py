@@ -183,7 +183,7 @@ class Checkpoint:
             )
         self._load_parts(ours, theirs, counters)
         self._load_counters(counters)
-        self._coordinates.bases = self._find_bases() if counters.get(IN_BASES) else None
+        self._coordinates.assume(self._find_bases() if counters.get(IN_BASES) else None)
 
     def _find_bases(self) -> Bases | None:
         """Return the bases that U has now, if it has any."""
@@ -197,7 +197,7 @@ class Checkpoint:
             "the geometry and the perturbation stay as they are"
         )
         self._parameters.base.load_state_dict(given)
-        self._coordinates.bases = None
+        self._coordinates.assume(None)
 
     def _groups_for_base(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the groups without our entries; a schedule of rho stays the receiver's."""

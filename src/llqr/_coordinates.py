@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from ._autocast import without_autocast
 from ._joined_bases import JoinedBases
 from ._parameters import NamedParameters
 from ._vectors import Tensors, copies_of, widen_to_float32
+from ._warnings import warn_caller
 from .geometry import Geometry
 from .geometry._bases import Bases
 from .perturbations import Perturbation
@@ -85,54 +86,60 @@ class Coordinates:
 
     def __init__(self, parameters: NamedParameters) -> None:
         self._parameters = parameters
-        self.bases: Bases | None = None
+        self.assume(None)
+
+    def assume(self, bases: Bases | None) -> None:
+        """Take the base's state for one in these bases."""
+        self.bases = bases
+        self._named = self._parameters.named  # that the bases were of, by name
 
     def change_to(self, bases: Bases | None) -> None:
         """Turn the base's state to other bases; None: to the parameters' own coordinates."""
+        if self.bases is not None and self._named is not self._parameters.named:
+            # Parameters joined, left or were replaced: names may mean others now.
+            self._turn([self._named, self._find_carried()], self.bases, None)
+            self.assume(None)
         old = self.bases
         if old is not bases and not (old is not None and old.equals(bases)):
-            self._turn(self._parameters.named, old, bases)
-        self.bases = bases
+            self._turn([self._parameters.named], old, bases)
+        self.assume(bases)
 
-    def leave(self, before: Tensors) -> None:
-        """Take the base's state to the parameters' own coordinates, as these have changed.
+    def _find_carried(self) -> dict[str, Tensor]:
+        """Return the tensors that took a parameter's place and carry its state: {name: tensor}."""
+        state, known = self._parameters.base.state, set(map(id, self._named.values()))
+        return {
+            name: p
+            for name, p in self._parameters.named.items()
+            if name in self._named and id(p) not in known and p in state
+        }
 
-        The bases are those of tensors by name and shape. Behind this, names may mean others.
+    def _turn(self, holders: Iterable[Tensors], old: Bases | None, new: Bases | None) -> None:
+        """Turn the means from bases to others: all of them, or none if that fails.
 
         Args:
-            before: the parameters by name, as they were until now.
+            holders: {name that the bases know: tensor whose state the base has}, several of them.
+            old: that the means are in.
+            new: that they go to.
         """
-        if self.bases is not None:
-            self._turn(self._holders(before), self.bases, None)
-            self.bases = None
-
-    def _holders(self, before: Tensors) -> dict[str, Tensor]:
-        """Return where the state of each former parameter is now: {former name: tensor}.
-
-        A state may have been carried to the tensor that took a parameter's place.
-        """
-        state, now = self._parameters.base.state, self._parameters.named
-        known = set(map(id, before.values()))
-        holders = dict(before)
-        for name, old in before.items():
-            new = now.get(name, old)
-            if old not in state and new in state and id(new) not in known:
-                holders[name] = new
-        return holders
-
-    def _turn(self, holders: Tensors, old: Bases | None, new: Bases | None) -> None:
-        """Turn the means from bases to others: all of them, or none if that fails."""
-        turned: list[tuple[Tensor, Tensor]] = []
+        turned: list[tuple[Tensor, Tensor | None]] = []
+        lost: set[str] = set()
         with without_autocast(*self._parameters.devices):
-            for means in self._means(holders):
-                x = widen_to_float32(means)
-                if old is not None:  # of another device, if the model moved since
-                    x = old.on(next(iter(x.values())).device).rotate_back(x)
+            for means in (found for named in holders for found in self._means(named)):
+                fitting = {n: x for n, x in means.items() if old is None or old.fits(n, x)}
+                values = widen_to_float32(fitting)
+                if old is not None and values:  # of another device, if the model moved since
+                    values = old.on(next(iter(values.values())).device).rotate_back(values)
                 if new is not None:
-                    x = new.rotate(x)
-                turned += [(mean, x[name]) for name, mean in means.items()]
+                    values = new.rotate(values)
+                turned += [(mean, values.get(name)) for name, mean in means.items()]
+                lost |= means.keys() - fitting.keys()
         for mean, value in turned:
-            mean.copy_(value)
+            mean.zero_() if value is None else mean.copy_(value)
+        if lost:
+            warn_caller(
+                f"the shape of {', '.join(map(repr, sorted(lost)))} changed, so what the base kept "
+                "of its mean gradient, in the bases of U, starts anew at zero"
+            )
 
     def _means(self, holders: Tensors) -> Iterator[dict[str, Tensor]]:
         """Yield each kind of mean that the base keeps: {name of the parameter: tensor}."""
@@ -140,13 +147,11 @@ class Coordinates:
         for key in MEANS:
             kept = {n: state[p][key] for n, p in holders.items() if p in state and key in state[p]}
             # Some keep less than a whole tensor, or None until the first step.
-            whole = {
+            yield {
                 name: mean
                 for name, mean in kept.items()
                 if isinstance(mean, Tensor) and mean.shape == holders[name].shape
             }
-            if whole:
-                yield whole
 
     def rotate(self, tensors: Tensors) -> dict[str, Tensor]:
         """Return Q'x, each in its tensor's dtype; there are bases."""

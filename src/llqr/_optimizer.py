@@ -289,7 +289,6 @@ class Optimizer(OptimizerWrapper, Generic[G]):
         """Take over the parameters as they are now: what is known of a tensor stays with it."""
         before = self._parameters.named
         self._parameters.read_groups()
-        self._update.coordinates.leave(before)
         try:
             self._bind_geometry()
             if self._perturbation is not None:

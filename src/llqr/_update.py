@@ -151,10 +151,10 @@ class Update:
             return True
         named, weights = self._parameters.named, self.coordinates.rotated_weights(direction)
         if self._check_finite and not WIDE.issuperset(map(DTYPE, direction.values())):
-            for what, values in (("U times its gradients", direction), ("its weights", weights)):
+            turned = "its gradients in the bases of U" if weights else "U times its gradients"
+            for what, values in ((turned, direction), ("its weights in the bases of U", weights)):
                 if not self._ranks.finite(values):
-                    where = " in the bases of U" if weights else ""
-                    self._skip_step(OUT_OF_RANGE, what + where)
+                    self._skip_step(OUT_OF_RANGE, what)
                     return False
         try:
             for name, value in direction.items():

@@ -32,6 +32,10 @@ class Bases:
         """The parameters that have bases; on the others Q is the identity."""
         return self.blocks.rotated_names()
 
+    def fits(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor has the shape of its parameter, as far as that has bases."""
+        return name not in self.names or self.blocks.layout.views[name].shape == tensor.shape
+
     def rotate(self, tensors: Tensors) -> dict[str, Tensor]:
         """Return Q'x for tensors shaped like the parameters."""
         return self.blocks.rotate_tensors(self.states, tensors)

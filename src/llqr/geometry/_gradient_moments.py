@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .._checks import check_integer, check_number
 from .._vectors import Tensors
 from ._closed_form_geometry import ClosedFormGeometry, ClosedFormSettings
 from ._metric_settings import describe_call
 from ._samples_by_part import own_samples
-from .structures import States, StructureOf
+from .structures import StructureOf
 from .structures.closed_form import Averaging
-from .structures.closed_form._units import choose, where_any
+from .structures.closed_form._units import choose, expand_mask
 
 __all__ = ["GradientMoments", "GradientMomentsSettings"]
 
@@ -108,8 +107,6 @@ class GradientMoments(ClosedFormGeometry):
         )
         super().__init__(structure, settings)
         self.observed = 0  # gradients
-        #: U as the last step left it, and parameters none of whose averages is empty there.
-        self._filled: tuple[States, frozenset[str]] = [], frozenset()
         if isinstance(structure, type) or not callable(structure):
             self.find_kind("", torch.empty(0))  # refuse now what has no closed form
 
@@ -133,43 +130,17 @@ class GradientMoments(ClosedFormGeometry):
         flat = self.layout.pack(gradients)
         averaging = self._averaging()
         missing = self.parameters.keys() - gradients.keys()
-        left_out = self._left_out(missing)
-        empty = self._find_empty(gradients.keys(), left_out)
         turn = self.observed % self.settings.renew_every == 0
         states = []
-        for part, state, begins, out in zip(self.parts, self.states, empty, left_out, strict=True):
+        for part, state, out in zip(self.parts, self.states, self._left_out(missing), strict=True):
             g = own_samples(part, flat[None])[0]
+            if averaging.keep:  # what joined late begins with its first gradient, whole
+                first = torch.where(part.is_empty(state), (1 - averaging.keep) ** -0.5, 1.0)
+                g = g * expand_mask(first, g).to(g.dtype)
             new = part.follow_gradient(state, g, averaging, turn=turn)
-            if begins is not None:
-                first = part.follow_gradient(state, g, averaging.from_nothing(), turn=turn)
-                new = choose(begins, first, new)
             states.append(new if out is None else choose(out, state, new))
         self.observed += 1
-        if turn:
-            states = self._renew_u(states, missing)
-        if self._filled[0] is self.states:
-            self._filled = states, self._filled[1]
-        self.states = states
-
-    def _find_empty(
-        self, names: Collection[str], left_out: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """Return the masks of blocks that begin now, having joined late; None: none of a part.
-
-        Args:
-            names: of the parameters that have a gradient.
-            left_out: the masks of the others.
-        """
-        states, filled = self._filled
-        if not self.observed or (states is self.states and filled.issuperset(names)):
-            return [None] * len(self.parts)  # the very first gradients begin by their weight
-        pairs = zip(self.parts, self.states, strict=True)
-        averages = [state[part.average_entry] for part, state in pairs]
-        empty = zip(self._without_samples(averages), left_out, strict=True)
-        masks = where_any([mask if out is None else mask & ~out for mask, out in empty])
-        if self.ranks.all(all(mask is None for mask in masks)):
-            self._filled = self.states, frozenset(names)
-        return masks
+        self.states = self._renew_u(states, missing) if turn else states
 
     def _averaging(self) -> Averaging:
         """Return the weights of the old averages, corrected for their empty start.

@@ -100,8 +100,9 @@ class EKfac(Structure):
         }
 
     def with_orthogonal_bases(self, state: State) -> State:
-        """Return the state with the nearest orthogonal bases, which only a projection keeps."""
-        return {**state, **{q: nearest_orthogonal(state[q]) for q in self.basis_entries}}
+        """Return the state with the nearest orthogonal bases to those that a solve has trained."""
+        trained = [q for q in self.basis_entries if q in self.trainable]
+        return {**state, **{q: nearest_orthogonal(state[q]) for q in trained}}
 
     def rotate(self, state: State, x: Tensor) -> Tensor:
         """Return QB' X QA, (m, m) @ (m, n) @ (n, n)."""
@@ -198,10 +199,6 @@ class EKfacGradientBases(EKfac):
     def kernel_product(self, x: Tensor, r: Tensor, out: Tensor) -> None:
         """Write x o x o r."""
         torch.mul(x, r, out=out).mul_(x)
-
-    def with_orthogonal_bases(self, state: State) -> State:
-        """Return the state: eigenvectors are orthogonal."""
-        return state
 
     def project(self, state: State, bounds: Bounds) -> State:
         """Clamp S; the bases are orthogonal."""

@@ -60,8 +60,6 @@ class ClosedForm(Structure):
     linear: ClassVar[bool] = False
     #: The state entry that holds the eigenvalues of U.
     eigenvalue_entry: ClassVar[str] = "U"
-    #: A state entry that is zero until something is seen.
-    average_entry: ClassVar[str] = "M"
     #: Whether M may follow gradients too, by :meth:`observe_gradient`.
     observes_gradients: ClassVar[bool] = True
 
@@ -102,6 +100,11 @@ class ClosedForm(Structure):
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose M has seen a gradient, in the present coordinates."""
         return {**state, "M": average(state["M"], self.squares(state, g[None]), keep)}
+
+    def is_empty(self, state: State) -> Tensor:
+        """Return the mask of rows of which nothing was seen: their averages are zero."""
+        m = state["M"]
+        return m == 0 if self.elementwise else ~m.reshape(len(m), -1).any(1)
 
     def second_moment(self, state: State) -> Tensor:
         """Return M, the diagonal of Q'CQ."""

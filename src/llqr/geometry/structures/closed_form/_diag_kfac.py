@@ -21,7 +21,6 @@ class DiagKfacMoments(ClosedForm, DiagKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
-    average_entry: ClassVar[str] = "B"
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
@@ -45,6 +44,10 @@ class DiagKfacMoments(ClosedForm, DiagKfac):
     def observe_gradient(self, state: State, g: Tensor, keep: float) -> State:
         """Return the state whose averages have seen a gradient."""
         return _average_sides(state, self.squares(state, g[None]), keep)
+
+    def is_empty(self, state: State) -> Tensor:
+        """Return the mask of blocks whose B is zero."""
+        return ~state["B"].any(1)
 
     def second_moment(self, state: State) -> Tensor:
         """Return outer(B, A) / mean of B."""

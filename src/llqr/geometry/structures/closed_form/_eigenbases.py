@@ -22,16 +22,11 @@ class KroneckerBases(ClosedForm, EKfac):
     """
 
     eigenvalue_entry: ClassVar[str] = "S"
-    average_entry: ClassVar[str] = "L"
 
     def identity(self, device: torch.device) -> State:
         """Return U = I and empty averages."""
         state = EKfac.identity(self, device)
         return {**state, "L": torch.zeros_like(state["QB"]), "R": torch.zeros_like(state["QA"])}
-
-    def with_orthogonal_bases(self, state: State) -> State:
-        """Return the state: eigenvectors are orthogonal."""
-        return state
 
     def squares(self, state: State, x: Tensor) -> Tensor:
         """Return the mean of (QB' X QA) o (QB' X QA)."""
@@ -43,6 +38,10 @@ class KroneckerBases(ClosedForm, EKfac):
             torch.bmm(half, right, out=turned)
             total.addcmul_(turned, turned)
         return total.div_(len(x))
+
+    def is_empty(self, state: State) -> Tensor:
+        """Return the mask of blocks whose L is zero: so is its diagonal."""
+        return ~state["L"].diagonal(dim1=-2, dim2=-1).any(-1)
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S: the bases are orthogonal."""

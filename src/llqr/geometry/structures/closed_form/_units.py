@@ -69,5 +69,8 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def choose(mask: Tensor, a: State, b: State) -> State:
-    """Return the rows of a where the mask holds, else those of b."""
-    return {key: torch.where(expand_mask(mask, b[key]), a[key], b[key]) for key in b}
+    """Return the rows of a where the mask holds, else those of b; what is the same tensor stays."""
+    return {
+        key: y if a[key] is y else torch.where(expand_mask(mask, y), a[key], y)
+        for key, y in b.items()
+    }
