@@ -37,6 +37,8 @@ METHODS = """\
   NG             llqr.NaturalGradient on SGDM, graft=True: U in closed form from the Fisher
   NG+SAM         the same with llqr.SAM(along="gradient"); NG+SAM/5 with interval=5: a second pass
                  at every fifth step
+  GM, GM+SAM/5   AdamW in the bases of llqr.GradientMoments, transport="bases": nothing to refresh;
+                 with that probe
   LLQR, +SAM     llqr.LLQR on SGDM, graft=True: the paper's, U learned by refreshes
 """
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.drawing import save_figure, spread_places
+from ..protocols import DEMO_METHODS, METHODS
 
 __all__ = ["draw_curves"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; dashed without U.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two of Tol's; dashed
+# without U.
 COLOURS = {
     "SGDM": "#777777",
     "AdamW": "#e69f00",
@@ -19,6 +21,8 @@ COLOURS = {
     "NG": "#56b4e9",
     "NG+SAM": "#0072b2",
     "NG+SAM/5": "#009e73",
+    "GM": "#882255",
+    "GM+SAM/5": "#999933",
     "LLQR": "#cc79a7",
     "LLQR+SAM": "#d55e00",
 }
@@ -41,7 +45,7 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
             for name, m in methods.items()
         }
         for name, curve in curves.items():
-            style = "--" if methods[name]["refreshes"] is None else "-"
+            style = "--" if METHODS[DEMO_METHODS[name]].metric is None else "-"
             axes.plot(times[name], curve, style, color=COLOURS[name], linewidth=1.8)
             axes.plot(times[name][-1], curve[-1], "o", color=COLOURS[name], markersize=4)
         # The first epochs may leave the picture, so that the last ones can be told apart.
