@@ -55,10 +55,12 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
         low, high = axes.get_ylim()
         # Labels stand at the right, in the colours of the lines and in the order of their ends.
         places = {name: (curve[-1] - low) / (high - low) for name, curve in curves.items()}
-        for name, place in spread_places(places, GAP).items():
+        for name, place in _within_axes(spread_places(places, GAP)).items():
             text = f"{name}  {final(methods[name])}"
             look = {"color": COLOURS[name], "fontsize": 9, "va": "center"}
             axes.text(1.02, place, text, transform=axes.transAxes, **look)
+        axes.set_xscale("log")  # a method may take ten times as long as another
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("processor seconds")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
@@ -68,6 +70,12 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
         f"{'s' * (seeds != 1)}; dashed: no U"
     )
     return save_figure(figure, path, formats=("png", "svg"), dpi=150)
+
+
+def _within_axes(places: Mapping[str, float]) -> dict[str, float]:
+    """Return places moved together so that none is above the axes, or else none below."""
+    shift = min(0.0, 1 - max(places.values())) or max(0.0, -min(places.values()))
+    return {name: place + shift for name, place in places.items()}
 
 
 def _over_seeds(
