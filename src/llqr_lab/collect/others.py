@@ -90,9 +90,9 @@ def baselines_of(method: str) -> list[str]:
         (['F-SAM'], ['SGDM', 'AdamW'], [])
     """
     about = METHODS[method]
-    if about.curvature and about.probe:
-        return [n for n, m in METHODS.items() if m.probe == about.probe and not m.curvature]
-    return ["SGDM", "AdamW"] if about.curvature or about.probe else []
+    if about.metric and about.probe:
+        return [n for n, m in METHODS.items() if m.probe == about.probe and not m.metric]
+    return ["SGDM", "AdamW"] if about.metric or about.probe else []
 
 
 def _mean_text(values: dict[int, float]) -> str | None:

@@ -1,4 +1,4 @@
-"""``llqr demo``: natural gradients, SAM and LLQR on digits with noisy labels."""
+"""``llqr demo``: natural gradients, bases of moments, SAM and LLQR on digits with noisy labels."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ METHODS = """\
   NG             llqr.NaturalGradient on SGDM, graft=True: U in closed form from the Fisher
   NG+SAM         the same with llqr.SAM(along="gradient"); NG+SAM/5 with interval=5: a second pass
                  at every fifth step
+  GM, GM+SAM/5   AdamW in the bases of llqr.GradientMoments, transport="bases": nothing to refresh;
+                 with that probe
   LLQR, +SAM     llqr.LLQR on SGDM, graft=True: the paper's, U learned by refreshes
 """
 
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=_seed_count, metavar="N", help="seeds 0 .. N-1 (default: 3; quick: 2)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="3 epochs, under 20 s; its numbers mean little"
+        "--quick", action="store_true", help="3 epochs, about 20 s; its numbers mean little"
     )
     parser.add_argument(
         "--workers",

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,27 @@ __all__ = ["add_arguments", "main"]
 GIB = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STRUCTURES = ("diagonal", "diag-kfac", "kfac", "e-kfac")
-METRICS = ("llqr", "natural")
+
+
+class Metric(NamedTuple):
+    """What makes U, the usual steps between its refreshes, and what the overhead consists of."""
+
+    kind: type[Any]
+    every: float
+    overhead: str
+
+
+REFRESHED = "applying U in each step, and a refresh"
+METRICS = {
+    "llqr": Metric(llqr.LLQR, 100, REFRESHED),
+    "natural": Metric(llqr.NaturalGradient, 100, REFRESHED),
+    # Its refresh is a step that renews the bases.
+    "moments": Metric(
+        llqr.GradientMoments,
+        10,
+        "averages and rotations into the bases in each step, and new bases (refresh)",
+    ),
+}
 
 ABOUT = """\
 Says what a geometry would cost on a network: bytes per device, floating-point operations, bytes
@@ -45,6 +65,8 @@ examples:
   llqr plan transformers/my_config.json --input 1024 --set num_hidden_layers=4
       a configuration as transformers saves it, with one field changed
   llqr plan timm/convnext_tiny --structure kfac --metric natural --json
+  llqr plan resnet18 --batch 128 --input 3x32x32 --metric moments --base adamw --passes 1
+      AdamW in the bases of the gradients' moments
   llqr plan my_package.my_module:make_model --input 64 --set width=256
       whatever a function without required arguments returns
 """
@@ -81,11 +103,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("the geometry")
     add = how.add_argument
     add("--structure", nargs="+", default=list(STRUCTURES), metavar="NAME", help="default: four")
-    add("--metric", choices=METRICS, default="llqr", help="LLQR or NaturalGradient (%(default)s)")
+    add(
+        "--metric",
+        choices=METRICS,
+        default="llqr",
+        help="LLQR, NaturalGradient, or a base in the bases of GradientMoments (%(default)s)",
+    )
     add("--block-size", type=int, default=512, metavar="N", help="0: whole (default: %(default)s)")
     add("--products", type=int, default=5, metavar="N", help="of a refresh (default: %(default)s)")
     add("--inner-steps", type=int, metavar="N", help="that it makes (default: all of the setting)")
-    add("--every", type=float, default=100, metavar="STEPS", help="between refreshes (%(default)s)")
+    add(
+        "--every",
+        type=float,
+        metavar="STEPS",
+        help="between refreshes, or new bases of moments (default: "
+        + ", ".join(f"{name} {metric.every:g}" for name, metric in METRICS.items())
+        + ")",
+    )
     where = parser.add_argument_group("the machines")
     add = where.add_argument
     add("--world", type=int, nargs="+", default=[1], metavar="N", help="devices (default: 1)")
@@ -140,6 +174,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rates]:
     """Return (devices, plan) for each structure, and the rates they were made with."""
+    if arguments.metric == "moments" and (arguments.fsdp or arguments.shard):
+        raise PlanError(
+            "--metric moments: a base in the bases needs whole gradients and U on every device; "
+            "leave out --fsdp and --shard"
+        )
     workload = load_workload(
         arguments.model,
         arguments.batch,
@@ -156,14 +195,15 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rat
             arguments.shard,
             arguments.base,
             arguments.passes,
-            arguments.every,
+            _every(arguments),
         )
         for world in arguments.world
     ]
-    kind = llqr.LLQR if arguments.metric == "llqr" else llqr.NaturalGradient
     plans = []
     for structure in arguments.structure:
-        geometry = kind(structure, block_size=arguments.block_size or None)
+        geometry = METRICS[arguments.metric].kind(
+            structure, block_size=arguments.block_size or None
+        )
         counts = count_geometry(
             structure,
             geometry,
@@ -175,6 +215,12 @@ def plan_all(arguments: argparse.Namespace) -> tuple[list[tuple[int, Plan]], Rat
         )
         plans += [(s.world, make_plan(network, counts, s, rates)) for s in settings]
     return plans, rates
+
+
+def _every(arguments: argparse.Namespace) -> float:
+    """Return the steps between refreshes."""
+    given: float | None = arguments.every
+    return METRICS[arguments.metric].every if given is None else given
 
 
 def _rates(arguments: argparse.Namespace) -> Rates:
@@ -236,6 +282,6 @@ def _notes(world: int, plan: Plan, arguments: argparse.Namespace, rates: Rates) 
         f"{plan.refresh_graph / GIB:.2f}.\nA step of {arguments.passes} passes: "
         f"{plan.step_flops / 1e12:.3g} TFLOP, sends {plan.step_sent / GIB:.2f} GiB, "
         f"{plan.step_seconds:.3g} s at {rates.flops:.3g} operations and {rates.memory:.3g} bytes "
-        f"per second.\nOverhead: applying U in each step, and a refresh every "
-        f"{arguments.every:g}."
+        f"per second.\nOverhead: {METRICS[arguments.metric].overhead} every "
+        f"{_every(arguments):g}."
     )

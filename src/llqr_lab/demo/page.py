@@ -37,7 +37,7 @@ def write_page(
     blocks = {
         "few": _results_text(few),
         "all": _results_text(whole),
-        "conclusion": "\n".join(f"- {line}" for line in conclusion_lines(whole)),
+        "conclusion": "\n".join(f"- {line}" for line in conclusion_lines(whole)).replace("+-", "±"),
         "refreshes": _refreshes_text(whole),
         "settings": settings_text(settings),
         "environment": _environment_text(few, whole),

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..common.drawing import save_figure, spread_places
+from ..protocols import DEMO_METHODS, METHODS
 
 __all__ = ["draw_curves"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; dashed without U.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and two of Tol's; dashed
+# without U.
 COLOURS = {
     "SGDM": "#777777",
     "AdamW": "#e69f00",
@@ -19,6 +21,8 @@ COLOURS = {
     "NG": "#56b4e9",
     "NG+SAM": "#0072b2",
     "NG+SAM/5": "#009e73",
+    "GM": "#882255",
+    "GM+SAM/5": "#999933",
     "LLQR": "#cc79a7",
     "LLQR+SAM": "#d55e00",
 }
@@ -41,7 +45,7 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
             for name, m in methods.items()
         }
         for name, curve in curves.items():
-            style = "--" if methods[name]["refreshes"] is None else "-"
+            style = "--" if METHODS[DEMO_METHODS[name]].metric is None else "-"
             axes.plot(times[name], curve, style, color=COLOURS[name], linewidth=1.8)
             axes.plot(times[name][-1], curve[-1], "o", color=COLOURS[name], markersize=4)
         # The first epochs may leave the picture, so that the last ones can be told apart.
@@ -51,10 +55,12 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
         low, high = axes.get_ylim()
         # Labels stand at the right, in the colours of the lines and in the order of their ends.
         places = {name: (curve[-1] - low) / (high - low) for name, curve in curves.items()}
-        for name, place in spread_places(places, GAP).items():
+        for name, place in _within_axes(spread_places(places, GAP)).items():
             text = f"{name}  {final(methods[name])}"
             look = {"color": COLOURS[name], "fontsize": 9, "va": "center"}
             axes.text(1.02, place, text, transform=axes.transAxes, **look)
+        axes.set_xscale("log")  # a method may take ten times as long as another
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("processor seconds")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
@@ -64,6 +70,12 @@ def draw_curves(methods: Mapping[str, Mapping[str, Any]], noise: float, path: Pa
         f"{'s' * (seeds != 1)}; dashed: no U"
     )
     return save_figure(figure, path, formats=("png", "svg"), dpi=150)
+
+
+def _within_axes(places: Mapping[str, float]) -> dict[str, float]:
+    """Return places moved together so that none is above the axes, or else none below."""
+    shift = min(0.0, 1 - max(places.values())) or max(0.0, -min(places.values()))
+    return {name: place + shift for name, place in places.items()}
 
 
 def _over_seeds(

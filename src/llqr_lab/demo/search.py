@@ -51,6 +51,8 @@ SPACES: dict[str, Space] = {
     "NG": SGD,
     "NG+SAM": SGD | RHO,
     "NG+SAM/5": SGD | RHO,
+    "GM": ADAMW,
+    "GM+SAM/5": ADAMW | RHO,
     "LLQR": SGD | LEARNED,
     "LLQR+SAM": SGD | RHO | LEARNED,
 }

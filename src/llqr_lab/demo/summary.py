@@ -11,6 +11,7 @@ from typing import Any
 from ..common.output import difference_text, plus_minus, without_nan
 from ..common.refreshes import INACTIVE, summarise_refreshes
 from ..common.statistics import mean_std, paired_difference
+from ..protocols import DEMO_METHODS, METHODS
 from ..study.readings import step_of_target, verdict
 from .runs import History
 
@@ -35,6 +36,7 @@ def summarise_runs(
             "final_loss": statistics.fmean(h.loss[-1] for h in hs),
             "seconds": statistics.median(h.seconds[-1] for h in hs),
             "to_SGDMs_loss": _way_to_loss(hs, histories[TARGET]),
+            "beside_base": _beside_base(name, histories),
             "train_accuracy": [h.train_accuracy for h in hs],
             "test_accuracy_by_epoch": [h.test_accuracy for h in hs],
             "loss_by_epoch": [h.loss for h in hs],
@@ -48,10 +50,30 @@ def summarise_runs(
     }
 
 
+def _beside_base(name: str, histories: Mapping[str, Sequence[History]]) -> dict[str, Any] | None:
+    """Return how a method with U is beside its base by itself; None: its base is no AdamW.
+
+    Of the others the base is SGDM, which all methods are compared with.
+    """
+    base = METHODS[DEMO_METHODS[name]].base
+    if base is None or base == name or base not in histories:
+        return None
+    own, others = histories[name], histories[base]
+    return {
+        "base": base,
+        "to_its_loss": _way_to_loss(own, others),
+        "its_steps": others[0].steps[-1],
+        "its_seconds": statistics.median(h.seconds[-1] for h in others),
+        "minus_base": paired_difference(
+            *([h.test_accuracy[-1] for h in hs] for hs in (own, others))
+        ),
+    }
+
+
 def _way_to_loss(
     histories: Sequence[History], targets: Sequence[History]
 ) -> dict[str, float] | None:
-    """Return steps and seconds to the loss at which SGDM ends with the same seed: medians.
+    """Return steps and seconds to the loss at which another ends with the same seed: medians.
 
     Losses are means of epochs, with straight lines between their ends. None: fewer than half of the
     seeds get there.
@@ -87,7 +109,12 @@ def _steps_text(way: Mapping[str, float] | None) -> str:
 
 def conclusion_lines(methods: Mapping[str, Summary]) -> list[str]:
     """Return what the numbers say, in plain words: on speed, on the test, and on U."""
-    return [_speed_text(methods), _test_text(methods), *_inactive_text(methods)]
+    return [
+        _speed_text(methods),
+        _test_text(methods),
+        *_base_texts(methods),
+        *_inactive_text(methods),
+    ]
 
 
 def _speed_text(methods: Mapping[str, Summary]) -> str:
@@ -123,6 +150,29 @@ def _test_text(methods: Mapping[str, Summary]) -> str:
     if said["level"]:
         parts.append(f"between {_listed(said['level'])} and {BASELINE} no difference can be told")
     return f"On the test, by two standard errors, {'; '.join(parts)}."
+
+
+def _base_texts(methods: Mapping[str, Summary]) -> list[str]:
+    texts = []
+    for name, m in methods.items():
+        if (beside := m["beside_base"]) is None:
+            continue
+        base, way = beside["base"], beside["to_its_loss"]
+        reached = f"does not reach the training loss at which {base} ends"
+        if way is not None:
+            steps, seconds = (way[what] / beside[f"its_{what}"] for what in ("steps", "seconds"))
+            reached = (
+                f"is at the training loss at which {base} ends in {steps:.0%} of its steps and "
+                f"{seconds:.0%} of its seconds"
+            )
+        difference = beside["minus_base"]
+        told = verdict(difference)
+        tested = f"it is {told}" if told in ("better", "worse") else "no difference can be told"
+        texts.append(
+            f"{name}, whose base is {base}, {reached}; on the test {tested} "
+            f"({difference_text(difference, mark='+-')})."
+        )
+    return texts
 
 
 def _inactive_text(methods: Mapping[str, Summary]) -> list[str]:

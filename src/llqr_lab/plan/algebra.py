@@ -23,7 +23,7 @@ from llqr.geometry.structures import EXACT_BELOW, LANCZOS_STEPS, WITH_LAPACK, St
 from .work import Work, answered, fused_attention, measure_work
 from .workload import Workload
 
-__all__ = ["directions_of", "natural_refresh", "on_host", "solve_work"]
+__all__ = ["directions_of", "moments_steps", "natural_refresh", "on_host", "solve_work"]
 
 META = torch.device("meta")
 #: Calls of an inner step of the loop on coefficients, all on the host.
@@ -199,3 +199,37 @@ def natural_refresh(geometry: llqr.NaturalGradient, workload: Workload) -> Work:
         total = measure_work(refresh) * (1 - 1 / period)
     geometry.load_counters({**geometry.counters(), "refreshes": period, "refused": 0})
     return total + measure_work(refresh) * (1 / period)
+
+
+@torch.no_grad()
+def moments_steps(geometry: llqr.GradientMoments) -> tuple[Work, Work]:
+    """Return what GradientMoments is to a usual step, and to one that renews its bases.
+
+    A base in the bases: g and w into them, and the change of w back. New ones turn the base's mean
+    of gradients, too. If the structure has no bases, U is applied.
+
+    Args:
+        geometry: bound; its counters are those of some steps then.
+    """
+    named = geometry.parameters
+    gradients = {name: torch.empty_like(p) for name, p in named.items()}
+
+    def step(renews: bool) -> None:
+        old = geometry.bases_for(named)
+        with answered(0.0):
+            geometry.observe(gradients)
+        new = geometry.bases_for(named)
+        if old is None or new is None:
+            geometry.apply(gradients)
+            return
+        if renews:
+            new.rotate(old.rotate_back(gradients))
+        for vector in (gradients, named):
+            new.rotate(vector)
+        new.rotate_back(gradients)
+
+    step(True)  # the first one decomposes
+    usual = measure_work(lambda: step(False))
+    period = geometry.settings.renew_every
+    geometry.load_counters({**geometry.counters(), "observed": period})
+    return usual, measure_work(lambda: step(True))

@@ -9,7 +9,7 @@ import torch
 import llqr
 from llqr.curvature import RehearsedModel
 
-from .algebra import directions_of, natural_refresh, on_host, solve_work
+from .algebra import directions_of, moments_steps, natural_refresh, on_host, solve_work
 from .work import Work, fused_attention, measure_work
 from .workload import Workload
 
@@ -75,7 +75,7 @@ class Counts:
         graph: bytes of a refresh that the network's tensors take.
         vectors: bytes of a refresh beside U and the graph.
         whole: the part of them that every process holds, however many there are.
-        apply: one application of U.
+        apply: what U is to a step: one application, or the rotations into its bases.
         passes: of a refresh through the network, in the dtype of its parameters.
         algebra: of a refresh beside them, in U's dtype.
         messages: how many vectors of the parameters' size a refresh averages over processes.
@@ -96,14 +96,14 @@ class Counts:
 
 def count_geometry(
     name: str,
-    geometry: llqr.LLQR | llqr.NaturalGradient,
+    geometry: llqr.LLQR | llqr.NaturalGradient | llqr.GradientMoments,
     workload: Workload,
     network: Network,
     products: int,
     steps: int | None = None,
     host: bool = True,
 ) -> Counts:
-    """Count U, its application and its refresh.
+    """Count U, its application and its refresh; of GradientMoments, new bases are the refresh.
 
     Args:
         name: in the result.
@@ -115,6 +115,9 @@ def count_geometry(
         host: whether it runs on a CPU, not on an accelerator.
     """
     geometry.bind(workload.model)
+    if isinstance(geometry, llqr.GradientMoments):
+        with on_host(host):
+            return replace(_count_moments(geometry, network), name=name)
     gradients = {n: torch.empty_like(p) for n, p in geometry.parameters.items()}
     applied = measure_work(lambda: geometry.apply(gradients))
     count = _count_llqr if isinstance(geometry, llqr.LLQR) else _count_natural
@@ -174,4 +177,20 @@ def _count_natural(
         refresh + passes * -1.0,
         stored / vector,
         samples,
+    )
+
+
+def _count_moments(geometry: llqr.GradientMoments, network: Network) -> Counts:
+    usual, renewing = moments_steps(geometry)
+    return Counts(
+        "",
+        geometry.memory()["preconditioner"],
+        0,
+        network.step.held + renewing.peak,  # beside the gradients
+        network.step.held + renewing.peak,
+        usual,
+        Work(),
+        renewing + usual * -1.0,
+        0.0,
+        0,
     )

@@ -17,6 +17,8 @@ DEMO_METHODS = {
     "NG": "NG",
     "NG+SAM": "NG+SAM",
     "NG+SAM/5": "NG+SAM/5",
+    "GM": "GM",
+    "GM+SAM/5": "GM+SAM/5",
     "LLQR": "LLQR (NGD)",
     "LLQR+SAM": "LLQR+SAM (NGD)",
 }
@@ -27,14 +29,21 @@ DEMO_KEYS = {
     "structure": "llqr.structure",
     "inner_lr": "llqr.lr",
 }
-WITH_U = Some("methods with U", [name for name in DEMO_METHODS.values() if METHODS[name].curvature])
+THROUGH_U = Some(
+    "methods whose step goes through U",
+    [
+        name
+        for name, m in METHODS.items()
+        if name in DEMO_METHODS.values() and m.metric and m.transport is True
+    ],
+)
 
 DEMO = Group(
     "The demo: digits with wrong labels",
     [
         *LEARNED,
         Setting("llqr.every", 10, SCALE),
-        Setting("optimizer.graft", True, SCALE, "base.lr keeps its scale", method=WITH_U),
+        Setting("optimizer.graft", True, SCALE, "base.lr keeps its scale", method=THROUGH_U),
         Setting("data.noise", 0.4, SCALE, "of the training labels are wrong, an exact share"),
         Setting("train.epochs", 15, SCALE),
         Setting("train.batch", 128, SCALE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ refresh minibatches each have their own generator, so that all methods of a row 
 batches.
 """
 
+ON_STEP: Mapping[bool | str, str] = {
+    True: "yes",
+    False: "no",
+    "bases": "the base steps in its bases",
+}
+
 
 def protocols_page() -> str:
     """Return the whole page."""
@@ -74,14 +80,16 @@ def _methods_table() -> str:
     rows = [
         (
             name,
-            m.metric if m.curvature else "",
+            m.base or "",
+            m.metric or "",
             m.curvature or "",
             ", ".join([m.probe or "", *(f"{k}={v}" for k, v in m.probe_options.items())]),
-            ("yes" if m.transport else "no") * bool(m.curvature),
+            ON_STEP[m.transport] * bool(m.metric),
         )
         for name, m in METHODS.items()
     ]
-    return _markdown_table(("Method", "U", "Curvature", "Perturbation", "U acts on the step"), rows)
+    header = ("Method", "Base", "U", "Curvature", "Perturbation", "U acts on the step")
+    return _markdown_table(header, rows)
 
 
 def _runs_list(experiment: Experiment) -> str:

@@ -7,8 +7,8 @@ from .settings import Group, Setting, Source, methods_where
 __all__ = ["CADENCE"]
 
 PAPER, ASSUMED = Source.PAPER, Source.ASSUMED
-ADAMW = methods_where("AdamW", lambda name, _: name == "AdamW")
-SGD = methods_where("SGD", lambda name, _: not name.startswith("Adam"))
+ADAMW = methods_where("on AdamW", lambda _, m: m.base == "AdamW")
+SGD = methods_where("SGD", lambda _, m: m.base is None)
 
 CADENCE = Group(
     "Cadence and scaling",

@@ -88,17 +88,21 @@ class Method:
     """What a method adds to the base optimizer.
 
     Attributes:
-        curvature: of the metric, or None without one.
+        metric: the class in llqr that makes U; None: there is no U.
+        curvature: of the metric, measured in refreshes; None: there is nothing to refresh.
         probe: the perturbation's class in llqr, or None.
-        transport: whether U also acts on the gradient of the second pass.
-        metric: the class in llqr that makes U, if there is a curvature.
+        transport: whether U also acts on the gradient of the second pass; "bases": the base steps
+            in its bases.
+        base: the base's class in torch.optim, if it is part of the method; None: that of the
+            experiment.
         probe_options: arguments of the perturbation that are part of the method.
     """
 
+    metric: str | None = None
     curvature: str | None = None
     probe: str | None = None
-    transport: bool = True
-    metric: str = "LLQR"
+    transport: bool | str = True
+    base: str | None = None
     probe_options: Mapping[str, Any] = field(default_factory=dict)
 
     def own_settings(self) -> list[Setting]:
@@ -107,6 +111,7 @@ class Method:
         source = Source.PAPER if self.metric == "LLQR" else Source.SCALE
         if self.curvature:
             found.append(Setting("llqr.curvature", self.curvature, source))
+        if self.metric:
             found.append(Setting("optimizer.transport", self.transport, source))
         if self.probe:
             found.append(Setting("probe.kind", self.probe, source))
@@ -117,38 +122,39 @@ class Method:
     def uses_setting(self, key: str) -> bool:
         """Tell whether a setting means anything to the method."""
         part = key.partition(".")[0]
-        if part in ("llqr", "refresh"):
-            return self.curvature is not None
-        return part != "probe" or self.probe is not None
+        read_by = {"llqr": self.metric, "refresh": self.curvature, "probe": self.probe}
+        return part not in read_by or read_by[part] is not None
 
     def leaves_to_library(self, key: str) -> bool:
         """Tell whether no protocol speaks of a setting: the groups' values are LLQR's."""
         part, _, name = key.partition(".")
-        return part == "llqr" and self.metric != "LLQR" and name not in CHOSEN
+        return part == "llqr" and self.metric != "LLQR" and name != "curvature"
 
 
-# What is said of a metric that is not the paper's.
-CHOSEN = ("structure", "curvature")
-CLOSED_FORM = {"curvature": "fisher", "metric": "NaturalGradient"}
 ALONG_G = {"along": "gradient"}
+FIFTH_ALONG_G = {**ALONG_G, "interval": 5}
+# The base steps in the bases of U: SOAP's way.
+IN_BASES: dict[str, Any] = {"transport": "bases", "base": "AdamW"}
 # NGD: the Fisher (blue in the paper's tables); Newton: the Hessian (orange).
 METHODS = {
     "SGDM": Method(),
-    "Adam": Method(),
-    "AdamW": Method(),
-    "LLQR (NGD)": Method("fisher"),
-    "LLQR (Newton)": Method("newton"),
+    "Adam": Method(base="Adam"),
+    "AdamW": Method(base="AdamW"),
+    "LLQR (NGD)": Method("LLQR", "fisher"),
+    "LLQR (Newton)": Method("LLQR", "newton"),
     "SAM": Method(probe="SAM"),
     "FisherSAM": Method(probe="FisherSAM"),
     "F-SAM": Method(probe="FriendlySAM"),
-    "LLQR+SAM (NGD)": Method("fisher", "SAM"),
-    "LLQR+SAM (Newton)": Method("newton", "SAM"),
-    "LLQR+F-SAM (NGD)": Method("fisher", "FriendlySAM"),
-    "LLQR+F-SAM (Newton)": Method("newton", "FriendlySAM"),
-    "LLQR^Delta+SAM": Method("fisher", "SAM", transport=False),
-    "NG": Method(**CLOSED_FORM),
-    "NG+SAM": Method(**CLOSED_FORM, probe="SAM", probe_options=ALONG_G),
-    "NG+SAM/5": Method(**CLOSED_FORM, probe="SAM", probe_options=ALONG_G | {"interval": 5}),
+    "LLQR+SAM (NGD)": Method("LLQR", "fisher", "SAM"),
+    "LLQR+SAM (Newton)": Method("LLQR", "newton", "SAM"),
+    "LLQR+F-SAM (NGD)": Method("LLQR", "fisher", "FriendlySAM"),
+    "LLQR+F-SAM (Newton)": Method("LLQR", "newton", "FriendlySAM"),
+    "LLQR^Delta+SAM": Method("LLQR", "fisher", "SAM", transport=False),
+    "NG": Method("NaturalGradient", "fisher"),
+    "NG+SAM": Method("NaturalGradient", "fisher", "SAM", probe_options=ALONG_G),
+    "NG+SAM/5": Method("NaturalGradient", "fisher", "SAM", probe_options=FIFTH_ALONG_G),
+    "GM": Method("GradientMoments", **IN_BASES),
+    "GM+SAM/5": Method("GradientMoments", probe="SAM", probe_options=FIFTH_ALONG_G, **IN_BASES),
 }
 
 

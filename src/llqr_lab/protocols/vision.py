@@ -16,8 +16,8 @@ __all__ = [
 ]
 
 PAPER, RECIPE, ASSUMED = Source.PAPER, Source.RECIPE, Source.ASSUMED
-SGD = methods_where("SGD", lambda name, _: not name.startswith("Adam"))
-ADAM = methods_where("Adam", lambda name, _: name == "Adam")
+SGD = methods_where("SGD", lambda _, m: m.base is None)
+ADAM = methods_where("Adam", lambda _, m: m.base == "Adam")
 NEWTON = methods_where("LLQR (Newton), with and without SAM", lambda _, m: m.curvature == "newton")
 FRIENDLY = methods_where("F-SAM, with and without LLQR", lambda _, m: m.probe == "FriendlySAM")
 METRIC = methods_where("SAM and F-SAM", lambda _, m: m.probe in ("SAM", "FriendlySAM"))

@@ -63,15 +63,17 @@ def optimizer_of(config: DictConfig, model: nn.Module) -> llqr.Optimizer:
 
 
 def _geometry_of(config: DictConfig) -> llqr.Geometry | None:
-    if config.llqr.curvature is None:
+    method = METHODS[chosen_names(config)["method"]]
+    if method.metric is None:
         return None
-    metric = METHODS[chosen_names(config)["method"]].metric
     # Every setting of LLQR has a value, some of them None; of others what is None is the default.
     settings: Any = OmegaConf.to_container(config.llqr, resolve=True)
-    if metric != "LLQR":
+    if method.metric != "LLQR":
         settings = given_values(config.llqr)
-    # A metric stops after some refusals in a row; here they are results.
-    return getattr(llqr, metric)(settings.pop("structure"), **settings, max_failures=10**9)
+    if method.curvature is not None:
+        # A metric stops after some refusals in a row; here they are results.
+        settings["max_failures"] = 10**9
+    return getattr(llqr, method.metric)(**settings)
 
 
 def schedule_of(

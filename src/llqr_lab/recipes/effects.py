@@ -46,9 +46,14 @@ def keys_with_effect(config: DictConfig, task_keys: Iterable[str]) -> set[str]:
     taken = settings_of(config.model.lower()) - {"classes", "image"}
     found |= {f"network.{key}" for key in taken & set(config.network)}
     found |= {"network.small"} if SMALL.get(config.model.lower()) else set()
-    if method.curvature is not None:
+    if method.metric is not None:
         found |= _arguments_in(config, "llqr", getattr(llqr, method.metric))
-        found |= {"refresh.batch", "optimizer.transport", "optimizer.graft"}
+        found |= {"optimizer.transport"}
+        # Only what goes through U is grafted; nor may graft be refused where it is to be taken off.
+        grafts = True in (method.transport, config.optimizer.transport)
+        found |= {"optimizer.graft"} if grafts else set()
+    if method.curvature is not None:
+        found |= {"refresh.batch"}
     else:
         found -= {"refresh.batch"}
     if method.probe is not None:
@@ -83,23 +88,27 @@ def refuse_keys_without_effect(config: DictConfig, task_keys: Iterable[str]) -> 
         known = f"of {group} it has {', '.join(others)}" if others else f"it has none of {group}"
         remedy = f"give {key}=null" if value == expected[key] else "leave it out"
         raise ValueError(
-            f"{key}: has no effect on this run: {_reason(config, group)}; {remedy} "
+            f"{key}: has no effect on this run: {_reason(config, key)}; {remedy} "
             f"({known if group else 'keys without a group: ' + ', '.join(others)})"
         )
 
 
-def _reason(config: DictConfig, group: str) -> str:
-    """Say why keys of a group are not read."""
+def _reason(config: DictConfig, key: str) -> str:
+    """Say why a key is not read."""
     names = chosen_names(config)
-    method = METHODS[names["method"]]
-    if group in ("llqr", "refresh") or (group == "optimizer" and method.curvature is None):
-        return f"method={slug(names['method'])} learns no U"
-    if group == "probe" and method.probe is None:
-        return f"method={slug(names['method'])} has no perturbation"
+    method, named = METHODS[names["method"]], f"method={slug(names['method'])}"
+    group = key.rpartition(".")[0]
+    of_u = group in ("llqr", "refresh") or key in ("optimizer.transport", "optimizer.graft")
+    if of_u and method.metric is None:
+        return f"{named} learns no U"
+    if group in ("probe", "optimizer") and not of_u and method.probe is None:
+        return f"{named} has no perturbation"
     readers = {
         "base": f"torch.optim.{config.base.optimizer} does not take it",
+        "llqr": f"llqr.{method.metric} does not take it",
+        "refresh": f"{named} has nothing to refresh",
         "probe": f"{config.probe.kind} does not take it",
-        "optimizer": f"method={slug(names['method'])} has no perturbation",
+        "optimizer": f"optimizer.transport={config.optimizer.transport} grafts nothing",
         "network": f"model={names['model']} does not take it, or the data say it",
         "train": f"nothing in {names['name']} with train.schedule={config.train.schedule} reads it",
     }

@@ -154,7 +154,7 @@ class Training:
         show_refreshes(bar, geometry)
         if bar.disable or geometry is None:
             return
-        if self.step == 0 and geometry.refreshes_in(self.steps) < 2:
+        if self.step == 0 and geometry.refreshes_in(self.steps) == 1:
             bar.write(
                 f"llqr.every = {self.config.llqr.every} leaves one refresh in {self.steps:,} "
                 "steps: U is learned at the first weights only; take a smaller llqr.every"

@@ -119,7 +119,7 @@ def cells_of(recipes: Sequence[str], methods: Sequence[str] = ()) -> Iterator[Ce
 
 
 def geometry_of(cell: Cell) -> str | None:
-    """Return what cells with the same network and geometry have in common; None without one.
+    """Return what cells with the same network and geometry have in common; None: no refreshes.
 
     They differ in the probe, in the number of classes or in the size of the pictures, and their
     refreshes take the same time and memory but for the activations.
@@ -140,7 +140,7 @@ def representatives_of(cells: Sequence[Cell]) -> dict[Cell, Cell]:
     """Return the cell that runs in the place of each: one of its network and geometry.
 
     That is the first with SAM, which makes two passes and applies U in both, or the first. A cell
-    without a geometry takes seconds and runs itself.
+    without refreshes takes seconds and runs itself.
     """
     keys = {cell: geometry_of(cell) or cell.key for cell in cells}
     chosen: dict[str, Cell] = {}

@@ -10,7 +10,7 @@ from llqr_lab.cli import main
 from llqr_lab.common.processes import run_all
 from llqr_lab.demo.runs import SETTINGS_FILE, DemoRun, configure_run, run_demo
 from llqr_lab.models.small_cnn import small_cnn
-from llqr_lab.protocols import DEMO_METHODS
+from llqr_lab.protocols import DEMO_METHODS, slug
 from llqr_lab.recipes.build import optimizer_of
 from llqr_lab.recipes.config import compose_config
 from llqr_lab.recipes.digits import NoisyDigits
@@ -34,22 +34,28 @@ def test_a_method_is_made_of_what_its_name_says(name):
     # Of a structure, if it is given: NG's is the library's default.
     settings = {k: v for k, v in SETTINGS.items() if "LLQR" in name or k in ("lr", "rho")}
     optimizer = optimizer_of(configure_run(DemoRun(name, settings, seed=0)), small_cnn())
-    assert type(optimizer.base) is (torch.optim.AdamW if name == "AdamW" else torch.optim.SGD)
-    metrics = {"LLQR": llqr.LLQR, "NG": llqr.NaturalGradient}
+    in_bases = name.startswith("GM")
+    on_adamw = in_bases or name == "AdamW"
+    assert type(optimizer.base) is (torch.optim.AdamW if on_adamw else torch.optim.SGD)
+    metrics = {"LLQR": llqr.LLQR, "NG": llqr.NaturalGradient, "GM": llqr.GradientMoments}
     metric = metrics.get(name.partition("+")[0], type(None))
     assert type(optimizer.geometry) is metric
-    assert optimizer.transport and optimizer.graft == (optimizer.geometry is not None)
+    assert optimizer.transport == ("bases" if in_bases else True)
+    assert optimizer.graft == (metric in (llqr.LLQR, llqr.NaturalGradient))
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"]) == (0.05, 0.01 if name == "AdamW" else 5e-4)
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.01 if on_adamw else 5e-4)
     probe = optimizer.perturbation
     assert type(probe) is (llqr.SAM if "SAM" in name else type(None))
     if probe is not None:
         assert (probe.rho, probe.interval) == (0.1, 5 if name.endswith("/5") else 1)
-        assert probe.along == ("gradient" if "NG" in name else "metric")
+        assert probe.along == ("gradient" if name[:2] in ("NG", "GM") else "metric")
     if metric is llqr.LLQR:
         assert (optimizer.geometry.settings.lr, optimizer.geometry.settings.every) == (0.1, 10)
-    if metric is llqr.NaturalGradient:
-        library = llqr.NaturalGradient(max_failures=10**9)
+    library = {
+        llqr.NaturalGradient: llqr.NaturalGradient(max_failures=10**9),
+        llqr.GradientMoments: llqr.GradientMoments(),
+    }.get(metric)
+    if library is not None:
         assert optimizer.geometry.settings == library.settings
         assert optimizer.geometry.structure == library.structure
 
@@ -80,19 +86,21 @@ def test_the_history_has_what_the_demo_shows():
     assert 0 < history.train_accuracy < 100 and history.skipped_steps == 0
 
 
-def test_the_recipe_makes_the_demos_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["NG+SAM/5", "GM+SAM/5"])
+def test_the_recipe_makes_the_demos_run(name, tmp_path, monkeypatch):
     """With the settings of the search, which the protocol has, and the same numbers."""
     monkeypatch.chdir(tmp_path)
     options = ["scale=small", "train.epochs=2", "seed=1", "tracker=none", "out=o"]
-    assert main(["run", "demo", "method=ng-sam-5", *options]) == 0
+    assert main(["run", "demo", f"method={slug(name)}", *options]) == 0
     result = json.loads(next(tmp_path.rglob("result.json")).read_text())
-    settings = json.loads(SETTINGS_FILE.read_text())["methods"]["NG+SAM/5"]["settings"]
-    history = run_demo(DemoRun("NG+SAM/5", settings, seed=1, epochs=2))
+    settings = json.loads(SETTINGS_FILE.read_text())["methods"][name]["settings"]
+    history = run_demo(DemoRun(name, settings, seed=1, epochs=2))
     assert result["changed"] == ["train.epochs"]
     assert [e["test_accuracy"] for e in result["epochs"]] == history.test_accuracy
     assert [e["train_loss"] for e in result["epochs"]] == history.loss
     assert result["train_accuracy"] == history.train_accuracy
     assert [r["change"] for r in result["refreshes"]] == [r.change for r in history.reports]
+    assert bool(history.reports) == name.startswith("NG")
 
 
 def test_unknown_settings_are_refused():

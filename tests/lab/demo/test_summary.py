@@ -93,6 +93,21 @@ def test_the_way_to_the_loss_of_sgdm():
     assert speed.startswith("NG is the first") and "75% of its steps and 225% of its" in speed
 
 
+def test_a_method_on_adamw_is_compared_with_adamw():
+    """It is at AdamW's 1.5 in the middle of its second epoch: 15 of 20 steps, 3 of 2 seconds."""
+    adamw = [history(a, loss=(2.0, 1.5), seconds=2.0) for a in (90.0, 80.0, 85.0)]
+    gm = [history(a, loss=(2.0, 1.0), seconds=4.0) for a in (91.0, 82.1, 85.9)]
+    slow = [history(a, loss=(3.0, 2.0)) for a in (90.0, 80.1, 84.9)]
+    lines = conclusion_lines(summary(AdamW=adamw, GM=gm, **{"GM_SAM/5": slow}))
+    assert lines[2:] == [
+        "GM, whose base is AdamW, is at the training loss at which AdamW ends in 75% of its steps "
+        "and 150% of its seconds; on the test it is better (+1.33 +- 0.38).",
+        "GM+SAM/5, whose base is AdamW, does not reach the training loss at which AdamW ends; on "
+        "the test no difference can be told (+0.00 +- 0.06).",
+    ]
+    assert conclusion_lines(summary(GM=gm))[2:] == []
+
+
 def test_the_conclusion_says_only_what_the_numbers_say():
     def seeds(*accuracies):
         return [history(a, report(), loss=(3.0, 2.0)) for a in accuracies]

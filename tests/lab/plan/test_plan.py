@@ -137,6 +137,34 @@ def test_natural_gradient_is_planned_by_its_samples():
     assert plan.refresh_graph + plan.refresh_vectors == pytest.approx(measured, rel=0.02)
 
 
+def test_moments_are_planned_by_averages_and_rotations():
+    network, counts, plan = planned("kfac", llqr.GradientMoments)
+    # g g' and g'g, and three rotations of as many operations: g and w there, a change back.
+    sides = [(64, 32), (64, 64), (8, 64)]
+    assert counts.apply.flops == 4 * sum(2 * m * n * (m + n) for m, n in sides)
+    assert counts.passes == Work() and counts.messages == 0
+    assert counts.algebra.factored > 0  # new bases, at each renew_every-th step
+    model, forward = real_problem()
+    geometry = llqr.GradientMoments(renew_every=1)
+    base = torch.optim.AdamW(model.parameters())
+    optimizer = llqr.Optimizer(base, model, geometry=geometry, transport="bases")
+    assert counts.stored == geometry.memory()["preconditioner"]
+    for _ in range(2):
+        optimizer.minimize(forward)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    measured = peak_of_allocations(lambda: geometry.observe(gradients))
+    assert plan.refresh_vectors - network.step.held == pytest.approx(measured, rel=0.1)
+
+
+def test_moments_on_the_command_line(capsys):
+    given = ["plan", f"{__name__}:three_layers", "--input", "32", "--metric", "moments"]
+    given += ["--flops", "1e11", "--memory-rate", "1e10"]
+    assert main([*given, "--structure", "diagonal", "kfac"]) == 0
+    assert "new bases (refresh) every 10." in capsys.readouterr().out
+    assert main([*given, "--shard"]) == 2
+    assert "--metric moments: a base in the bases needs whole" in capsys.readouterr().err
+
+
 def test_attention_is_fused_and_products_hide_their_traffic():
     q = torch.empty(2, 4, 32, 16, device="meta", requires_grad=True)
     attend = nn.functional.scaled_dot_product_attention

@@ -54,10 +54,13 @@ def test_a_run_can_be_built(run: tuple[str, str, str, str]):
     optimizer = getattr(torch.optim, str(base.pop("optimizer")))(weights, **base)
     assert optimizer.defaults["lr"] == base["lr"]
     geometry = values(*run, part="llqr")
-    assert bool(geometry) == (kind.curvature is not None)
-    if geometry:
-        made = getattr(llqr, kind.metric)(geometry.pop("structure"), **geometry)
-        assert type(made.curvature).__name__.lower() == kind.curvature
+    if kind.metric is None:
+        assert not geometry
+    else:
+        made = getattr(llqr, kind.metric)(**geometry)
+        measured = getattr(made, "curvature", None)
+        named = None if measured is None else type(measured).__name__.lower()
+        assert named == kind.curvature
     probe = values(*run, part="probe")
     assert bool(probe) == (kind.probe is not None)
     if probe:

@@ -44,6 +44,7 @@ def equal(a, b):
         ("table4", "llqr-f-sam"),
         ("table6", "llqr-sam"),
         ("demo", "llqr-sam"),
+        ("demo", "gm-sam-5"),
     ],
 )
 def test_after_an_error_at_any_step(tmp_path, monkeypatch, recipe, method):
