@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -125,5 +126,8 @@ def _measure(config: DictConfig, note_refresh: RefreshHook) -> dict[str, Any]:
     from ..recipes.run import describe_run, measure_run
     from ..recipes.workers import Workers
 
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+    # The caller's random state stays as it was.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # U g has the length of g here (graft=True), so it does not matter how large U is.
+        warnings.filterwarnings("ignore", r"J\(U\) = .* is positive")
         return measure_run(config, Workers("cpu"), Records(), describe_run(config), note_refresh)
