@@ -27,7 +27,7 @@ IN_SHORT = (
     "NG",
     "AdamW in U's bases",
     "AdamW in GM's bases",
-    "AdamW in GM's bases + SAM along g (interval=5)",
+    "AdamW in GM's bases + SAM along g",
 )
 Results = Mapping[str, Any]
 

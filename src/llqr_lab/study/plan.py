@@ -97,6 +97,7 @@ SMALL_METHODS = (
     "AdamW in U's bases + SAM along g",
     "AdamW in U's bases + SAM along g (interval=5)",
     "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g",
     "AdamW in GM's bases + SAM along g (interval=5)",
 )
 SMOKE_METHODS = ("SGDM", "SAM", "LLQR + SAM", "NG + SAM along g")
@@ -116,6 +117,7 @@ GLANCED = (
     "AdamW in U's bases",
     "AdamW in U's bases + SAM along g (interval=5)",
     "AdamW in GM's bases",
+    "AdamW in GM's bases + SAM along g",
     "AdamW in GM's bases + SAM along g (interval=5)",
 )
 ABLATED = ("cnn", "cnn-noise")
@@ -208,5 +210,12 @@ def two_by_twos(methods: Sequence[str]) -> list[tuple[str, str, str, str]]:
         for base, pair in plain.items()
         for metric in ("NG", "NG by layer", "LLQR", "LLQR (paper)")
         for probe in ("SAM", "SAM along g")
+    ] + [
+        (
+            *plain[" on AdamW"],
+            f"AdamW in {metric}'s bases",
+            f"AdamW in {metric}'s bases + SAM along g",
+        )
+        for metric in ("U", "GM")
     ]
     return [square for square in squares if set(square) <= set(methods)]
