@@ -151,7 +151,8 @@ def test_averages_of_what_joins_late_begin_with_its_first_gradient(structure):
     for name, entries in expected.items():
         for key, value in entries.items():
             if key[0] in "LRCBA" or key == "M":
-                torch.testing.assert_close(found[name][key], value, msg=f"{name} {key}")
+                close = {"rtol": 1e-12, "atol": 0, "msg": f"{name} {key}"}
+                torch.testing.assert_close(found[name][key], value, **close)
 
 
 @pytest.mark.parametrize("way", ["copy", "state"])

@@ -135,8 +135,8 @@ class GradientMoments(ClosedFormGeometry):
         for part, state, out in zip(self.parts, self.states, self._left_out(missing), strict=True):
             g = own_samples(part, flat[None])[0]
             if averaging.keep:  # what joined late begins with its first gradient, whole
-                first = torch.where(part.is_empty(state), (1 - averaging.keep) ** -0.5, 1.0)
-                g = g * expand_mask(first, g).to(g.dtype)
+                empty = expand_mask(part.is_empty(state), g)
+                g = torch.where(empty, (1 - averaging.keep) ** -0.5 * g, g)
             new = part.follow_gradient(state, g, averaging, turn=turn)
             states.append(new if out is None else choose(out, state, new))
         self.observed += 1
