@@ -121,14 +121,15 @@ class Checkpoint:
     def _refuse_leftovers(self) -> None:
         """Raise if the base has a state of tensors that left its groups: torch cannot number it."""
         base = self._parameters.base
-        held = {id(p) for group in base.param_groups for p in group["params"]}
-        for key in base.state:
-            if isinstance(key, Tensor) and id(key) not in held:
-                raise RuntimeError(
-                    f"state_dict: the base holds the state of a parameter of shape "
-                    f"{tuple(key.shape)} that left its groups; drop it when you replace a "
-                    "parameter: optimizer.state.pop(old, None)"
-                )
+        for one in base.optimizers if isinstance(base, JoinedBases) else [base]:
+            held = {id(p) for group in one.param_groups for p in group["params"]}
+            for key in one.state:
+                if isinstance(key, Tensor) and id(key) not in held:
+                    raise RuntimeError(
+                        f"state_dict: {type(one).__name__} holds the state of a parameter of shape "
+                        f"{tuple(key.shape)} that left its groups; drop it when you replace or "
+                        "move a parameter: its optimizer's state.pop(old, None)"
+                    )
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -175,11 +176,14 @@ class Checkpoint:
                     "save optimizer.state_dict() with torch.save"
                 )
         _check_version(counters["version"])
-        if counters.get(IN_BASES) and self._find_bases() is None:
+        geometry = self._geometry
+        sharded = geometry is not None and geometry.sharded
+        if counters.get(IN_BASES) and (sharded or self._find_bases() is None):
             raise ValueError(
                 "state_dict: the base's state was saved in the bases of a geometry "
-                f"(transport='bases'), but geometry={self._geometry!r} has none; load it into an "
-                "optimizer with that geometry"
+                f"(transport='bases'), but geometry={geometry!r} "
+                f"{'is sharded' if sharded else 'has none'}; load it into an optimizer with that "
+                "geometry, whole in every process"
             )
         self._load_parts(ours, theirs, counters)
         self._load_counters(counters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,12 @@ class Coordinates:
 
     def __init__(self, parameters: NamedParameters) -> None:
         self._parameters = parameters
+        #: Former parameters, and whether what the base keeps of them is in their own coordinates.
+        self._left: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self.assume(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_left": {}}  # a copy has tensors of its own
 
     def assume(self, bases: Bases | None) -> None:
         """Take the base's state for one in these bases."""
@@ -95,23 +101,49 @@ class Coordinates:
 
     def change_to(self, bases: Bases | None) -> None:
         """Turn the base's state to other bases; None: to the parameters' own coordinates."""
-        if self.bases is not None and self._named is not self._parameters.named:
-            # Parameters joined, left or were replaced: names may mean others now.
-            self._turn([self._named, self._find_carried()], self.bases, None)
-            self.assume(None)
+        if self._named is not self._parameters.named:
+            self._follow_parameters()
         old = self.bases
         if old is not bases and not (old is not None and old.equals(bases)):
             self._turn([self._parameters.named], old, bases)
         self.assume(bases)
 
-    def _find_carried(self) -> dict[str, Tensor]:
-        """Return the tensors that took a parameter's place and carry its state: {name: tensor}."""
-        state, known = self._parameters.base.state, set(map(id, self._named.values()))
-        return {
-            name: p
-            for name, p in self._parameters.named.items()
-            if name in self._named and id(p) not in known and p in state
-        }
+    def _follow_parameters(self) -> None:
+        """Take the state to the parameters' own coordinates, as names may mean others now."""
+        state, now = self._parameters.base.state, self._parameters.named
+        known = set(map(id, self._named.values()))
+        arrived = {name: p for name, p in now.items() if id(p) not in known and p in state}
+        back = {name: own for name, p in arrived.items() if (own := self._was_left(p)) is not None}
+        if self.bases is not None:
+            # A tensor that is new took a parameter's place, and its state with it.
+            carried = {n: p for n, p in arrived.items() if n in self._named and n not in back}
+            self._turn([self._named, carried], self.bases, None)
+        self._forget({name: arrived[name] for name, own in back.items() if not own})
+        for p in arrived.values():
+            self._left.pop(id(p), None)
+        present = set(map(id, now.values()))
+        turned = self.bases.names if self.bases is not None else frozenset()
+        for name, p in self._named.items():
+            if id(p) not in present:
+                self._left[id(p)] = weakref.ref(p), p in state or name not in turned
+        self.assume(None)
+
+    def _was_left(self, p: Tensor) -> bool | None:
+        """Tell whether the state of a former parameter is in its own coordinates; None: unknown."""
+        found, own = self._left.get(id(p), (None, None))
+        return own if found is not None and found() is p else None
+
+    def _forget(self, holders: Tensors) -> None:
+        """Let means start anew whose bases are gone: their state was away when they turned."""
+        for means in self._means(holders):
+            for mean in means.values():
+                mean.zero_()
+        if holders:
+            warn_caller(
+                f"the state of {', '.join(map(repr, holders))} was away while the bases of U "
+                "turned, so the base's mean of its gradients starts anew at zero; leave "
+                "optimizer.state as it is when a parameter leaves for a while"
+            )
 
     def _turn(self, holders: Iterable[Tensors], old: Bases | None, new: Bases | None) -> None:
         """Turn the means from bases to others: all of them, or none if that fails.

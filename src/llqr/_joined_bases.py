@@ -304,12 +304,14 @@ class JoinedState(MutableMapping[Any, Any]):
 
     def _state_with(self, key: Any) -> Any:
         """Return the state that a key belongs to: it is there, or the parameter is held."""
-        for optimizer in self._optimizers:
-            if key in optimizer.state:
-                return optimizer.state
-        for optimizer in self._optimizers:
+        states = [o.state for o in self._optimizers if key in o.state]
+        if len(states) == 1:
+            return states[0]
+        for optimizer in self._optimizers:  # of a parameter that moved, the holder's counts
             if any(p is key for group in optimizer.param_groups for p in group["params"]):
                 return optimizer.state
+        if states:
+            return states[0]
         raise KeyError(key)
 
     def __getitem__(self, key: Any) -> Any:

@@ -28,6 +28,7 @@ from ._refresher import (
 )
 from ._step_modules import StepModules, refuse_meta
 from ._update import Graft, Transport, Update
+from ._vectors import former_names
 from ._wrapper import (
     OptimizerWrapper,
     call_if_there,
@@ -301,7 +302,8 @@ class Optimizer(OptimizerWrapper, Generic[G]):
     def _warn_of_replaced(self, before: Mapping[str, Tensor]) -> None:
         """Say which parameters are new tensors, if something was learned of the old ones."""
         now = self._parameters.named
-        replaced = [n for n, p in now.items() if n in before and before[n] is not p]
+        kept = former_names(before, now)
+        replaced = [n for n in now if n in before and n not in kept]
         parts = [part for part in (self._geometry, self._perturbation) if part is not None]
         if replaced and any(entry for part in parts for entry in part.state().values()):
             self._progress.warn_once(

@@ -104,8 +104,13 @@ class Update:
         """Update the parameters from the gradients that are there."""
         self._passes.close()
         gradients = self._parameters.gradients()
-        if not gradients or self._changes_nothing(gradients):
+        if not gradients:
             step_base(self._base)
+            return
+        if self._changes_nothing(gradients):
+            self.follow_bases()
+            with self.coordinates.entered(self.coordinates.rotated_weights(gradients)):
+                step_base(self._base)
             return
         # A scaler steps only what it found finite, but does not compare processes.
         looked = self._passes.found_finite and self._ranks.size == 1

@@ -14,7 +14,7 @@ from ._metric_settings import describe_call
 from ._samples_by_part import own_samples
 from .structures import StructureOf
 from .structures.closed_form import Averaging
-from .structures.closed_form._units import choose, expand_mask
+from .structures.closed_form._units import choose
 
 __all__ = ["GradientMoments", "GradientMomentsSettings"]
 
@@ -135,8 +135,7 @@ class GradientMoments(ClosedFormGeometry):
         for part, state, out in zip(self.parts, self.states, self._left_out(missing), strict=True):
             g = own_samples(part, flat[None])[0]
             if averaging.keep:  # what joined late begins with its first gradient, whole
-                empty = expand_mask(part.is_empty(state), g)
-                g = torch.where(empty, (1 - averaging.keep) ** -0.5 * g, g)
+                g = part.weigh_first(state, g, (1 - averaging.keep) ** -0.5)
             new = part.follow_gradient(state, g, averaging, turn=turn)
             states.append(new if out is None else choose(out, state, new))
         self.observed += 1

@@ -145,7 +145,8 @@ def follow_eigenvectors(matrices: Tensor, bases: Tensor) -> Tensor:
     wide_matrices, q = matrices.to(wide), bases.to(wide)
     lq = wide_matrices @ q
     values = (q * lq).sum(-2)
-    shift = 1e-3 * values.mean(-1)[:, None, None]
+    mean = values.mean(-1)[:, None, None]
+    shift = 1e-3 * torch.where(mean > 0, mean, 1.0)  # where L is zero, Q stays
     # Each column is made orthogonal to those before it, so the greatest come first meanwhile.
     order = values.argsort(-1, descending=True)
     y = lq.add_(shift * q).gather(-1, order[:, None, :].expand_as(lq))

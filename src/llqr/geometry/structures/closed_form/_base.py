@@ -31,7 +31,7 @@ class Averaging:
     mean_over_ranks: Callable[[Tensor], Tensor]
 
     def turn_bases(self, matrices: Tensor, old: Tensor) -> Tensor:
-        """Return the eigenvectors of averages: exact of the first, then followed from the old."""
+        """Return the eigenvectors of averages: exact if no old ones count, else followed."""
         new = follow_eigenvectors(matrices, old) if self.keep_bases else eigenvectors(matrices)
         # Contiguous, as a checkpoint brings them back: products round by the strides.
         return new.contiguous()
@@ -101,10 +101,18 @@ class ClosedForm(Structure):
         """Return the state whose M has seen a gradient, in the present coordinates."""
         return {**state, "M": average(state["M"], self.squares(state, g[None]), keep)}
 
+    def weigh_first(self, state: State, g: Tensor, factor: float) -> Tensor:
+        """Return the blocks of a gradient, times a factor where it is the first one."""
+        return torch.where(self.is_empty(state), factor * g, g)
+
     def is_empty(self, state: State) -> Tensor:
-        """Return the mask of rows of which nothing was seen: their averages are zero."""
+        """Return where nothing was seen, as averages are zero: a mask for vectors."""
         m = state["M"]
-        return m == 0 if self.elementwise else ~m.reshape(len(m), -1).any(1)
+        return m == 0 if self.elementwise else ~self._rows_with_any(m)
+
+    def _rows_with_any(self, m: Tensor) -> Tensor:
+        """Return whether the rows of a tensor are not zero, to broadcast over vectors."""
+        return m.reshape(self.count, -1).any(1).view(-1, *[1] * len(self.group.shape or ()))
 
     def second_moment(self, state: State) -> Tensor:
         """Return M, the diagonal of Q'CQ."""

@@ -43,6 +43,11 @@ class ScalarMoments(ClosedForm, Scalar):
         runs = self.group.split_equal_runs(x.square().mean(0))
         return torch.cat([run.mean(1) for run in runs])
 
+    def is_empty(self, state: State) -> Tensor:
+        """Return where a block's number is zero, entry by entry."""
+        lengths = torch.tensor(self.group.lengths, device=state["M"].device)
+        return (state["M"] == 0).repeat_interleave(lengths)
+
     def trace(self, values: Tensor) -> Tensor:
         """Return the sum over all entries: a block's number counts for each of its entries."""
         return (values * values.new_tensor(self.group.lengths)).sum()

@@ -31,6 +31,10 @@ class IdentityMoments(ClosedForm, Identity):
         """Return the state."""
         return state
 
+    def weigh_first(self, state: State, g: Tensor, factor: float) -> Tensor:
+        """Return the gradient: there are no averages."""
+        return g
+
     def second_moment(self, state: State) -> Tensor:
         """Return no number, in a row for each entry, as masks of elementwise blocks have."""
         return torch.zeros(self.group.numel, 0)
