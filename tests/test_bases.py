@@ -383,6 +383,9 @@ def test_a_state_goes_to_other_coordinates_only_with_the_bases():
     for m, o in ((model, optimizer), (other, receiver)):
         o.minimize(forward_of(m))
     assert torch.equal(weights_of(model), weights_of(other))
+    receiver.geometry.sharded = True  # as shard=True makes it in several processes
+    with pytest.raises(ValueError, match=r"transport='bases'.*is sharded.*whole in every process"):
+        receiver.load_state_dict(state)
     # Without the bases the momentum cannot be read.
     with pytest.raises(ValueError, match=r"transport='bases'.*geometry=None"):
         llqr.Optimizer(sgd(list(other.parameters())), other).load_state_dict(state)
