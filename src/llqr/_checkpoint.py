@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._coordinates import Coordinates
-from ._joined_bases import BASE, JoinedBases
+from ._joined_bases import BASE, JoinedBases, optimizers_of
 from ._parameters import NamedParameters, check_group_options
 from ._progress import Progress
 from ._refresher import Refresher
@@ -120,8 +120,7 @@ class Checkpoint:
 
     def _refuse_leftovers(self) -> None:
         """Raise if the base has a state of tensors that left its groups: torch cannot number it."""
-        base = self._parameters.base
-        for one in base.optimizers if isinstance(base, JoinedBases) else [base]:
+        for one in optimizers_of(self._parameters.base):
             held = {id(p) for group in one.param_groups for p in group["params"]}
             for key in one.state:
                 if isinstance(key, Tensor) and id(key) not in held:

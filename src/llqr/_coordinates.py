@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._autocast import without_autocast
-from ._joined_bases import JoinedBases
+from ._joined_bases import optimizers_of
 from ._parameters import NamedParameters
 from ._vectors import Tensors, copies_of, widen_to_float32
 from ._warnings import warn_caller
@@ -56,7 +56,7 @@ def check_bases(
             f"{rule}keeps the base's momentum in other coordinates than "
             f"{type(perturbation).__name__} probes in; use llqr.SAM or transport=True"
         )
-    for one in base.optimizers if isinstance(base, JoinedBases) else [base]:
+    for one in optimizers_of(base):
         if isinstance(one, torch.optim.ASGD) or callable(getattr(one, "eval", None)):
             raise ValueError(
                 f"{rule}does not go with {type(one).__name__}, which keeps an average of the "
@@ -88,11 +88,15 @@ class Coordinates:
     def __init__(self, parameters: NamedParameters) -> None:
         self._parameters = parameters
         #: Former parameters, and whether what the base keeps of them is in their own coordinates.
-        self._left: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._left: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         self.assume(None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_left": {}}  # a copy has tensors of its own
+        return {k: v for k, v in self.__dict__.items() if k != "_left"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy has tensors of its own.
+        self.__dict__.update(state, _left=WeakTensorKeyDictionary())
 
     def assume(self, bases: Bases | None) -> None:
         """Take the base's state for one in these bases."""
@@ -103,55 +107,47 @@ class Coordinates:
         """Turn the base's state to other bases; None: to the parameters' own coordinates."""
         if self._named is not self._parameters.named:
             self._follow_parameters()
-        old = self.bases
+        old, resized = self.bases, set[str]()
         if old is not bases and not (old is not None and old.equals(bases)):
-            self._turn([self._parameters.named], old, bases)
+            resized = self._turn([self._parameters.named], old, bases)
         self.assume(bases)
+        _warn_of_new_starts(resized)
 
     def _follow_parameters(self) -> None:
         """Take the state to the parameters' own coordinates, as names may mean others now."""
         state, now = self._parameters.base.state, self._parameters.named
         known = set(map(id, self._named.values()))
         arrived = {name: p for name, p in now.items() if id(p) not in known and p in state}
-        back = {name: own for name, p in arrived.items() if (own := self._was_left(p)) is not None}
+        back = {name: self._left[p] for name, p in arrived.items() if p in self._left}
+        resized = set[str]()
         if self.bases is not None:
             # A tensor that is new took a parameter's place, and its state with it.
             carried = {n: p for n, p in arrived.items() if n in self._named and n not in back}
-            self._turn([self._named, carried], self.bases, None)
-        self._forget({name: arrived[name] for name, own in back.items() if not own})
-        for p in arrived.values():
-            self._left.pop(id(p), None)
+            resized = self._turn([self._named, carried], self.bases, None)
+        # The bases of these are gone: their state was away when they turned.
+        away = {name: arrived[name] for name, own in back.items() if not own}
+        for mean in (x for means in self._means(away) for x in means.values()):
+            mean.zero_()
+        for name in back:
+            del self._left[arrived[name]]
         present = set(map(id, now.values()))
         turned = self.bases.names if self.bases is not None else frozenset()
         for name, p in self._named.items():
             if id(p) not in present:
-                self._left[id(p)] = weakref.ref(p), p in state or name not in turned
+                self._left[p] = p in state or name not in turned
         self.assume(None)
+        _warn_of_new_starts(resized, away)
 
-    def _was_left(self, p: Tensor) -> bool | None:
-        """Tell whether the state of a former parameter is in its own coordinates; None: unknown."""
-        found, own = self._left.get(id(p), (None, None))
-        return own if found is not None and found() is p else None
-
-    def _forget(self, holders: Tensors) -> None:
-        """Let means start anew whose bases are gone: their state was away when they turned."""
-        for means in self._means(holders):
-            for mean in means.values():
-                mean.zero_()
-        if holders:
-            warn_caller(
-                f"the state of {', '.join(map(repr, holders))} was away while the bases of U "
-                "turned, so the base's mean of its gradients starts anew at zero; leave "
-                "optimizer.state as it is when a parameter leaves for a while"
-            )
-
-    def _turn(self, holders: Iterable[Tensors], old: Bases | None, new: Bases | None) -> None:
+    def _turn(self, holders: Iterable[Tensors], old: Bases | None, new: Bases | None) -> set[str]:
         """Turn the means from bases to others: all of them, or none if that fails.
 
         Args:
             holders: {name that the bases know: tensor whose state the base has}, several of them.
             old: that the means are in.
             new: that they go to.
+
+        Returns:
+            The names whose means start anew, since their shape is no longer that of the bases.
         """
         turned: list[tuple[Tensor, Tensor | None]] = []
         lost: set[str] = set()
@@ -167,11 +163,7 @@ class Coordinates:
                 lost |= means.keys() - fitting.keys()
         for mean, value in turned:
             mean.zero_() if value is None else mean.copy_(value)
-        if lost:
-            warn_caller(
-                f"the shape of {', '.join(map(repr, sorted(lost)))} changed, so what the base kept "
-                "of its mean gradient, in the bases of U, starts anew at zero"
-            )
+        return lost
 
     def _means(self, holders: Tensors) -> Iterator[dict[str, Tensor]]:
         """Yield each kind of mean that the base keeps: {name of the parameter: tensor}."""
@@ -211,18 +203,35 @@ class Coordinates:
             return
         named, rotated = self._parameters.named, list(begin.values())
 
-        def weights() -> list[Tensor]:  # found anew, since a base may give p.data other memory
+        def find() -> list[Tensor]:  # anew behind the step, since a base may assign p.data
             return [named[name].detach() for name in begin]
 
-        before = copies_of(weights())
+        weights = find()
+        before = copies_of(weights)
         try:
-            torch._foreach_copy_(weights(), rotated)
+            torch._foreach_copy_(weights, rotated)
             yield
-            change = torch._foreach_sub(weights(), rotated)
+            change = torch._foreach_sub(find(), rotated)
         finally:
-            torch._foreach_copy_(weights(), before)
+            weights = find()
+            torch._foreach_copy_(weights, before)
         with without_autocast(*self._parameters.devices):
             assert self.bases is not None
             moved = self.bases.rotate_back(dict(zip(begin, change, strict=True)))
-        for name, weight in zip(begin, weights(), strict=True):
+        for name, weight in zip(begin, weights, strict=True):
             weight.add_(moved[name])
+
+
+def _warn_of_new_starts(resized: Collection[str], away: Collection[str] = ()) -> None:
+    """Say whose means could not be turned; when all is done, as a warning may be an error."""
+    if resized:
+        warn_caller(
+            f"the shape of {', '.join(map(repr, sorted(resized)))} changed, so what the base kept "
+            "of its mean gradient, in the bases of U, starts anew at zero"
+        )
+    if away:
+        warn_caller(
+            f"the state of {', '.join(map(repr, away))} was away while the bases of U turned, so "
+            "the base's mean of its gradients starts anew at zero; leave optimizer.state as it is "
+            "when a parameter leaves for a while"
+        )

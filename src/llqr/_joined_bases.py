@@ -20,7 +20,7 @@ from ._wrapper import (
 )
 from .distributed._refused import refuse_deepspeed_optimizer
 
-__all__ = ["BASE", "JoinedBases", "defaults_of_group", "join_bases"]
+__all__ = ["BASE", "JoinedBases", "defaults_of_group", "join_bases", "optimizers_of"]
 
 #: The entry of a parameter group that says which optimizer steps it: its place in the list.
 BASE = "base"
@@ -57,6 +57,11 @@ def check_base(base: Any, where: str, expected: str = "optimizer") -> None:
 def defaults_of_group(base: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the default options of the optimizer that steps a group of a base."""
     return (base[group[BASE]] if isinstance(base, JoinedBases) else base).defaults
+
+
+def optimizers_of(base: torch.optim.Optimizer) -> Sequence[torch.optim.Optimizer]:
+    """Return the optimizers that a base consists of."""
+    return base.optimizers if isinstance(base, JoinedBases) else (base,)
 
 
 class JoinedBases(torch.optim.Optimizer):

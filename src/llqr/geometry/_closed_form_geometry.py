@@ -21,7 +21,6 @@ from .structures.closed_form._units import (
     expand_mask,
     mask_of_parameters,
     masks_without_samples,
-    where_any,
 )
 
 __all__ = ["ClosedFormGeometry", "ClosedFormSettings"]
@@ -81,11 +80,7 @@ class ClosedFormGeometry(StructuredGeometry):
         return [mask_of_parameters(part, names, self.ranks.device) for part in self.parts]
 
     def _without_samples(self, moments: Sequence[Tensor]) -> list[Tensor]:
-        """Return the masks of blocks that nothing was seen of, part by part.
-
-        Args:
-            moments: M of each part, or another average that is zero until something is seen.
-        """
+        """Return the masks of blocks that nothing was seen of, part by part."""
         return masks_without_samples(self.layout, self.parts, moments)
 
     def _kept_back(self, moments: Sequence[Tensor], names: Collection[str]) -> list[Tensor | None]:
@@ -96,7 +91,11 @@ class ClosedFormGeometry(StructuredGeometry):
         A head that the loss does not use would have the largest U, and set lambda and c.
         """
         pairs = zip(self._without_samples(moments), self._left_out(names), strict=True)
-        return where_any([fresh if out is None else fresh | out for fresh, out in pairs])
+        masks = [fresh if out is None else fresh | out for fresh, out in pairs]
+        if not masks:
+            return []
+        held = torch.stack([mask.any() for mask in masks]).tolist()  # one read from the device
+        return [mask if some else None for mask, some in zip(masks, held, strict=True)]
 
     def _moments_of(self, states: States) -> list[Tensor]:
         """Return M, part by part."""

@@ -120,8 +120,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{name} {metric.every:g}" for name, metric in METRICS.items())
         + ")",
     )
-    where = parser.add_argument_group("the machines")
-    add = where.add_argument
+    _add_machines(parser)
+    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the machines").add_argument
     add("--world", type=int, nargs="+", default=[1], metavar="N", help="devices (default: 1)")
     add("--fsdp", action="store_true", help="everything is cut over the devices (FSDP2)")
     add("--shard", action="store_true", help="U is cut over the devices")
@@ -142,7 +146,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds of a call (default: measured; with given rates 5e-6)",
     )
-    parser.add_argument("--json", action="store_true", help="print all numbers as JSON")
 
 
 def _shape(text: str) -> tuple[int, ...]:

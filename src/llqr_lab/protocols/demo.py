@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .own import LEARNED
-from .settings import METHODS, Group, Setting, Some, Source
+from .settings import Group, Setting, Source, methods_where
 
 __all__ = ["DEMO", "DEMO_KEYS", "DEMO_METHODS"]
 
@@ -29,13 +29,9 @@ DEMO_KEYS = {
     "structure": "llqr.structure",
     "inner_lr": "llqr.lr",
 }
-THROUGH_U = Some(
+THROUGH_U = methods_where(
     "methods whose step goes through U",
-    [
-        name
-        for name, m in METHODS.items()
-        if name in DEMO_METHODS.values() and m.metric and m.transport is True
-    ],
+    lambda name, m: name in DEMO_METHODS.values() and bool(m.metric) and m.transport is True,
 )
 
 DEMO = Group(

@@ -154,9 +154,9 @@ class _Verification:
     def _check_rotation(self) -> None:
         """Rotations must keep lengths and be undone, whatever a solve did to the state."""
         part, x = self.part, self.x
-        moved = {k: v + 0.2 * self._draw(*v.shape) for k, v in self.state.items()}
-        trained = {k: moved[k] for k in self.kind.trainable}
-        state = part.with_orthogonal_bases({**self.state, **trained})
+        trained = {k: self.state[k] for k in self.kind.trainable}
+        moved = {k: v + 0.2 * self._draw(*v.shape) for k, v in trained.items()}
+        state = part.with_orthogonal_bases({**self.state, **moved})
         turned = part.rotate(state, x)
         same = torch.allclose(turned.norm(), x.norm(), rtol=1e-9)
         same &= torch.allclose(part.rotate_back(state, turned), x, rtol=1e-9, atol=1e-9)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._base import Bounds, State, Structure
 from .._eigenvalues import eigenvectors, follow_eigenvectors
+from ._units import expand_mask
 
 __all__ = ["Averaging", "ClosedForm", "average"]
 
@@ -103,16 +104,12 @@ class ClosedForm(Structure):
 
     def weigh_first(self, state: State, g: Tensor, factor: float) -> Tensor:
         """Return the blocks of a gradient, times a factor where it is the first one."""
-        return torch.where(self.is_empty(state), factor * g, g)
+        return torch.where(expand_mask(self.is_empty(state), g), factor * g, g)
 
     def is_empty(self, state: State) -> Tensor:
-        """Return where nothing was seen, as averages are zero: a mask for vectors."""
+        """Return the mask of rows of which nothing was seen: their averages are zero."""
         m = state["M"]
-        return m == 0 if self.elementwise else ~self._rows_with_any(m)
-
-    def _rows_with_any(self, m: Tensor) -> Tensor:
-        """Return whether the rows of a tensor are not zero, to broadcast over vectors."""
-        return m.reshape(self.count, -1).any(1).view(-1, *[1] * len(self.group.shape or ()))
+        return m == 0 if self.elementwise else ~m.reshape(self.count, -1).any(1)
 
     def second_moment(self, state: State) -> Tensor:
         """Return M, the diagonal of Q'CQ."""

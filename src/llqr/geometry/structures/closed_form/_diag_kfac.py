@@ -46,8 +46,8 @@ class DiagKfacMoments(ClosedForm, DiagKfac):
         return _average_sides(state, self.squares(state, g[None]), keep)
 
     def is_empty(self, state: State) -> Tensor:
-        """Return where B is zero."""
-        return ~self._rows_with_any(state["B"])
+        """Return the mask of blocks whose B is zero."""
+        return ~state["B"].any(1)
 
     def second_moment(self, state: State) -> Tensor:
         """Return outer(B, A) / mean of B."""

@@ -40,8 +40,8 @@ class KroneckerBases(ClosedForm, EKfac):
         return total.div_(len(x))
 
     def is_empty(self, state: State) -> Tensor:
-        """Return where L is zero, and so its diagonal."""
-        return ~self._rows_with_any(state["L"].diagonal(dim1=-2, dim2=-1))
+        """Return the mask of blocks whose L is zero: so is its diagonal."""
+        return ~state["L"].diagonal(dim1=-2, dim2=-1).any(-1)
 
     def extreme_eigenvalues(self, state: State, exact: bool) -> tuple[Tensor, Tensor]:
         """Return the extremes of S: the bases are orthogonal."""

@@ -43,10 +43,10 @@ class ScalarMoments(ClosedForm, Scalar):
         runs = self.group.split_equal_runs(x.square().mean(0))
         return torch.cat([run.mean(1) for run in runs])
 
-    def is_empty(self, state: State) -> Tensor:
-        """Return where a block's number is zero, entry by entry."""
-        lengths = torch.tensor(self.group.lengths, device=state["M"].device)
-        return (state["M"] == 0).repeat_interleave(lengths)
+    def weigh_first(self, state: State, g: Tensor, factor: float) -> Tensor:
+        """Return the gradient, times a factor in blocks whose first one it is."""
+        lengths = torch.tensor(self.group.lengths, device=g.device)
+        return torch.where(self.is_empty(state).repeat_interleave(lengths), factor * g, g)
 
     def trace(self, values: Tensor) -> Tensor:
         """Return the sum over all entries: a block's number counts for each of its entries."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...layout import Layout
 from .._base import State, Structure
 
-__all__ = ["choose", "expand_mask", "mask_of_parameters", "masks_without_samples", "where_any"]
+__all__ = ["choose", "expand_mask", "mask_of_parameters", "masks_without_samples"]
 
 
 def mask_of_parameters(part: Structure, names: Collection[str], device: torch.device) -> Tensor:
@@ -53,14 +53,6 @@ def masks_without_samples(
         else ~m.reshape(part.count, math.prod(m.shape[1:])).any(1)
         for part, m in pairs
     ]
-
-
-def where_any(masks: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the masks, None in the place of those that hold nowhere."""
-    if not masks:
-        return []
-    held = torch.stack([mask.any() for mask in masks]).tolist()  # one read from the device
-    return [mask if some else None for mask, some in zip(masks, held, strict=True)]
 
 
 def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
